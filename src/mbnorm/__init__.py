@@ -1,0 +1,34 @@
+"""Batch normalization that works at batch sizes 1 to 8."""
+
+from mbnorm import functional
+from mbnorm.convert import ConversionReport, convert, revert
+from mbnorm.double_forward import DoubleForward, refresh
+from mbnorm.layers import (
+    MemorizedBatchNorm1d,
+    MemorizedBatchNorm2d,
+    MemorizedBatchNorm3d,
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+)
+from mbnorm.schedule import MomentumSchedule
+from mbnorm.state import no_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionReport",
+    "DoubleForward",
+    "MemorizedBatchNorm1d",
+    "MemorizedBatchNorm2d",
+    "MemorizedBatchNorm3d",
+    "MomentumBatchNorm1d",
+    "MomentumBatchNorm2d",
+    "MomentumBatchNorm3d",
+    "MomentumSchedule",
+    "convert",
+    "functional",
+    "no_update",
+    "refresh",
+    "revert",
+]

@@ -1,0 +1,1 @@
+"""Implementations of the operator; each stands alone, `mbnorm.functional` chooses between them."""

@@ -1,0 +1,35 @@
+"""The law of mixing two sets of statistics, and the precision they are kept in."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Variance: TypeAlias = Literal["averaged", "pooled"]
+VARIANCES: tuple[Variance, ...] = ("averaged", "pooled")
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the statistics of a tensor of ``dtype``: float64 for float64, float32 below."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def blend(
+    new_mean: Tensor,
+    new_var: Tensor,
+    old_mean: Tensor,
+    old_var: Tensor,
+    weight: Tensor | float,
+    variance: Variance,
+) -> tuple[Tensor, Tensor]:
+    """Mix new and old statistics, the new ones weighing ``weight``.
+
+    ``"averaged"`` averages the variances; ``"pooled"`` adds the variance between the two means
+    (law of total variance). With ``weight=1`` the new statistics come back exactly.
+    """
+    rest = 1 - weight
+    mean = weight * new_mean + rest * old_mean
+    var = weight * new_var + rest * old_var
+    if variance == "pooled":
+        var = var + weight * rest * (new_mean - old_mean).square()
+    return mean, var

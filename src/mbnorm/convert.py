@@ -1,0 +1,204 @@
+"""Conversion of a model's batch norms into layers with a memory, and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mbnorm.layers import (
+    HistoryBatchNorm,
+    MemorizedBatchNorm1d,
+    MemorizedBatchNorm2d,
+    MemorizedBatchNorm3d,
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+)
+
+Method: TypeAlias = Literal["momentum", "memorized", "matched"]
+
+SAMPLES_REMEMBERED = 128
+IDEAL_BATCH_SIZE = 32
+INFERENCE_MOMENTUM = 0.9
+MATCHED_VALUES = 128
+
+_MOMENTUM: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
+    nn.BatchNorm1d: MomentumBatchNorm1d,
+    nn.BatchNorm2d: MomentumBatchNorm2d,
+    nn.BatchNorm3d: MomentumBatchNorm3d,
+}
+_MEMORIZED: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
+    nn.BatchNorm1d: MemorizedBatchNorm1d,
+    nn.BatchNorm2d: MemorizedBatchNorm2d,
+    nn.BatchNorm3d: MemorizedBatchNorm3d,
+}
+_STOCK = {ours: stock for table in (_MOMENTUM, _MEMORIZED) for stock, ours in table.items()}
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` or `revert` did: layer names, and for those left alone the reason.
+
+    ``print`` it. A shared layer has all its names, joined by " = ".
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} converted, {len(self.skipped)} skipped"]
+        lines += [f"  {name}: {what}" for name, what in self.converted.items()]
+        lines += [f"  {name}: skipped, {why}" for name, why in self.skipped.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module, method: Method, *, batch_size: int | None = None, **options: Any
+) -> ConversionReport:
+    """Turn the batch norms of ``model`` into layers with a memory, in place.
+
+    The module objects themselves change their type, so parameters, hooks, sharing, optimizers built
+    before, device, dtype and modes stay, and eval mode gives the same output bit for bit. Only
+    `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` themselves are converted: a subclass may do more than
+    normalize. A trained batch norm (num_batches_tracked > 0) starts the memory from its running
+    statistics.
+
+    Args:
+        model: any module, a batch norm itself included.
+        method: "momentum" (Yong et al., ECCV 2020), "memorized" (Guo et al., AAAI 2018) or "matched"
+            (Momentum BN whose noise is matched per layer; needs nothing else).
+        batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
+            ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
+            1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
+        **options: keyword options of the layers; they win over what follows from ``batch_size``.
+
+    Returns:
+        A report of what was converted, and what was not and why.
+
+    Raises:
+        ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
+        TypeError: the method has no such option; nothing is converted then.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> print(convert(model, "matched"))
+    1 converted, 0 skipped
+      1: BatchNorm2d -> MomentumBatchNorm2d
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    table = _MEMORIZED if method == "memorized" else _MOMENTUM
+    options = _defaults(method, batch_size) | options
+    # wrong options raise here, before anything is converted
+    table[nn.BatchNorm1d](1, **options)
+    momentum = None
+    if method == "momentum" and batch_size is not None:
+        momentum = 1 - INFERENCE_MOMENTUM ** (batch_size / IDEAL_BATCH_SIZE)
+    report = ConversionReport()
+    seeded = False
+    for name, layer in _batch_norms(model):
+        target = table.get(type(layer))
+        if target is None:
+            report.skipped[name] = _why_not(layer, table)
+        elif not layer.track_running_stats or layer.running_mean is None:
+            report.skipped[name] = "track_running_stats=False is plain batch normalization in both modes"
+        else:
+            report.converted[name] = f"{type(layer).__name__} -> {target.__name__}"
+            seeded |= _become(layer, target, options, momentum)
+    if seeded and method == "momentum":
+        report.notes.append(
+            "the memories start from the trained running statistics, but the paper's MomentumSchedule "
+            'starts as plain batch normalization: use schedule="constant" to start where the net was'
+        )
+    return report
+
+
+def revert(model: nn.Module) -> ConversionReport:
+    """Turn the layers with a memory back into torch's batch norms, in place.
+
+    Eval mode gives the same output bit for bit, and the state_dict has torch's keys. The memories are
+    dropped. Weight and bias below float32 become float32, since torch's batch norm takes float32
+    statistics with float32 parameters only.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A report of what was converted, and what was not and why.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(8))
+    >>> _ = convert(model, "memorized")
+    >>> print(revert(model))
+    1 converted, 0 skipped
+      0: MemorizedBatchNorm2d -> BatchNorm2d
+    """
+    report = ConversionReport()
+    for name, layer in _batch_norms(model):
+        if not isinstance(layer, HistoryBatchNorm):
+            continue
+        stock = _STOCK.get(type(layer))
+        if stock is None:
+            report.skipped[name] = f"{type(layer).__name__} is a subclass that may do more than normalize"
+            continue
+        report.converted[name] = f"{type(layer).__name__} -> {stock.__name__}"
+        layer.tear_down()
+        layer.__class__ = stock  # type: ignore[assignment]
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None and layer.running_mean is not None:
+                parameter.data = parameter.data.to(layer.running_mean.dtype)
+    return report
+
+
+def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
+    if method == "matched":
+        return {"matched_values": MATCHED_VALUES}
+    if batch_size is None:
+        return {}
+    if method == "memorized":
+        return {"memory_size": -(-SAMPLES_REMEMBERED // batch_size)}
+    return {"history_weight": max(0.0, 1 - batch_size / IDEAL_BATCH_SIZE)}
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Yield every batch norm once, with all its names."""
+    names: dict[_BatchNorm, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm):
+            names.setdefault(module, []).append(name or "(the model itself)")
+    for module, all_names in names.items():
+        yield " = ".join(all_names), module
+
+
+def _why_not(layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchNorm]]) -> str:
+    kind = type(layer).__name__
+    if type(layer) in table.values():
+        return f"already a {kind}"
+    if isinstance(layer, HistoryBatchNorm):
+        return f"already a {kind}: revert it first"
+    if isinstance(layer, nn.SyncBatchNorm):
+        return "SyncBatchNorm shares statistics across processes, which our layers do not"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return f"{kind} has no channels yet: run a batch through the model first"
+    return f"{kind} is a subclass that may do more than normalize"
+
+
+def _become(
+    layer: _BatchNorm, target: type[HistoryBatchNorm], options: dict[str, Any], momentum: float | None
+) -> bool:
+    """Change the type of a layer; return whether its memory was seeded."""
+    batches = layer.num_batches_tracked
+    trained = batches is not None and not batches.is_meta and bool(batches > 0)
+    layer.__class__ = target
+    ours = cast(HistoryBatchNorm, layer)
+    ours.set_up(**options)
+    if momentum is not None:
+        ours.momentum = momentum
+        cast(MomentumBatchNorm2d, ours).scheduled = True
+    if trained:
+        ours.seed()
+    return trained

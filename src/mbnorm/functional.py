@@ -1,0 +1,185 @@
+"""The operator: batch normalization with a blend of the batch's own statistics and past ones."""
+
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from mbnorm.backends import aten, traceable
+from mbnorm.blend import VARIANCES, Variance, statistics_dtype
+
+Backend: TypeAlias = Literal["auto", "traceable", "aten"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+class BlendedBatchNorm(NamedTuple):
+    """What `blended_batch_norm` returns: the output, and statistics detached from the graph."""
+
+    y: Tensor
+    batch_mean: Tensor
+    batch_var: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def backend_for(x: Tensor) -> Backend:
+    """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
+
+    Under torch.compile it is "traceable", whatever ``x`` is.
+
+    >>> backend_for(torch.randn(2, 3))
+    'aten'
+    """
+    if torch.compiler.is_compiling() or x.device.type not in aten.DEVICES:
+        return "traceable"
+    return "aten"
+
+
+def blended_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past_mean: Tensor,
+    past_var: Tensor,
+    batch_weight: Tensor | float,
+    *,
+    variance: Variance,
+    eps: float,
+    backend: Backend = "auto",
+) -> BlendedBatchNorm:
+    r"""Normalize ``x`` with its batch statistics blended with past ones.
+
+    .. math::
+        \mathrm{mean} = a\,m_B + (1-a)\,M, \qquad
+        \mathrm{var} = a\,v_B + (1-a)\,V \;[\,+\; a(1-a)(m_B-M)^2\,], \qquad
+        y = w\,\frac{x-\mathrm{mean}}{\sqrt{\mathrm{var}+\epsilon}} + b
+
+    The bracket belongs to ``variance="pooled"``. Gradients flow through :math:`m_B` and :math:`v_B`;
+    :math:`M`, :math:`V` and :math:`a` are constants. With :math:`a=1` this is batch normalization.
+
+    Args:
+        x: input of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), any floating dtype. An
+            empty ``x`` gives an empty ``y`` and NaN statistics.
+        weight: scale :math:`w`, shape (C,), or None for ones.
+        bias: shift :math:`b`, shape (C,), or None for zeros.
+        past_mean: past mean :math:`M`, shape (C,).
+        past_var: past biased variance :math:`V`, shape (C,).
+        batch_weight: weight :math:`a` of the batch in (0, 1], a number or a 0-dim tensor.
+        variance: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
+        eps: added to the variance.
+        backend: "auto", or one of "traceable", "aten", which then never falls back.
+
+    Returns:
+        ``(y, batch_mean, batch_var, mean, var)``: ``y`` like ``x``, the others of shape (C,) in
+        float32 (float64 for a float64 ``x``); both variances are biased.
+
+    Raises:
+        ValueError: a shape, ``variance`` or ``backend`` is not one of the above.
+        TypeError: ``x`` is not floating point.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> y, *_, mean, var = blended_batch_norm(
+        ...     x, None, None, torch.tensor([3.0]), torch.tensor([1.0]), 0.5, variance="pooled", eps=0.0)
+        >>> mean, var
+        (tensor([2.]), tensor([2.]))
+    """
+    _check(x, weight, bias, past_mean, past_var, variance, backend)
+    dtype = statistics_dtype(x.dtype)
+    if not isinstance(batch_weight, Tensor):
+        batch_weight = torch.tensor(batch_weight, device=x.device)
+    arguments = (
+        x,
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        past_mean.detach().to(dtype),
+        past_var.detach().to(dtype),
+        batch_weight.detach().to(dtype),
+        variance,
+        eps,
+    )
+    # nothing to compute, whatever the backend
+    chosen = "traceable" if x.numel() == 0 else backend_for(x) if backend == "auto" else backend
+    match chosen:
+        case "aten":
+            return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))
+        case _:
+            y, *statistics = traceable.blended_batch_norm(*arguments)
+            return BlendedBatchNorm(y, *(s.detach() for s in statistics))
+
+
+class _KernelBatchNorm(torch.autograd.Function):
+    """A backend's forward and backward kernels as one differentiable step that saves ``x`` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        past_mean: Tensor,
+        past_var: Tensor,
+        batch_weight: Tensor,
+        variance: Variance,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        y, *statistics = kernels.forward(x, weight, bias, past_mean, past_var, batch_weight, variance, eps)
+        ctx.save_for_backward(x, weight, bias, past_mean, past_var, batch_weight, *statistics)
+        ctx.kernels, ctx.variance, ctx.eps = kernels, variance, eps
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 9
+        if dy is None:
+            return nothing
+        x, weight, bias, past_mean, past_var, batch_weight, batch_mean, _var, mean, var = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled():
+            # create_graph: the gradient must be differentiable itself
+            y, *_ = traceable.blended_batch_norm(
+                x, weight, bias, past_mean, past_var, batch_weight, ctx.variance, ctx.eps
+            )
+            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            gradients = [next(found) if need else None for need in needs]
+        else:
+            gradients = ctx.kernels.backward(
+                dy, x, weight, batch_weight, batch_mean, mean, var, ctx.variance, ctx.eps, needs[0]
+            )
+        return nothing[0], *(g if n else None for g, n in zip(gradients, needs, strict=True)), *nothing[4:]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past_mean: Tensor,
+    past_var: Tensor,
+    variance: str,
+    backend: str,
+) -> None:
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"expected an input of 2 to 5 dimensions, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating point input, got {x.dtype}")
+    channels = x.shape[1:2]
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("past_mean", past_mean),
+        ("past_var", past_var),
+    ):
+        if tensor is not None and tensor.shape != channels:
+            raise ValueError(
+                f"expected {name} of shape {tuple(channels)} for an input of shape {tuple(x.shape)}, "
+                f"got {tuple(tensor.shape)}"
+            )
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

@@ -1,0 +1,15 @@
+"""Drop-in batch normalization layers that remember past batches."""
+
+from mbnorm.layers.base import HistoryBatchNorm
+from mbnorm.layers.memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
+from mbnorm.layers.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+
+__all__ = [
+    "HistoryBatchNorm",
+    "MemorizedBatchNorm1d",
+    "MemorizedBatchNorm2d",
+    "MemorizedBatchNorm3d",
+    "MomentumBatchNorm1d",
+    "MomentumBatchNorm2d",
+    "MomentumBatchNorm3d",
+]

@@ -1,0 +1,178 @@
+"""Memorized batch normalization."""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mbnorm.blend import Variance
+from mbnorm.functional import Backend
+from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, moments_update, unbiased
+from mbnorm.memory import Past, RecentBatches
+
+Inference: TypeAlias = Literal["memory", "ema"]
+
+
+class _MemorizedBatchNorm(HistoryBatchNorm):
+    memory_buffers = ("memory_mean", "memory_var", "memory_count", "memory_position")
+    options = ("memory_size", "memory_values", "decay", "inference")
+    memory_mean: Tensor
+    memory_var: Tensor
+    memory_count: Tensor
+    memory_position: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        memory_size: int = 64,
+        memory_values: int | None = None,
+        decay: float = 1.0,
+        variance: Variance = "pooled",
+        inference: Inference = "memory",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+        self.set_up(
+            memory_size=memory_size,
+            memory_values=memory_values,
+            decay=decay,
+            variance=variance,
+            inference=inference,
+            backend=backend,
+        )
+
+    def set_up(
+        self,
+        *,
+        memory_size: int = 64,
+        memory_values: int | None = None,
+        decay: float = 1.0,
+        variance: Variance = "pooled",
+        inference: Inference = "memory",
+        backend: Backend = "auto",
+    ) -> None:
+        """Check and set the options, and start with an empty memory."""
+        if memory_size < 1:
+            raise ValueError(f"memory_size must be at least 1, got {memory_size}")
+        if memory_values is not None and memory_values < 1:
+            raise ValueError(f"memory_values must be at least 1, got {memory_values}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay}")
+        if inference not in ("memory", "ema"):
+            raise ValueError(f'inference must be "memory" or "ema", got {inference!r}')
+        self.memory_size = memory_size
+        self.memory_values = memory_values
+        self.decay = decay
+        self.inference: Inference = "memory" if memory_values is None and inference == "memory" else "ema"
+        self._set_up_history(variance, backend)
+
+    def _new_memory(self, like: Tensor) -> RecentBatches:
+        k = self.memory_size
+        return RecentBatches(
+            like.new_empty((k, self.num_features)),
+            like.new_empty((k, self.num_features)),
+            like.new_empty((k,)),
+            torch.empty((), device=like.device, dtype=torch.int64),
+        )
+
+    def _memory(self) -> RecentBatches:
+        return RecentBatches(self.memory_mean, self.memory_var, self.memory_count, self.memory_position)
+
+    def _entries_read(self, n: int) -> int:
+        """How many past entries a batch of ``n`` values per channel may read."""
+        if self.memory_values is None:
+            return self.memory_size - 1
+        return min(-(-self.memory_values // n), self.memory_size) - 1
+
+    def _has_past(self) -> bool:
+        return self._entries_read(1) > 0 and super()._has_past()
+
+    def _read(self, n: int) -> Past:
+        # an empty batch reads as if it had a value
+        return self._memory().read(n, self._entries_read(max(n, 1)), self.decay, self.variance)
+
+    def _commit_history(
+        self, finite: Tensor, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int
+    ) -> InferenceUpdate:
+        self._memory().commit(finite, *batch, n)
+        momentum = self.momentum or 0.0
+        if self.memory_size == 1:
+            mean, var = batch
+            return InferenceUpdate(mean, unbiased(var, n), momentum, "averaged")
+        if self.inference == "memory":
+            return InferenceUpdate(*blended, 1.0, "averaged")
+        return moments_update(batch, momentum, m)
+
+    def _history_repr(self) -> str:
+        values = "" if self.memory_values is None else f", memory_values={self.memory_values}"
+        return (
+            f"memory_size={self.memory_size}{values}, decay={self.decay}, variance={self.variance}, "
+            f"inference={self.inference}, backend={self.backend}"
+        )
+
+
+class MemorizedBatchNorm1d(_MemorizedBatchNorm, nn.BatchNorm1d):
+    r"""Memorized batch normalization of (N, C) or (N, C, L) inputs; see `MemorizedBatchNorm2d`.
+
+    >>> MemorizedBatchNorm1d(4)(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+
+class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
+    r"""Normalize (N, C, H, W) inputs with the statistics of the last k batches, current one included.
+
+    .. math::
+        \mathrm{mean} = \sum_i w_i m_i, \qquad
+        \mathrm{var} = \sum_i w_i v_i \;[\,+\; \text{the variance between the batches}\,], \qquad
+        w_i \propto n_i\,\mathrm{decay}^i
+
+    Entry i = 0 is the current batch, the only one that gradients flow through; :math:`n_i` counts the
+    values per channel. A drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same
+    checkpoint keys plus the memory's.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        momentum: weight of the new value in the averages of ``inference="ema"``. 0 stores nothing at
+            all, None and 1.0 store raw batch statistics, as torch's tools expect.
+        affine: whether there are weight and bias, shape (C,).
+        track_running_stats: False is plain batch normalization without a memory.
+        device: where parameters and state live.
+        dtype: of the parameters; the state is never below float32.
+        bias: False leaves the bias out.
+        memory_size: k, batches in the memory; about 128 / batch size. 1 is plain batch normalization.
+        memory_values: read only the newest batches that make up about so many values per channel, so
+            that wide maps read few entries and 1x1 maps many; implies ``inference="ema"``.
+        decay: factor in (0, 1] on the weight of an entry for each batch of age.
+        variance: "pooled" with the bracket above, or "averaged" without.
+        inference: what eval mode uses: "memory" as above (the paper's), or "ema", moving averages of
+            the batches' moments.
+        backend: as in `mbnorm.functional.blended_batch_norm`.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Guo, Wu, Deng, Chen, Tan: Double Forward Propagation for Memorized Batch Normalization,
+    AAAI 2018. ``memory_values`` and ``inference="ema"`` are ours.
+
+    >>> layer = MemorizedBatchNorm2d(8, memory_size=64)
+    >>> layer(torch.randn(2, 8, 4, 4)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+
+
+class MemorizedBatchNorm3d(_MemorizedBatchNorm, nn.BatchNorm3d):
+    r"""Memorized batch normalization of (N, C, D, H, W) inputs; see `MemorizedBatchNorm2d`.
+
+    >>> MemorizedBatchNorm3d(4)(torch.randn(1, 4, 2, 2, 2)).shape
+    torch.Size([1, 4, 2, 2, 2])
+    """

@@ -1,0 +1,199 @@
+"""Momentum batch normalization, with the paper's history weight or matched to a noise level."""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbnorm.blend import Variance
+from mbnorm.functional import Backend
+from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, moments_update
+from mbnorm.memory import MovingAverage, Past
+
+STEPS_BEFORE_NOTICE = 100
+
+
+class _MomentumBatchNorm(HistoryBatchNorm):
+    memory_buffers = ("memory_mean", "memory_var", "memory_count")
+    options = ("history_weight", "matched_values", "scheduled", "_steps_as_plain_bn")
+    memory_mean: Tensor
+    memory_var: Tensor
+    memory_count: Tensor
+    history_weight: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        history_weight: float = 0.0,
+        matched_values: int | None = None,
+        variance: Variance | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+        self.set_up(
+            history_weight=history_weight, matched_values=matched_values, variance=variance, backend=backend
+        )
+
+    def set_up(
+        self,
+        *,
+        history_weight: float = 0.0,
+        matched_values: int | None = None,
+        variance: Variance | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        """Check and set the options, and start with an empty memory."""
+        if not 0 <= history_weight < 1:
+            raise ValueError(f"history_weight must be in [0, 1), got {history_weight}")
+        if matched_values is not None:
+            if matched_values < 1:
+                raise ValueError(f"matched_values must be at least 1, got {matched_values}")
+            if history_weight:
+                raise ValueError(
+                    f"matched_values={matched_values} sets the weight of the history itself: "
+                    f"leave history_weight={history_weight} out"
+                )
+            if variance == "averaged":
+                raise ValueError('matched_values works with variance="pooled" only, got "averaged"')
+        if variance is None:
+            variance = "averaged" if matched_values is None else "pooled"
+        self._set_up_history(variance, backend)
+        self.matched_values = matched_values
+        self._steps_as_plain_bn = 0
+        self.scheduled = False
+        weight = None
+        if matched_values is None:
+            like = self.weight if self.running_mean is None else self.running_mean
+            weight = torch.tensor(
+                float(history_weight),
+                device=None if like is None else like.device,
+                dtype=torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32,
+            )
+        # set by the constructor or a schedule, so a checkpoint does not carry it
+        self.register_buffer("history_weight", weight, persistent=False)
+
+    def _new_memory(self, like: Tensor) -> MovingAverage:
+        return MovingAverage(torch.empty_like(like), torch.empty_like(like), like.new_empty(()))
+
+    def _memory(self) -> MovingAverage:
+        return MovingAverage(self.memory_mean, self.memory_var, self.memory_count)
+
+    def _read(self, n: int) -> Past:
+        if self.matched_values is None:
+            return self._memory().read(self.history_weight)
+        return self._memory().read(max(0.0, (self.matched_values - n) / (self.matched_values + n)))
+
+    def _commit_history(
+        self, finite: Tensor, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int
+    ) -> InferenceUpdate:
+        self._memory().commit(finite, *blended)
+        momentum = self.momentum or 0.0
+        if self.matched_values is not None:
+            return moments_update(batch, momentum, m)
+        self._notice_missing_schedule()
+        return InferenceUpdate(*batch, momentum, "averaged")
+
+    def _notice_missing_schedule(self) -> None:
+        if self.scheduled or torch.compiler.is_compiling():
+            return
+        self._steps_as_plain_bn += 1
+        if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and float(self.history_weight) == 0:
+            _Notice.give(self)
+
+    def _history_repr(self) -> str:
+        if self.matched_values is not None:
+            method = f"matched_values={self.matched_values}"
+        else:
+            method = f"history_weight={_number(self.history_weight)}"
+        return f"{method}, variance={self.variance}, backend={self.backend}"
+
+
+class _Notice:
+    """The warning that Momentum layers trained as plain batch norm, given once for a whole model."""
+
+    last: "weakref.ref[_MomentumBatchNorm] | None" = None
+
+    @classmethod
+    def give(cls, layer: _MomentumBatchNorm) -> None:
+        told = cls.last() if cls.last is not None else None
+        # a layer told in this very forward is of the same model
+        if told is not None and told._steps_as_plain_bn == STEPS_BEFORE_NOTICE:
+            return
+        cls.last = weakref.ref(layer)
+        warnings.warn(
+            f"Momentum layers have trained {STEPS_BEFORE_NOTICE} steps with history_weight=0, which is "
+            "plain batch normalization: use MomentumSchedule(model, ...), or give history_weight or "
+            "matched_values",
+            stacklevel=2,
+        )
+
+
+def _number(tensor: Tensor) -> str:
+    return "?" if tensor.is_meta else f"{float(tensor):.6g}"
+
+
+class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
+    r"""Momentum batch normalization of (N, C) or (N, C, L) inputs; see `MomentumBatchNorm2d`.
+
+    >>> MomentumBatchNorm1d(4, matched_values=128)(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+
+class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
+    r"""Normalize (N, C, H, W) inputs with batch statistics averaged with past ones.
+
+    .. math::
+        \mathrm{mean} = (1-\lambda)\,m_B + \lambda\,M, \qquad
+        \mathrm{var} = (1-\lambda)\,v_B + \lambda\,V, \qquad
+        M, V \leftarrow \mathrm{mean}, \mathrm{var}
+
+    A drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the
+    memory's. Steer :math:`\lambda` with `mbnorm.MomentumSchedule`, or set ``matched_values`` and
+    nothing else.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        momentum: weight of the new value in running_mean and running_var, which eval mode uses. 0
+            stores nothing at all, None and 1.0 store raw batch statistics, as torch's tools expect.
+        affine: whether there are weight and bias, shape (C,).
+        track_running_stats: False is plain batch normalization without a memory.
+        device: where parameters and state live.
+        dtype: of the parameters; the state is never below float32.
+        bias: False leaves the bias out.
+        history_weight: the paper's :math:`\lambda` in [0, 1), kept as a 0-dim tensor to be changed in place.
+        matched_values: N; sets :math:`\lambda = \max(0, (N-n)/(N+n))` for each batch of n values per
+            channel, so that the noise is that of N values (64 to 256; 128 is a good choice).
+        variance: "averaged" as above (the paper's), or "pooled", which adds the variance between the
+            two means; None is "pooled" with ``matched_values`` and "averaged" without.
+        backend: as in `mbnorm.functional.blended_batch_norm`.
+
+    Raises:
+        ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``.
+
+    Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small
+    Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis.
+
+    >>> layer = MomentumBatchNorm2d(8, history_weight=0.75)
+    >>> layer(torch.randn(2, 8, 4, 4)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+
+
+class MomentumBatchNorm3d(_MomentumBatchNorm, nn.BatchNorm3d):
+    r"""Momentum batch normalization of (N, C, D, H, W) inputs; see `MomentumBatchNorm2d`.
+
+    >>> MomentumBatchNorm3d(4, matched_values=128)(torch.randn(1, 4, 2, 2, 2)).shape
+    torch.Size([1, 4, 2, 2, 2])
+    """

@@ -1,0 +1,173 @@
+"""The two memories of past statistics, and the averages used for inference: tensors in, tensors out.
+
+*read* gives what the operator needs, as fresh tensors; *commit* is the only writer of state: in place,
+without a host synchronization, and without effect where ``finite`` is false.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mbnorm.blend import Variance, blend
+
+AS_MANY_AS_THE_BATCH = -1.0
+"""Count of a seeded entry: it weighs as many values as whichever batch reads it."""
+
+
+class Past(NamedTuple):
+    """Past mean and variance, shape (C,), and the weight of the current batch, 0-dim, in (0, 1]."""
+
+    mean: Tensor
+    var: Tensor
+    batch_weight: Tensor
+
+
+class MovingAverage(NamedTuple):
+    """Memory of Momentum BN: the averaged mean and variance, shape (C,), and whether they hold anything."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def read(self, history_weight: Tensor | float) -> Past:
+        """Return the averages, weighing ``history_weight`` unless the memory is empty."""
+        held = (self.count > 0).to(self.mean.dtype)
+        return Past(self.mean.clone(), self.var.clone(), 1 - history_weight * held)
+
+    def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Replace the averages with the blended statistics of a forward."""
+        _write(self.mean, mean, finite)
+        _write(self.var, var, finite)
+        self.count.masked_fill_(finite, 1.0)
+
+    def seed(self, mean: Tensor, var: Tensor) -> None:
+        """Start from known statistics."""
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+        self.count.fill_(1.0)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.mean.zero_()
+        self.var.fill_(1.0)
+        self.count.zero_()
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Return what `rewind` needs to come back here."""
+        return tuple(t.clone() for t in self)
+
+    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Go back to a snapshot."""
+        for tensor, then in zip(self, snapshot, strict=True):
+            tensor.copy_(then)
+
+
+class RecentBatches(NamedTuple):
+    """Memory of Memorized BN: a ring of the statistics of the last k batches.
+
+    ``mean`` and ``var`` are (k, C); ``count``, (k,), has the values per channel of each entry, 0 where
+    the slot is empty; ``position``, 0-dim int64, is the number of entries ever stored.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    position: Tensor
+
+    @property
+    def size(self) -> int:
+        """The length k of the ring."""
+        return self.count.shape[0]
+
+    def _ages(self, position: Tensor) -> Tensor:
+        """Age of each slot at ``position``: 1 is the newest, k the next to be overwritten."""
+        slots = torch.arange(self.size, device=position.device)
+        return (position - 1 - slots) % self.size + 1
+
+    def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
+        """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
+        ages = self._ages(self.position)
+        weight = torch.where(self.count == AS_MANY_AS_THE_BATCH, n, self.count)
+        weight = torch.where(ages <= limit, weight, 0.0)
+        if decay != 1:
+            weight = weight * decay ** ages.to(weight.dtype)
+        total = weight.sum()
+        # an empty memory weighs nothing: 0 / 1
+        share = (weight / torch.where(total > 0, total, 1.0)).unsqueeze(1)
+        mean = (share * self.mean).sum(0)
+        var = (share * self.var).sum(0)
+        if variance == "pooled":
+            var = var + (share * (self.mean - mean).square()).sum(0)
+        return Past(mean, var, n / (n + total))
+
+    def commit(self, finite: Tensor, mean: Tensor, var: Tensor, n: int) -> None:
+        """Store the statistics of a batch of ``n`` values per channel in place of the oldest entry."""
+        slot = (self.position % self.size).view(1)
+        count = torch.full_like(self.count[:1], n)
+        for ring, value in ((self.mean, mean[None]), (self.var, var[None]), (self.count, count)):
+            value = value.to(ring.dtype)
+            ring.index_copy_(0, slot, torch.where(finite, value, ring.index_select(0, slot)))
+        self.position.add_(finite)
+
+    def seed(self, mean: Tensor, var: Tensor) -> None:
+        """Start from known statistics: k-1 entries that each weigh as much as the batch that reads them."""
+        self.clear()
+        self.mean[:-1] = mean
+        self.var[:-1] = var
+        self.count[:-1] = AS_MANY_AS_THE_BATCH
+        self.position.fill_(self.size - 1)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.mean.zero_()
+        self.var.fill_(1.0)
+        self.count.zero_()
+        self.position.zero_()
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Return what `rewind` needs to come back here."""
+        return (self.position.clone(),)
+
+    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Drop the entries stored since a snapshot; what they evicted stays lost."""
+        (then,) = snapshot
+        stored_since = self.position - then
+        self.count.masked_fill_(self._ages(self.position) <= stored_since, 0.0)
+        self.position.copy_(then)
+
+
+class InferenceAverages(NamedTuple):
+    """The statistics of eval mode: ``mean`` and ``var``, shape (C,), and how many batches they have seen."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
+    def commit(
+        self,
+        finite: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: float | None,
+        variance: Variance = "averaged",
+    ) -> None:
+        """Blend in new statistics that weigh ``weight``, or as much as each one before if it is None."""
+        self.batches.add_(finite)
+        factor = weight if weight is not None else 1 / self.batches.clamp(min=1).to(mean.dtype)
+        blended = blend(mean, var, self.mean, self.var, factor, variance)
+        _write(self.mean, blended[0], finite)
+        _write(self.var, blended[1], finite)
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Return what `rewind` needs to come back here."""
+        return tuple(t.clone() for t in self)
+
+    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Go back to a snapshot."""
+        for tensor, then in zip(self, snapshot, strict=True):
+            tensor.copy_(then)
+
+
+def _write(target: Tensor, value: Tensor, finite: Tensor) -> None:
+    target.copy_(torch.where(finite, value.to(target.dtype), target))

@@ -1,0 +1,254 @@
+"""The methods in plain differentiable PyTorch, in the notation of the method page: the tests' oracle.
+
+Notation, for one channel: m samples, n values, batch mean mB, biased batch variance vB, past mean M, past
+variance V, weight a of the batch, lambda and tau weights of the old. Nothing here is shared with the
+library, nothing is fast, and everything works in float64.
+
+Sources: Guo et al., AAAI 2018 (Memorized BN, Double-Forward); Yong et al., ECCV 2020 (Momentum BN).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return mB, vB, n of an input of shape (N, C, ...)."""
+    values = x.transpose(0, 1).flatten(1)
+    n = values.shape[1]
+    mB = values.sum(1) / n
+    vB = ((values - mB[:, None]) ** 2).sum(1) / n
+    return mB, vB, n
+
+
+def mix(
+    mB: Tensor, vB: Tensor, M: Tensor, V: Tensor, a: float | Tensor, variance: str
+) -> tuple[Tensor, Tensor]:
+    """Return a mB + (1-a) M and the variance of the rule "averaged" or "pooled"."""
+    mean = a * mB + (1 - a) * M
+    var = a * vB + (1 - a) * V
+    if variance == "pooled":
+        var = var + a * (1 - a) * (mB - M) ** 2
+    return mean, var
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+    """Return w (x - mean) / sqrt(var + eps) + b per channel."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    y = (x - mean.view(shape)) / torch.sqrt(var + eps).view(shape)
+    if w is not None:
+        y = y * w.view(shape)
+    if b is not None:
+        y = y + b.view(shape)
+    return y
+
+
+def blended_batch_norm(
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    M: Tensor,
+    V: Tensor,
+    a: float | Tensor,
+    variance: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, mB, vB, mean, var of the one operator for all methods."""
+    mB, vB, _ = batch_statistics(x)
+    mean, var = mix(mB, vB, M, V, a, variance)
+    return normalize(x, mean, var, w, b, eps), mB, vB, mean, var
+
+
+def paper_lambda(t: int, T: int, m: int, m0: int = 32) -> float:
+    """Return lambda_t of the dynamic momentum, t = 1..T, as the ECCV paper writes it (T = 1: its limit)."""
+    r = min(m / m0, 1.0)
+    if T == 1:
+        return 1.0 - r if t > 1 else 0.0
+    rho = r ** (1 / T)
+    return float(rho ** (T / (T - 1) * max(T - t, 0)) - rho**T)
+
+
+def inference_tau(m: int, m0: int = 32, tau0: float = 0.9) -> float:
+    """Return the inference averages' weight of the old value."""
+    return float(tau0 ** (m / m0))
+
+
+@dataclass
+class Entry:
+    """One batch in the memory."""
+
+    mean: Tensor
+    var: Tensor
+    n: int | None  # None: as many values as the batch that reads it
+
+
+class _Norm:
+    """State that all methods share: the inference averages and the weight contract of `momentum`."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        self.eps = eps
+        self.momentum = momentum
+        self.running_mean = torch.zeros(channels, dtype=torch.float64)
+        self.running_var = torch.ones(channels, dtype=torch.float64)
+        self.batches = 0
+
+    def _average(self, mB: Tensor, vB: Tensor, tau: float, *, moments: bool) -> None:
+        old_mean, old_var = self.running_mean, self.running_var
+        self.running_mean = tau * old_mean + (1 - tau) * mB
+        self.running_var = tau * old_var + (1 - tau) * vB
+        if moments:
+            self.running_var = self.running_var + tau * (1 - tau) * (mB - old_mean) ** 2
+
+    def _raw_average(self, mB: Tensor, vB: Tensor, n: int) -> bool:
+        """Store raw statistics where momentum is None (cumulative) or 1.0; return whether it was so."""
+        if self.momentum is not None and self.momentum != 1.0:
+            return False
+        tau = 0.0 if self.momentum == 1.0 else 1 - 1 / self.batches
+        self._average(mB, vB * n / (n - 1) if n > 1 else vB, tau, moments=False)
+        return True
+
+    def evaluate(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Return the output of eval mode."""
+        return normalize(x, self.running_mean, self.running_var, w, b, self.eps)
+
+    def _forward(
+        self, x: Tensor, w: Tensor | None, b: Tensor | None, M: Tensor, V: Tensor, a: float, variance: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, *statistics = blended_batch_norm(x, w, b, M, V, a, variance, self.eps)
+        mB, vB, mean, var = (s.detach() for s in statistics)
+        return y, mB, vB, mean, var
+
+
+class MomentumNorm(_Norm):
+    """Momentum BN (ECCV 2020) with a history weight, or noise-matched with `matched_values`."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        history_weight: float = 0.0,
+        matched_values: int | None = None,
+        variance: str = "averaged",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.history_weight = history_weight
+        self.matched_values = matched_values
+        self.variance = "pooled" if matched_values else variance
+        self.M: Tensor | None = None
+        self.V: Tensor | None = None
+
+    def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Return the output of a training forward, and store it."""
+        n = x.numel() // x.shape[1]
+        lam = self.history_weight
+        if self.matched_values:
+            N = self.matched_values
+            lam = max(0.0, (N - n) / (N + n))
+        M, V = self.M, self.V
+        if M is None or V is None:
+            lam, M, V = 0.0, self.running_mean, self.running_var
+        y, mB, vB, mean, var = self._forward(x, w, b, M, V, 1 - lam, self.variance)
+        if self.momentum == 0:
+            return y
+        self.M, self.V = mean, var
+        self.batches += 1
+        if self._raw_average(mB, vB, n):
+            return y
+        assert self.momentum is not None
+        if self.matched_values:
+            self._average(mB, vB, (1 - self.momentum) ** (x.shape[0] / 32), moments=True)
+        else:
+            self._average(mB, vB, 1 - self.momentum, moments=False)
+        return y
+
+    def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]:
+        """Return the state to rewind to."""
+        return self.M, self.V, self.running_mean, self.running_var, self.batches
+
+    def rewind(self, mark: tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]) -> None:
+        """Go back to a mark."""
+        self.M, self.V, self.running_mean, self.running_var, self.batches = mark
+
+
+class MemorizedNorm(_Norm):
+    """Memorized BN (AAAI 2018)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        memory_size: int = 64,
+        memory_values: int | None = None,
+        decay: float = 1.0,
+        variance: str = "pooled",
+        inference: str = "memory",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.memory_size = memory_size
+        self.memory_values = memory_values
+        self.decay = decay
+        self.variance = variance
+        self.inference = "ema" if memory_values else inference
+        self.entries: list[Entry] = []  # newest first
+        self.stored = 0
+
+    def seed(self, mean: Tensor, var: Tensor) -> None:
+        """Start from a trained batch norm's running statistics."""
+        self.running_mean, self.running_var = mean, var
+        self.entries = [Entry(mean, var, None) for _ in range(self.memory_size - 1)]
+
+    def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Return the output of a training forward, and store it."""
+        n = x.numel() // x.shape[1]
+        k = self.memory_size
+        limit = k - 1
+        if self.memory_values:
+            limit = min(-(-self.memory_values // n), k) - 1
+        past = self.entries[:limit]
+        weights = [float(n)] + [
+            (n if e.n is None else e.n) * self.decay**age for age, e in enumerate(past, start=1)
+        ]
+        w_past = [weight / sum(weights) for weight in weights[1:]]
+        a = weights[0] / sum(weights)
+        M, V = self.running_mean, self.running_var
+        if past:
+            M = sum((wi * e.mean for wi, e in zip(w_past, past, strict=True)), torch.zeros_like(M)) / sum(
+                w_past
+            )
+            V = sum((wi * e.var for wi, e in zip(w_past, past, strict=True)), torch.zeros_like(V)) / sum(
+                w_past
+            )
+            if self.variance == "pooled":
+                spread = (wi * (e.mean - M) ** 2 for wi, e in zip(w_past, past, strict=True))
+                V = V + sum(spread, torch.zeros_like(V)) / sum(w_past)
+        y, mB, vB, mean, var = self._forward(x, w, b, M, V, a, self.variance)
+        if self.momentum == 0:
+            return y
+        self.entries = [Entry(mB, vB, n), *self.entries][:k]
+        self.stored += 1
+        self.batches += 1
+        if self._raw_average(mB, vB, n):
+            return y
+        assert self.momentum is not None
+        if k == 1:
+            self._average(mB, vB * n / (n - 1) if n > 1 else vB, 1 - self.momentum, moments=False)
+        elif self.inference == "memory":
+            self.running_mean, self.running_var = mean, var
+        else:
+            self._average(mB, vB, (1 - self.momentum) ** (x.shape[0] / 32), moments=True)
+        return y
+
+    def mark(self) -> tuple[int, Tensor, Tensor, int]:
+        """Return the state to rewind to."""
+        return self.stored, self.running_mean, self.running_var, self.batches
+
+    def rewind(self, mark: tuple[int, Tensor, Tensor, int]) -> None:
+        """Drop the entries stored since a mark; what they evicted stays lost."""
+        stored, self.running_mean, self.running_var, self.batches = mark
+        self.entries = self.entries[self.stored - stored :]
+        self.stored = stored

@@ -1,0 +1,111 @@
+"""The dynamic momentum of Momentum batch normalization."""
+
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import nn
+
+from mbnorm.layers.momentum import _MomentumBatchNorm
+
+Schedule: TypeAlias = Literal["paper", "constant"]
+
+
+class MomentumSchedule:
+    r"""Steer the history weight of a model's Momentum layers over training.
+
+    .. math::
+        \lambda_t = r^{1-p} - r, \quad r = \min(m/m_0, 1), \quad
+        p = \min\!\big(\tfrac{t-1}{\max(T-1, 1)}, 1\big), \qquad 1 - \mathrm{momentum} = \tau_0^{m/m_0}
+
+    :math:`\lambda` starts at 0, plain batch normalization, and ends at 1 - m/m0. Construction sets
+    t = 1; call `step` after each optimizer step. Layers with ``matched_values`` need no schedule and
+    are left alone.
+
+    Args:
+        model: holds the layers; each shared layer counts once.
+        total_steps: T, optimizer steps of the whole training.
+        batch_size: m, samples that each layer sees at a time (per process, per micro-batch).
+        ideal_batch_size: m0.
+        inference_momentum: :math:`\tau_0`, weight of the old value in running_mean and running_var at
+            batch size m0.
+        schedule: "paper" as above, or "constant": :math:`\lambda = 1 - r` from the first step on
+            (ours; better in short runs).
+
+    Raises:
+        ValueError: an option out of range, or no layer to steer.
+
+    Source: Yong et al., ECCV 2020, section "dynamic momentum"; t counts steps instead of epochs.
+
+    >>> import torch
+    >>> from mbnorm import MomentumBatchNorm1d
+    >>> layer = MomentumBatchNorm1d(4)
+    >>> schedule = MomentumSchedule(layer, total_steps=2, batch_size=8)
+    >>> schedule.step()
+    >>> layer.history_weight
+    tensor(0.7500)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        batch_size: int,
+        ideal_batch_size: int = 32,
+        inference_momentum: float = 0.9,
+        schedule: Schedule = "paper",
+    ) -> None:
+        for name, value in (
+            ("total_steps", total_steps),
+            ("batch_size", batch_size),
+            ("ideal_batch_size", ideal_batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < inference_momentum < 1:
+            raise ValueError(f"inference_momentum must be in (0, 1), got {inference_momentum}")
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
+        self.layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, _MomentumBatchNorm) and layer.matched_values is None
+        ]
+        if not self.layers:
+            raise ValueError(
+                "the model has no Momentum layer to steer (layers with matched_values need no schedule): "
+                'mbnorm.convert(model, "momentum") makes them of its batch norms'
+            )
+        self.total_steps = total_steps
+        self.ratio = min(batch_size / ideal_batch_size, 1.0)
+        self.schedule: Schedule = schedule
+        self.t = 1
+        for layer in self.layers:
+            layer.momentum = 1 - inference_momentum ** (batch_size / ideal_batch_size)
+            layer.scheduled = True
+        self._apply()
+
+    @property
+    def history_weight(self) -> float:
+        """The paper's lambda at the present step."""
+        if self.schedule == "constant":
+            return 1 - self.ratio
+        progress = min((self.t - 1) / max(self.total_steps - 1, 1), 1.0)
+        return float(self.ratio ** (1 - progress) - self.ratio)
+
+    def step(self) -> None:
+        """Advance by one optimizer step."""
+        self.t += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save in a checkpoint."""
+        return {"t": self.t}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.t = int(state_dict["t"])
+        self._apply()
+
+    def _apply(self) -> None:
+        for layer in self.layers:
+            layer.history_weight.fill_(self.history_weight)

@@ -1,0 +1,35 @@
+"""Switches on what the layers of a model store."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from mbnorm.layers import HistoryBatchNorm
+
+
+def memorizing_layers(model: nn.Module) -> list[HistoryBatchNorm]:
+    """Return the layers of ``model`` that have a memory, each once."""
+    return [m for m in model.modules() if isinstance(m, HistoryBatchNorm) and m.has_memory]
+
+
+@contextmanager
+def no_update(model: nn.Module) -> Iterator[None]:
+    """Let forwards inside read the memories of ``model``'s layers and store nothing; nests.
+
+    >>> import torch
+    >>> from mbnorm import MemorizedBatchNorm1d
+    >>> layer = MemorizedBatchNorm1d(4)
+    >>> with no_update(layer):
+    ...     _ = layer(torch.randn(2, 4))
+    >>> layer.num_batches_tracked
+    tensor(0)
+    """
+    layers = memorizing_layers(model)
+    for layer in layers:
+        layer._frozen += 1
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._frozen -= 1
