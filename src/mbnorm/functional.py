@@ -1,5 +1,6 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -103,7 +104,7 @@ def blended_batch_norm(
     chosen = "traceable" if x.numel() == 0 else backend_for(x) if backend == "auto" else backend
     match chosen:
         case "aten":
-            return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))
+            return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
         case _:
             y, *statistics = traceable.blended_batch_norm(*arguments)
             return BlendedBatchNorm(y, *(s.detach() for s in statistics))
@@ -139,6 +140,7 @@ class _KernelBatchNorm(torch.autograd.Function):
             return nothing
         x, weight, bias, past_mean, past_var, batch_weight, batch_mean, _var, mean, var = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
+        gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
             y, *_ = traceable.blended_batch_norm(

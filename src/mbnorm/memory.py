@@ -28,30 +28,34 @@ class MovingAverage(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    filled: Tensor
 
     def read(self, history_weight: Tensor | float) -> Past:
         """Return the averages, weighing ``history_weight`` unless the memory is empty."""
-        held = (self.count > 0).to(self.mean.dtype)
+        held = (self.filled > 0).to(self.mean.dtype)
         return Past(self.mean.clone(), self.var.clone(), 1 - history_weight * held)
 
     def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
         """Replace the averages with the blended statistics of a forward."""
         _write(self.mean, mean, finite)
         _write(self.var, var, finite)
-        self.count.masked_fill_(finite, 1.0)
+        self.filled.masked_fill_(finite, 1.0)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
         """Start from known statistics."""
         self.mean.copy_(mean)
         self.var.copy_(var)
-        self.count.fill_(1.0)
+        self.filled.fill_(1.0)
 
     def clear(self) -> None:
         """Forget everything."""
         self.mean.zero_()
         self.var.fill_(1.0)
-        self.count.zero_()
+        self.filled.zero_()
+
+    def holds_anything(self) -> Tensor:
+        """Return whether there is something to read."""
+        return self.filled > 0
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
@@ -66,19 +70,19 @@ class MovingAverage(NamedTuple):
 class RecentBatches(NamedTuple):
     """Memory of Memorized BN: a ring of the statistics of the last k batches.
 
-    ``mean`` and ``var`` are (k, C); ``count``, (k,), has the values per channel of each entry, 0 where
+    ``mean`` and ``var`` are (k, C); ``counts``, (k,), has the values per channel of each entry, 0 where
     the slot is empty; ``position``, 0-dim int64, is the number of entries ever stored.
     """
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    counts: Tensor
     position: Tensor
 
     @property
     def size(self) -> int:
         """The length k of the ring."""
-        return self.count.shape[0]
+        return self.counts.shape[0]
 
     def _ages(self, position: Tensor) -> Tensor:
         """Age of each slot at ``position``: 1 is the newest, k the next to be overwritten."""
@@ -88,7 +92,7 @@ class RecentBatches(NamedTuple):
     def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
         """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
         ages = self._ages(self.position)
-        weight = torch.where(self.count == AS_MANY_AS_THE_BATCH, n, self.count)
+        weight = torch.where(self.counts == AS_MANY_AS_THE_BATCH, n, self.counts)
         weight = torch.where(ages <= limit, weight, 0.0)
         if decay != 1:
             weight = weight * decay ** ages.to(weight.dtype)
@@ -104,8 +108,8 @@ class RecentBatches(NamedTuple):
     def commit(self, finite: Tensor, mean: Tensor, var: Tensor, n: int) -> None:
         """Store the statistics of a batch of ``n`` values per channel in place of the oldest entry."""
         slot = (self.position % self.size).view(1)
-        count = torch.full_like(self.count[:1], n)
-        for ring, value in ((self.mean, mean[None]), (self.var, var[None]), (self.count, count)):
+        count = torch.full_like(self.counts[:1], n)
+        for ring, value in ((self.mean, mean[None]), (self.var, var[None]), (self.counts, count)):
             value = value.to(ring.dtype)
             ring.index_copy_(0, slot, torch.where(finite, value, ring.index_select(0, slot)))
         self.position.add_(finite)
@@ -115,15 +119,19 @@ class RecentBatches(NamedTuple):
         self.clear()
         self.mean[:-1] = mean
         self.var[:-1] = var
-        self.count[:-1] = AS_MANY_AS_THE_BATCH
+        self.counts[:-1] = AS_MANY_AS_THE_BATCH
         self.position.fill_(self.size - 1)
 
     def clear(self) -> None:
         """Forget everything."""
         self.mean.zero_()
         self.var.fill_(1.0)
-        self.count.zero_()
+        self.counts.zero_()
         self.position.zero_()
+
+    def holds_anything(self) -> Tensor:
+        """Return whether there is an entry."""
+        return (self.counts != 0).any()
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
@@ -133,7 +141,7 @@ class RecentBatches(NamedTuple):
         """Drop the entries stored since a snapshot; what they evicted stays lost."""
         (then,) = snapshot
         stored_since = self.position - then
-        self.count.masked_fill_(self._ages(self.position) <= stored_since, 0.0)
+        self.counts.masked_fill_(self._ages(self.position) <= stored_since, 0.0)
         self.position.copy_(then)
 
 

@@ -173,7 +173,7 @@ class HistoryBatchNorm(_BatchNorm):
     def _has_past(self) -> bool:
         """Whether the memory holds something to read; asks the device until the answer is yes."""
         if not self._holds_past and not torch.compiler.is_compiling():
-            self._holds_past = bool((self._memory().count != 0).any())
+            self._holds_past = bool(self._memory().holds_anything())
             return self._holds_past
         return True
 

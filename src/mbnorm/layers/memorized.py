@@ -14,11 +14,11 @@ Inference: TypeAlias = Literal["memory", "ema"]
 
 
 class _MemorizedBatchNorm(HistoryBatchNorm):
-    memory_buffers = ("memory_mean", "memory_var", "memory_count", "memory_position")
+    memory_buffers = ("memory_mean", "memory_var", "memory_counts", "memory_position")
     options = ("memory_size", "memory_values", "decay", "inference")
     memory_mean: Tensor
     memory_var: Tensor
-    memory_count: Tensor
+    memory_counts: Tensor
     memory_position: Tensor
 
     def __init__(
@@ -84,7 +84,7 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         )
 
     def _memory(self) -> RecentBatches:
-        return RecentBatches(self.memory_mean, self.memory_var, self.memory_count, self.memory_position)
+        return RecentBatches(self.memory_mean, self.memory_var, self.memory_counts, self.memory_position)
 
     def _entries_read(self, n: int) -> int:
         """How many past entries a batch of ``n`` values per channel may read."""

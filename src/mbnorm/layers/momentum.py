@@ -16,11 +16,11 @@ STEPS_BEFORE_NOTICE = 100
 
 
 class _MomentumBatchNorm(HistoryBatchNorm):
-    memory_buffers = ("memory_mean", "memory_var", "memory_count")
+    memory_buffers = ("memory_mean", "memory_var", "memory_filled")
     options = ("history_weight", "matched_values", "scheduled", "_steps_as_plain_bn")
     memory_mean: Tensor
     memory_var: Tensor
-    memory_count: Tensor
+    memory_filled: Tensor
     history_weight: Tensor
 
     def __init__(
@@ -86,7 +86,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         return MovingAverage(torch.empty_like(like), torch.empty_like(like), like.new_empty(()))
 
     def _memory(self) -> MovingAverage:
-        return MovingAverage(self.memory_mean, self.memory_var, self.memory_count)
+        return MovingAverage(self.memory_mean, self.memory_var, self.memory_filled)
 
     def _read(self, n: int) -> Past:
         if self.matched_values is None:
