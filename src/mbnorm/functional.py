@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mbnorm.backends import aten, traceable
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
@@ -89,20 +90,24 @@ def blended_batch_norm(
     _check(x, weight, bias, past_mean, past_var, variance, backend)
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
-        batch_weight = torch.tensor(batch_weight, device=x.device)
+        batch_weight = torch.tensor(batch_weight, device=x.device, dtype=dtype)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    past_mean, past_var = past_mean.detach().to(dtype), past_var.detach().to(dtype)
+    if x.numel() == 0:
+        y = F.batch_norm(x, past_mean, past_var, weight, bias, False, 0.0, eps)
+        return BlendedBatchNorm(y, *torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device))
     arguments = (
         x,
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        past_mean.detach().to(dtype),
-        past_var.detach().to(dtype),
+        weight,
+        bias,
+        past_mean,
+        past_var,
         batch_weight.detach().to(dtype),
         variance,
         eps,
     )
-    # nothing to compute, whatever the backend
-    chosen = "traceable" if x.numel() == 0 else backend_for(x) if backend == "auto" else backend
-    match chosen:
+    match backend_for(x) if backend == "auto" else backend:
         case "aten":
             return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
         case _:
@@ -135,7 +140,7 @@ class _KernelBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 9
+        nothing: tuple[None, ...] = (None,) * 9
         if dy is None:
             return nothing
         x, weight, bias, past_mean, past_var, batch_weight, batch_mean, _var, mean, var = ctx.saved_tensors
@@ -143,9 +148,9 @@ class _KernelBatchNorm(torch.autograd.Function):
         gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
-            y, *_ = traceable.blended_batch_norm(
+            y = traceable.blended_batch_norm(
                 x, weight, bias, past_mean, past_var, batch_weight, ctx.variance, ctx.eps
-            )
+            )[0]
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             gradients = [next(found) if need else None for need in needs]

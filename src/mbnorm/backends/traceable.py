@@ -20,10 +20,7 @@ def blended_batch_norm(
     values = x.to(statistics_dtype(x.dtype))
     dims = [d for d in range(x.dim()) if d != 1]
     per_channel = [1, -1] + [1] * (x.dim() - 2)
-    if x.numel() == 0:
-        batch_mean = batch_var = values.new_full((x.shape[1],), torch.nan)
-    else:
-        batch_var, batch_mean = torch.var_mean(values, dims, correction=0)
+    batch_var, batch_mean = torch.var_mean(values, dims, correction=0)
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance)
     scale = torch.rsqrt(var + eps)
     if weight is not None:

@@ -17,7 +17,13 @@ STEPS_BEFORE_NOTICE = 100
 
 class _MomentumBatchNorm(HistoryBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_filled")
-    options = ("history_weight", "matched_values", "scheduled", "_steps_as_plain_bn")
+    options = (
+        "history_weight",
+        "initial_history_weight",
+        "matched_values",
+        "scheduled",
+        "_steps_as_plain_bn",
+    )
     memory_mean: Tensor
     memory_var: Tensor
     memory_filled: Tensor
@@ -71,16 +77,24 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         self.matched_values = matched_values
         self._steps_as_plain_bn = 0
         self.scheduled = False
+        self.initial_history_weight = float(history_weight)
         weight = None
         if matched_values is None:
             like = self.weight if self.running_mean is None else self.running_mean
             weight = torch.tensor(
-                float(history_weight),
+                self.initial_history_weight,
                 device=None if like is None else like.device,
                 dtype=torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32,
             )
         # set by the constructor or a schedule, so a checkpoint does not carry it
         self.register_buffer("history_weight", weight, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Reset statistics, memory, weight and bias, and the history weight to its first value."""
+        super().reset_parameters()
+        # torch's constructor calls this before there is a history weight
+        if self._buffers.get("history_weight") is not None:
+            self.history_weight.fill_(self.initial_history_weight)
 
     def _new_memory(self, like: Tensor) -> MovingAverage:
         return MovingAverage(torch.empty_like(like), torch.empty_like(like), like.new_empty(()))

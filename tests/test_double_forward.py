@@ -1,0 +1,519 @@
+import contextlib
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mbnorm import (
+    DoubleForward,
+    MemorizedBatchNorm1d,
+    MomentumBatchNorm1d,
+    MomentumSchedule,
+    convert,
+    no_update,
+    reference,
+    refresh,
+)
+
+METHODS = {
+    "momentum": (MomentumBatchNorm1d, reference.MomentumNorm, {"history_weight": 0.75}),
+    "matched": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64}),
+    "memorized": (MemorizedBatchNorm1d, reference.MemorizedNorm, {"memory_size": 7}),
+    "memorized-ema": (
+        MemorizedBatchNorm1d,
+        reference.MemorizedNorm,
+        {"memory_size": 7, "inference": "ema"},
+    ),
+}
+on_every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def small_net(method, dtype=torch.float64):
+    torch.manual_seed(0)
+    layer, _, options = METHODS[method]
+    return nn.Sequential(
+        nn.Linear(4, 6), layer(6, **options), nn.ReLU(), nn.Linear(6, 5), layer(5, **options)
+    ).to(dtype)
+
+
+def batches(count, m=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(m, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def loss_of(y):
+    target = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return (y - target).square().mean()
+
+
+def reference_run(method, steps, micro_batches, inputs):
+    """A hand-written Double-Forward loop over the reference; yields both norms after each step."""
+    _, twin, options = METHODS[method]
+    net = small_net(method)
+    first, second = net[0], net[3]
+    norms = twin(6, **options), twin(5, **options)
+    parameters = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    w1, b1, g1, h1, w2, b2, g2, h2 = parameters
+    assert torch.equal(w1, first.weight)
+    assert torch.equal(w2, second.weight)
+
+    def forward(x):
+        hidden = norms[0](F.linear(x, w1, b1), g1, h1)
+        return norms[1](F.linear(hidden.relu(), w2, b2), g2, h2)
+
+    for step in range(steps):
+        step_batches = inputs[step * micro_batches : (step + 1) * micro_batches]
+        marks = [norm.mark() for norm in norms]
+        loss = sum(loss_of(forward(x)) for x in step_batches)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p -= 0.05 * g
+            for norm, mark in zip(norms, marks, strict=True):
+                norm.rewind(mark)
+            for x in step_batches:
+                forward(x)
+        yield norms, parameters
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@on_every_method
+def test_50_steps_equal_a_hand_written_loop_over_the_reference(method, micro_batches):
+    steps = 50
+    inputs = batches(steps * micro_batches)
+    net = small_net(method)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    wanted = reference_run(method, steps, micro_batches, inputs)
+    with DoubleForward(net, optimizer):
+        for step, (norms, parameters) in zip(range(steps), wanted, strict=True):
+            optimizer.zero_grad()
+            for x in inputs[step * micro_batches : (step + 1) * micro_batches]:
+                loss_of(net(x)).backward()
+            optimizer.step()
+            for layer, norm in zip((net[1], net[4]), norms, strict=True):
+                torch.testing.assert_close(layer.running_mean, norm.running_mean, rtol=1e-9, atol=1e-10)
+                torch.testing.assert_close(layer.running_var, norm.running_var, rtol=1e-9, atol=1e-10)
+                assert int(layer.num_batches_tracked) == norm.batches
+            for p, want in zip(net.parameters(), parameters, strict=True):
+                torch.testing.assert_close(p, want, rtol=1e-9, atol=1e-10)
+
+
+@on_every_method
+def test_refresh_by_hand_equals_the_same_loop(method):
+    steps = 20
+    inputs = batches(steps)
+    net = small_net(method)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for x, (norms, _) in zip(inputs, reference_run(method, steps, 1, inputs), strict=True):
+        optimizer.zero_grad()
+        loss_of(net(x)).backward()
+        optimizer.step()
+        refresh(net, x)
+        for layer, norm in zip((net[1], net[4]), norms, strict=True):
+            torch.testing.assert_close(layer.running_mean, norm.running_mean, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(layer.running_var, norm.running_var, rtol=1e-9, atol=1e-10)
+            assert int(layer.num_batches_tracked) == norm.batches
+
+
+class Mixed(nn.Module):
+    """A net with everything that a refresh must leave alone."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.body = small_net(method, torch.float32)
+        self.plain = nn.BatchNorm1d(5)
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("reassigned", torch.zeros(2))
+
+    def forward(self, x):
+        self.calls += 1
+        self.reassigned = self.reassigned + 1
+        return self.plain(self.dropout(self.body(x)))
+
+
+def everything_but_memories(net, optimizer):
+    memorizing = {id(b) for layer in (net.body[1], net.body[4]) for b in layer.buffers()}
+    tensors = {n: b.clone() for n, b in net.named_buffers() if id(b) not in memorizing}
+    tensors |= {n: p.detach().clone() for n, p in net.named_parameters()}
+    tensors |= {f"{n}.grad": p.grad.clone() for n, p in net.named_parameters()}
+    for i, state in enumerate(optimizer.state.values()):
+        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
+    tensors["rng"] = torch.get_rng_state()
+    modes = {n: m.training for n, m in net.named_modules()}
+    return tensors, modes, torch.is_grad_enabled()
+
+
+@on_every_method
+def test_a_refresh_changes_nothing_but_the_memories(method):
+    net = Mixed(method)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(everything_but_memories(net, optimizer)))
+    DoubleForward(net, optimizer)
+    optimizer.register_step_post_hook(lambda *_: seen.append(everything_but_memories(net, optimizer)))
+    net.body[0].eval()
+    for x in batches(6):
+        optimizer.zero_grad()
+        loss_of(net(x.float())).backward()
+        before = net.body[1].memory_mean.clone()
+        optimizer.step()
+        (tensors, *rest), (tensors_after, *rest_after) = seen
+        assert rest == rest_after
+        assert tensors.keys() == tensors_after.keys()
+        assert all(torch.equal(t, tensors_after[n]) for n, t in tensors.items())
+        assert not torch.equal(net.body[1].memory_mean, before)
+        seen.clear()
+
+
+def test_buffers_saved_for_a_pending_backward_stay_usable():
+    net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4), nn.BatchNorm1d(4).eval())
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    net.train()
+    net[2].eval()
+    loss = loss_of(net(torch.randn(4, 4)))
+    loss.backward(retain_graph=True, inputs=list(net[2].parameters()))
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    optimizer.step()
+    (gradient,) = torch.autograd.grad(loss, net[2].weight)
+    assert torch.isfinite(gradient).all()
+
+
+@on_every_method
+def test_no_graph_is_built_in_the_second_forward(method):
+    net = small_net(method)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    outputs = []
+    net.register_forward_hook(lambda module, args, y: outputs.append(y))
+    DoubleForward(net, optimizer)
+    loss_of(net(batches(1)[0])).backward()
+    optimizer.step()
+    assert [y.requires_grad for y in outputs] == [True, False]
+
+
+def steps_of_refresh(net, optimizer, run):
+    calls = []
+    handle = net.register_forward_hook(lambda module, args, y: calls.append(args[0]))
+    run()
+    handle.remove()
+    return calls
+
+
+def train_step(net, optimizer, *inputs):
+    optimizer.zero_grad()
+    for x in inputs:
+        loss_of(net(x)).backward()
+    optimizer.step()
+
+
+def test_removing_stops_it_and_releases_the_inputs():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x = batches(1)[0]
+    with DoubleForward(net, optimizer):
+        loss_of(net(x)).backward()
+    reference_to_x = weakref.ref(x)
+    assert len(steps_of_refresh(net, optimizer, optimizer.step)) == 0
+    del x
+    gc.collect()
+    assert reference_to_x() is None
+
+
+def test_inputs_are_released_after_each_step():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    x = batches(1)[0]
+    train_step(net, optimizer, x)
+    reference_to_x = weakref.ref(x)
+    del x
+    gc.collect()
+    assert reference_to_x() is None
+
+
+def test_every_counts_optimizer_steps_and_replays_the_last_steps_batches():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer, every=2)
+    inputs = batches(4)
+    replayed = []
+    for pair in (inputs[:2], inputs[2:]):
+        calls = steps_of_refresh(net, optimizer, lambda pair=pair: train_step(net, optimizer, *pair))
+        replayed.append(calls[2:])
+    assert replayed[0] == []
+    assert [torch.equal(a, b) for a, b in zip(replayed[1], inputs[2:], strict=True)] == [True, True]
+
+
+def test_eval_and_no_grad_forwards_are_not_replayed():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    x, *others = batches(3)
+    loss_of(net(x)).backward()
+    net.eval()
+    net(others[0])
+    net.train()
+    calls = steps_of_refresh(net, optimizer, optimizer.step)
+    assert len(calls) == 1
+    assert torch.equal(calls[0], x)
+
+
+def test_no_more_forwards_are_kept_than_the_memory_holds():
+    net = nn.Sequential(MemorizedBatchNorm1d(4, memory_size=3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    inputs = batches(5)
+    calls = steps_of_refresh(net, optimizer, lambda: train_step(net, optimizer, *(x.float() for x in inputs)))
+    assert len(calls) == 5 + 3
+    assert torch.equal(calls[-1], inputs[-1].float())
+
+
+def test_of_a_closures_forwards_the_last_is_kept():
+    net = small_net("memorized")
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=6)
+    DoubleForward(net, optimizer)
+    x = batches(1)[0]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net(x))
+        loss.backward()
+        return loss
+
+    calls = steps_of_refresh(net, optimizer, lambda: optimizer.step(closure))
+    assert len(calls) > 3
+    assert int(net[1].num_batches_tracked) == 1
+    assert int((net[1].memory_counts > 0).sum()) == 1
+
+
+def test_keyword_inputs_are_replayed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = MemorizedBatchNorm1d(4)
+
+        def forward(self, *, x, scale):
+            return self.norm(x["a"][0]) * scale
+
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    x = torch.randn(4, 4)
+    loss_of(net(x={"a": [x]}, scale=2)).backward()
+    optimizer.step()
+    assert int(net.norm.num_batches_tracked) == 1
+    torch.testing.assert_close(net.norm.running_mean, x.mean(0))
+
+
+def test_the_replay_runs_under_the_forwards_autocast():
+    net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    dtypes = []
+    net[1].register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
+    DoubleForward(net, optimizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(net(torch.randn(4, 4)))
+    loss.backward()
+    optimizer.step()
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_replay_under_an_outer_autocast_uses_the_new_weights():
+    net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4, inference="memory"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    DoubleForward(net, optimizer)
+    x = torch.randn(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(net(x)).backward()
+        optimizer.step()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        fresh = net[0](x).float().mean(0)
+    torch.testing.assert_close(net[1].running_mean, fresh)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_refreshes_nothing(fused):
+    net = small_net("memorized", torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    DoubleForward(net, optimizer, scaler=scaler)
+    x = batches(1)[0].float()
+
+    def step(factor):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(net(x)) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert len(steps_of_refresh(net, optimizer, lambda: step(torch.inf))) == 1
+    net.zero_grad()
+    assert len(steps_of_refresh(net, optimizer, lambda: step(1.0))) >= 2
+
+
+def test_frozen_layers_are_not_refreshed():
+    net = small_net("momentum", torch.float32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    net[1].eval()
+    before = {n: b.clone() for n, b in net[1].named_buffers()}
+    train_step(net, optimizer, batches(1)[0].float())
+    assert all(torch.equal(b, before[n]) for n, b in net[1].named_buffers())
+
+
+def test_a_loaded_state_is_not_rewound():
+    net = small_net("momentum", torch.float32)
+    donor = copy.deepcopy(net)
+    for x in batches(3):
+        donor(x.float())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    DoubleForward(net, optimizer)
+    net(batches(1)[0].float())
+    net.load_state_dict(donor.state_dict())
+    train_step(net, optimizer, batches(1, seed=5)[0].float())
+    # a rewind would have brought back the count of 0 from before the load
+    assert int(net[1].num_batches_tracked) > int(donor[1].num_batches_tracked)
+
+
+def test_copies_and_pickles_of_the_model_are_not_attached():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attached = DoubleForward(net, optimizer)
+    loss_of(net(batches(1)[0])).backward()
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        twin(batches(1)[0])
+        assert len(attached._calls) == 1
+
+
+def test_a_schedule_and_double_forward_work_together():
+    net = nn.Sequential(nn.Linear(4, 4), MomentumBatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = MomentumSchedule(net, 5, batch_size=4)
+    DoubleForward(net, optimizer)
+    for x in batches(5):
+        train_step(net, optimizer, x.float())
+        schedule.step()
+    assert int(net[1].num_batches_tracked) == 5
+
+
+def test_a_failing_replay_leaves_modes_hooks_and_rng_in_order():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = MemorizedBatchNorm1d(4)
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if not torch.is_grad_enabled():
+                torch.rand(1)
+                raise RuntimeError("out of luck")
+            return self.norm(self.linear(x))
+
+    net = Fails()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    loss_of(net(torch.randn(4, 4))).backward()
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        optimizer.step()
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    with contextlib.suppress(RuntimeError):
+        train_step(net, optimizer, torch.randn(4, 4))
+    assert int(net.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("times", [2, 5])
+@on_every_method
+def test_shared_layers_are_rewound_to_the_start_of_the_forward(method, times):
+    layer, _, options = METHODS[method]
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer(4, **options)
+
+        def forward(self, x):
+            for _ in range(times):
+                x = self.norm(x) + x
+            return x
+
+    hooked, by_hand = Shared(), Shared()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (hooked, by_hand)]
+    DoubleForward(hooked, optimizers[0])
+    for x in batches(4):
+        train_step(hooked, optimizers[0], x.float())
+        train_step(by_hand, optimizers[1], x.float())
+        refresh(by_hand, x.float())
+    assert int(by_hand.norm.num_batches_tracked) == 4 * times
+    for name, tensor in hooked.state_dict().items():
+        assert torch.equal(tensor, by_hand.state_dict()[name])
+
+
+def test_refresh_may_be_repeated():
+    layer = MemorizedBatchNorm1d(4)
+    x = torch.randn(4, 4)
+    layer(x)
+    refresh(layer, x)
+    once = {n: b.clone() for n, b in layer.named_buffers()}
+    refresh(layer, x)
+    assert all(torch.equal(b, once[n]) for n, b in layer.named_buffers())
+
+
+def test_refresh_starts_in_the_middle_of_training():
+    layer = MomentumBatchNorm1d(4, history_weight=0.5)
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    layer(x)
+    twin = copy.deepcopy(layer)
+    layer(x)
+    refresh(layer, y)
+    twin(y)
+    assert torch.equal(layer.memory_mean, twin.memory_mean)
+    assert torch.equal(layer.running_var, twin.running_var)
+
+
+def test_refresh_before_any_forward_is_refused():
+    with pytest.raises(RuntimeError, match="cannot take back 1 training forward"):
+        refresh(MemorizedBatchNorm1d(4), torch.randn(4, 4))
+
+
+def test_refresh_in_eval_mode_is_refused():
+    with pytest.raises(ValueError, match="train mode"):
+        refresh(MemorizedBatchNorm1d(4).eval(), torch.randn(4, 4))
+
+
+def test_a_model_without_memory_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no layer with a memory"):
+        DoubleForward(model, optimizer)
+    convert(model, "memorized")
+    DoubleForward(model, optimizer)
+
+
+def test_wrong_options_are_named():
+    net = small_net("memorized")
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        DoubleForward(net, torch.optim.SGD(net.parameters()), every=0)
+    with pytest.raises(TypeError, match="step hooks, got object"):
+        DoubleForward(net, object())
+
+
+@on_every_method
+def test_no_update_nests_and_survives_errors(method):
+    net = small_net(method)
+    net(batches(1)[0])
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    with contextlib.suppress(KeyError), no_update(net):
+        with no_update(net):
+            net(batches(1, seed=2)[0])
+        net(batches(1, seed=3)[0])
+        raise KeyError
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+    net(batches(1, seed=4)[0])
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])

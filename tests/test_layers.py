@@ -1,0 +1,532 @@
+import copy
+import functools
+import inspect
+import pickle
+
+import pytest
+import torch
+from helpers import DTYPES, LAYOUTS, gradients, layout_id, make_input
+from torch import nn
+from torch.nn import functional as F
+
+import mbnorm
+from mbnorm import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MomentumBatchNorm1d, MomentumBatchNorm2d
+
+METHODS = {
+    "momentum": ("Momentum", {"history_weight": 0.75}),
+    "matched": ("Momentum", {"matched_values": 64}),
+    "memorized": ("Memorized", {"memory_size": 4}),
+    "memorized-ema": ("Memorized", {"memory_size": 4, "inference": "ema"}),
+}
+PLAIN = {
+    "history_weight=0": ("Momentum", {}),
+    "memory_size=1": ("Memorized", {"memory_size": 1}),
+}
+on_every_method = pytest.mark.parametrize("method", METHODS)
+in_every_rank = pytest.mark.parametrize("rank", [2, 3, 4, 5])
+
+
+def layer_class(kind, rank):
+    return getattr(mbnorm, f"{kind}BatchNorm{max(rank - 2, 1)}d")
+
+
+def stock_class(rank):
+    return getattr(nn, f"BatchNorm{max(rank - 2, 1)}d")
+
+
+def build(method, rank=4, features=3, **options):
+    kind, own = METHODS[method]
+    return layer_class(kind, rank)(features, **(own | options))
+
+
+def shape_of(rank, m=4):
+    return (m, 3, *range(4, 2 + rank))
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same_state(module, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+@in_every_rank
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("plain", PLAIN)
+def test_without_a_past_layers_are_torchs_batch_norm(plain, dtype, rank):
+    kind, options = PLAIN[plain]
+    ours, torchs = layer_class(kind, rank)(3, dtype=dtype, **options), stock_class(rank)(3, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    for step in range(5):
+        x = make_input(shape_of(rank, m=2 + step), dtype, seed=step)
+        cotangent = make_input(tuple(x.shape), dtype, seed=50 + step)
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, want = ours(leaves[0]), torchs(leaves[1])
+        close(y, want)
+        close(
+            gradients(y, (leaves[0], ours.weight, ours.bias), cotangent),
+            gradients(want, (leaves[1], torchs.weight, torchs.bias), cotangent),
+        )
+        close(ours.running_mean, torchs.running_mean)
+        assert torch.equal(ours.num_batches_tracked, torchs.num_batches_tracked)
+        if kind == "Memorized":
+            close(ours.running_var, torchs.running_var)
+        else:
+            torchs.running_var.copy_(ours.running_var)
+
+
+def test_history_weight_0_averages_the_biased_variance():
+    layer = MomentumBatchNorm1d(1, dtype=torch.float64)
+    layer(torch.tensor([[0.0], [2.0]], dtype=torch.float64))
+    assert layer.running_var.item() == pytest.approx(0.9 * 1 + 0.1 * 1)
+
+
+@pytest.mark.parametrize("momentum", [None, 1.0, 0.3])
+def test_memory_size_1_has_torchs_running_averages_for_every_momentum(momentum):
+    ours = MemorizedBatchNorm1d(3, memory_size=1, momentum=momentum)
+    torchs = nn.BatchNorm1d(3, momentum=momentum)
+    for step in range(5):
+        x = make_input((2 + step, 3), torch.float32, seed=step)
+        ours(x)
+        torchs(x)
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_var, torchs.running_var)
+
+
+@in_every_rank
+@on_every_method
+def test_layers_are_torchs_by_type(method, rank):
+    assert isinstance(build(method, rank), stock_class(rank))
+
+
+@pytest.mark.parametrize("name", [n for n in mbnorm.__all__ if "BatchNorm" in n])
+def test_constructors_begin_with_torchs_arguments(name):
+    ours = list(inspect.signature(getattr(mbnorm, name)).parameters.values())
+    torchs = list(inspect.signature(nn.BatchNorm2d.__init__).parameters.values())[1:]
+    positional = [p for p in torchs if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in ours[: len(positional)]] == [(p.name, p.default) for p in positional]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(positional) :])
+
+
+@on_every_method
+def test_layers_build_from_a_partial(method):
+    kind, options = METHODS[method]
+    norm = functools.partial(layer_class(kind, 4), eps=1e-3, **options)
+    assert norm(8).eps == 1e-3
+
+
+@on_every_method
+def test_bias_can_be_left_out(method):
+    layer = build(method, bias=False)
+    assert layer.bias is None
+    layer(make_input(shape_of(4), torch.float32))
+    layer.reset_parameters()
+    assert "bias" not in layer.state_dict()
+
+
+@on_every_method
+def test_affine_can_be_left_out(method):
+    layer = build(method, affine=False)
+    y = layer(make_input(shape_of(4), torch.float32))
+    assert list(layer.parameters()) == []
+    assert torch.isfinite(y).all()
+
+
+@on_every_method
+@pytest.mark.parametrize("rank", [2, 3])
+def test_1d_takes_two_and_three_dimensions(method, rank):
+    assert build(method, rank)(make_input(shape_of(rank), torch.float32)).dim() == rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "wrong", "words"),
+    [(2, 4, "expected 2D or 3D input"), (4, 3, "expected 4D input"), (5, 4, "expected 5D input")],
+)
+@on_every_method
+def test_inputs_of_wrong_rank_get_torchs_error(method, rank, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        build(method, rank)(make_input(shape_of(wrong), torch.float32))
+
+
+@on_every_method
+def test_inputs_with_wrong_channels_are_named(method):
+    with pytest.raises(ValueError, match=r"shape \(4,\) for an input of shape \(2, 4, 3, 3\), got \(3,\)"):
+        build(method)(torch.zeros(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=layout_id)
+@on_every_method
+def test_output_keeps_dtype_and_layout_in_both_modes(method, shape, layout, dtype):
+    layer = build(method, len(shape), features=shape[1])
+    layer = layer.double() if dtype == torch.float64 else layer
+    x = make_input(shape, dtype, layout)
+    for mode in (True, True, False):
+        y = layer.train(mode)(x)
+        assert (y.dtype, y.stride()) == (x.dtype, x.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=layout_id)
+@on_every_method
+def test_half_layers_keep_their_state_in_float32(method, dtype):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    layer.running_var.fill_(1e5)
+    before = state_of(layer)
+    layer.to(dtype)
+    assert layer.weight.dtype == dtype
+    assert all(b.dtype in (torch.float32, torch.int64) for b in layer.buffers())
+    assert torch.equal(layer.running_var, before["running_var"])
+    assert torch.equal(layer.memory_mean, before["memory_mean"])
+    for mode in (True, False):
+        assert layer.train(mode)(make_input(shape_of(4), dtype)).dtype == dtype
+
+
+@on_every_method
+def test_double_and_float_move_the_state_along(method):
+    layer = build(method).double()
+    assert {b.dtype for b in layer.buffers()} == {torch.float64, torch.int64}
+    assert {b.dtype for b in layer.float().buffers()} == {torch.float32, torch.int64}
+    assert {b.dtype for b in layer.double().half().buffers()} == {torch.float32, torch.int64}
+
+
+@on_every_method
+def test_half_constructor_keeps_the_state_in_float32(method):
+    layer = build(method, dtype=torch.float16)
+    assert layer.weight.dtype == torch.float16
+    assert layer.running_mean.dtype == layer.memory_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+@on_every_method
+def test_eval_is_torchs_batch_norm_on_the_running_averages(method, dtype):
+    layer = build(method).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    state = layer.running_mean.dtype
+    for step in range(3):
+        layer(make_input(shape_of(4), state, seed=step))
+    x = make_input(shape_of(4), dtype, seed=9)
+    want = F.batch_norm(
+        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0, layer.eps
+    )
+    assert torch.equal(layer.eval()(x), want)
+
+
+@on_every_method
+def test_eval_writes_nothing(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    before = state_of(layer)
+    layer.eval()(make_input(shape_of(4), torch.float32, seed=1))
+    layer.train()
+    assert same_state(layer, before)
+
+
+@on_every_method
+def test_train_mode_without_gradients_stores_as_torch_does(method):
+    layer = build(method)
+    with torch.no_grad():
+        layer(make_input(shape_of(4), torch.float32))
+    assert int(layer.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@on_every_method
+def test_a_non_finite_batch_stores_nothing_and_shows_in_the_output(method, bad):
+    layer = build(method)
+    for step in range(3):
+        layer(make_input(shape_of(4), torch.float32, seed=step))
+    before = state_of(layer)
+    x = make_input(shape_of(4), torch.float32, seed=7)
+    x[0, 1, 0, 0] = bad
+    assert not torch.isfinite(layer(x)).all()
+    assert same_state(layer, before)
+
+
+@in_every_rank
+@on_every_method
+def test_an_empty_batch_changes_nothing(method, rank):
+    layer = build(method, rank)
+    x = torch.empty(shape_of(rank, m=0), requires_grad=True)
+    for _ in range(2):
+        before = state_of(layer)
+        y = layer(x)
+        dx, dw = gradients(y, (x, layer.weight), torch.empty_like(x))
+        assert y.shape == dx.shape == x.shape
+        assert torch.equal(dw, torch.zeros(3))
+        assert same_state(layer, before)
+        layer(make_input(shape_of(rank), torch.float32))
+
+
+@on_every_method
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)])
+def test_one_value_per_channel_raises_torchs_error_first_and_works_later(method, shape):
+    layer = build(method, len(shape))
+    x = torch.randn(shape, requires_grad=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        layer(x)
+    assert int(layer.num_batches_tracked) == 0
+    layer(make_input((4, *shape[1:]), torch.float32))
+    for _ in range(6):
+        y = layer(x)
+        (dx,) = gradients(y, (x,), torch.randn(shape))
+        assert torch.isfinite(y).all()
+        assert torch.isfinite(layer.running_var).all()
+        assert dx.abs().min() > 0
+    assert int(layer.num_batches_tracked) == 7
+
+
+@on_every_method
+def test_one_value_per_channel_raises_again_after_a_reset(method):
+    layer = build(method, 2)
+    layer(torch.randn(4, 3))
+    layer(torch.randn(1, 3))
+    layer.reset_running_stats()
+    with pytest.raises(ValueError, match="Expected more than 1 value"):
+        layer(torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("options", [{"memory_size": 1}, {"memory_values": 1}])
+def test_one_value_per_channel_raises_where_no_past_is_ever_read(options):
+    layer = MemorizedBatchNorm1d(3, **options)
+    layer(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="Expected more than 1 value"):
+        layer(torch.randn(1, 3))
+
+
+@on_every_method
+def test_several_forwards_then_one_backward(method):
+    layer = build(method).double()
+    twin = copy.deepcopy(layer)
+    leaves = [make_input(shape_of(4), torch.float64, seed=s).requires_grad_() for s in range(5)]
+    cotangents = [make_input(shape_of(4), torch.float64, seed=20 + s) for s in range(5)]
+    together = gradients(
+        sum((layer(x) * c).sum() for x, c in zip(leaves, cotangents, strict=True)),
+        (*leaves, layer.weight),
+        torch.ones((), dtype=torch.float64),
+    )
+    one_by_one = [gradients(twin(x), (x, twin.weight), c) for x, c in zip(leaves, cotangents, strict=True)]
+    torch.testing.assert_close(together[:-1], tuple(g[0] for g in one_by_one))
+    torch.testing.assert_close(together[-1], sum(g[1] for g in one_by_one))
+
+
+@on_every_method
+def test_double_backward_through_a_layer_with_a_past(method):
+    layer = build(method, 3).double()
+    layer(make_input(shape_of(3), torch.float64))
+    x = make_input(shape_of(3), torch.float64, seed=1).requires_grad_()
+    with mbnorm.no_update(layer):
+        assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+@on_every_method
+def test_momentum_0_stores_nothing(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    before = state_of(layer)
+    layer.momentum = 0
+    layer(make_input(shape_of(4), torch.float32, seed=1))
+    assert same_state(layer, before)
+
+
+@on_every_method
+def test_momentum_1_leaves_the_raw_batch_statistics(method):
+    layer = build(method, momentum=1.0)
+    layer(make_input(shape_of(4), torch.float32))
+    x = make_input(shape_of(4), torch.float32, seed=1)
+    layer(x)
+    var, mean = torch.var_mean(x, (0, 2, 3))
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, var)
+
+
+@on_every_method
+def test_momentum_none_is_the_cumulative_mean_of_raw_statistics(method):
+    layer = build(method, momentum=None)
+    inputs = [make_input(shape_of(4, m=2 + s), torch.float32, seed=s) for s in range(7)]
+    for x in inputs:
+        layer(x)
+    raw = [torch.var_mean(x, (0, 2, 3)) for x in inputs]
+    torch.testing.assert_close(layer.running_mean, torch.stack([m for _, m in raw]).mean(0))
+    torch.testing.assert_close(layer.running_var, torch.stack([v for v, _ in raw]).mean(0))
+
+
+@on_every_method
+def test_untracked_from_the_start_is_plain_batch_norm(method):
+    layer = build(method, track_running_stats=False)
+    x = make_input(shape_of(4), torch.float32)
+    want = F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0, layer.eps)
+    assert torch.equal(layer(x), want)
+    assert torch.equal(layer.eval()(x), want)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+@on_every_method
+def test_untracked_later_reads_the_memory_and_writes_nothing(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    twin = copy.deepcopy(layer)
+    before = state_of(layer)
+    layer.track_running_stats = False
+    x = make_input(shape_of(4), torch.float32, seed=1)
+    assert torch.equal(layer(x), twin(x))
+    assert same_state(layer, before)
+
+
+@on_every_method
+def test_reset_clears_all_state(method):
+    layer = build(method)
+    fresh = state_of(layer)
+    for step in range(6):
+        layer(make_input(shape_of(4), torch.float32, seed=step))
+    layer.reset_parameters()
+    assert same_state(layer, fresh)
+
+
+@on_every_method
+def test_a_checkpoint_restores_the_run_bit_for_bit(method):
+    layer = build(method)
+    for step in range(6):
+        layer(make_input(shape_of(4), torch.float32, seed=step))
+    resumed = build(method)
+    resumed.load_state_dict(state_of(layer))
+    for step in range(6, 12):
+        x = make_input(shape_of(4), torch.float32, seed=step)
+        assert torch.equal(layer(x), resumed(x))
+    assert same_state(layer, state_of(resumed))
+
+
+@on_every_method
+def test_state_dict_is_versioned(method):
+    layer = build(method)
+    assert layer.state_dict()._metadata[""]["version"] == 3
+
+
+@on_every_method
+def test_own_checkpoints_must_be_whole(method):
+    layer = build(method)
+    state = layer.state_dict()
+    del state["memory_mean"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*memory_mean"):
+        build(method).load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@on_every_method
+def test_a_trained_stock_checkpoint_loads_strictly_and_seeds_the_memory(method, assign):
+    stock = nn.BatchNorm2d(3).double()
+    for step in range(30):
+        stock(make_input(shape_of(4, m=8), torch.float64, seed=step))
+    layer = build(method).double()
+    layer.load_state_dict(stock.state_dict(), strict=True, assign=assign)
+    x = make_input(shape_of(4, m=2), torch.float64, seed=99)
+    assert torch.equal(layer.eval()(x), stock.eval()(x))
+    past = layer._read(8)
+    torch.testing.assert_close(past.mean, stock.running_mean)
+    torch.testing.assert_close(past.var, stock.running_var)
+    assert past.batch_weight < 1
+
+
+@on_every_method
+def test_an_untrained_stock_checkpoint_leaves_the_memory_empty(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    layer.load_state_dict(nn.BatchNorm2d(3).state_dict())
+    assert layer._read(8).batch_weight == 1
+
+
+def test_a_half_checkpoint_loads_into_float32_state():
+    layer = MomentumBatchNorm2d(3, history_weight=0.5)
+    layer.load_state_dict(nn.BatchNorm2d(3).half().state_dict(), assign=True)
+    assert layer.running_mean.dtype == layer.memory_mean.dtype == torch.float32
+
+
+def test_loading_a_stock_checkpoint_leaves_the_callers_dict_alone():
+    state = nn.BatchNorm2d(3).state_dict()
+    keys = list(state)
+    MemorizedBatchNorm2d(3).load_state_dict(state)
+    assert list(state) == keys
+
+
+@on_every_method
+def test_copies_and_pickles_are_equal_and_independent(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        before = state_of(layer)
+        assert same_state(twin, before)
+        x = make_input(shape_of(4), torch.float32, seed=1)
+        y = twin(x)
+        assert same_state(layer, before)
+        with mbnorm.no_update(layer):
+            assert torch.equal(layer(x), y)
+
+
+@on_every_method
+def test_meta_layers_materialize(method):
+    with torch.device("meta"):
+        layer = build(method)
+    assert "memory" in repr(layer)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    twin = build(method)
+    for step in range(5):
+        x = make_input(shape_of(4), torch.float32, seed=step)
+        assert torch.equal(layer(x), twin(x))
+
+
+@on_every_method
+def test_state_is_written_in_place(method):
+    layer = build(method)
+    storages = {name: b.data_ptr() for name, b in layer.named_buffers()}
+    for step in range(6):
+        layer(make_input(shape_of(4), torch.float32, seed=step))
+    layer.reset_running_stats()
+    assert {name: b.data_ptr() for name, b in layer.named_buffers()} == storages
+
+
+@on_every_method
+def test_state_holds_no_graph(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32).requires_grad_())
+    assert not any(b.requires_grad for b in layer.buffers())
+
+
+def test_the_memorys_cost_is_shown():
+    layer = MemorizedBatchNorm2d(16, memory_size=8)
+    assert layer.memory_bytes == 2 * 8 * 16 * 4 + 8 * 4 + 8
+    assert repr(layer).endswith(
+        "memory_size=8, decay=1.0, variance=pooled, inference=memory, backend=auto, memory=1064 bytes)"
+    )
+
+
+def test_the_method_is_shown():
+    assert "history_weight=0.75, variance=averaged" in repr(MomentumBatchNorm2d(3, history_weight=0.75))
+    assert "matched_values=64, variance=pooled" in repr(MomentumBatchNorm2d(3, matched_values=64))
+    assert "memory_values=128, decay=1.0, variance=pooled, inference=ema" in repr(
+        MemorizedBatchNorm2d(3, memory_values=128)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("Momentum", {"history_weight": 1.0}, r"history_weight must be in \[0, 1\), got 1.0"),
+        ("Momentum", {"history_weight": -0.1}, "history_weight must be"),
+        ("Momentum", {"matched_values": 0}, "matched_values must be at least 1, got 0"),
+        ("Momentum", {"matched_values": 64, "history_weight": 0.5}, "leave history_weight=0.5 out"),
+        ("Momentum", {"matched_values": 64, "variance": "averaged"}, "pooled.*only"),
+        ("Momentum", {"variance": "mixed"}, "variance must be one of .*got 'mixed'"),
+        ("Momentum", {"backend": "cudnn"}, "backend must be one of .*got 'cudnn'"),
+        ("Memorized", {"memory_size": 0}, "memory_size must be at least 1, got 0"),
+        ("Memorized", {"memory_values": 0}, "memory_values must be at least 1, got 0"),
+        ("Memorized", {"decay": 0.0}, r"decay must be in \(0, 1\], got 0.0"),
+        ("Memorized", {"decay": 1.1}, "decay must be"),
+        ("Memorized", {"inference": "best"}, "inference must be .*got 'best'"),
+        ("Memorized", {"variance": "mixed"}, "variance must be one of"),
+    ],
+)
+def test_wrong_options_are_named(kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        layer_class(kind, 4)(3, **options)

@@ -1,0 +1,102 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mbnorm
+
+SOURCE = Path(mbnorm.__file__).parent
+OPTIONAL = ["lightning", "lightning_fabric", "typer", "rich", "matplotlib", "sklearn", "triton", "monai"]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+
+
+def test_import_takes_torch_alone_and_warns_of_nothing():
+    code = (
+        "import torch, sys; before = set(sys.modules); import mbnorm; "
+        f"print([m for m in {OPTIONAL} if m in set(sys.modules) - before])"
+    )
+    result = run(code)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_import_probes_no_hardware():
+    code = (
+        "import torch\n"
+        "def probe(*a): raise AssertionError('probed')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.accelerator.is_available = probe\n"
+        "import mbnorm"
+    )
+    assert run(code).stderr == ""
+
+
+def test_public_names_exist_and_are_typed():
+    assert all(hasattr(mbnorm, name) for name in mbnorm.__all__)
+    assert (SOURCE / "py.typed").exists()
+
+
+def imports_of(path):
+    return set(re.findall(r"^\s*(?:from|import) (mbnorm[\w.]*)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "backends").glob("*.py")), ids=lambda p: p.name)
+def test_backends_import_no_other_part_of_the_house(path):
+    assert imports_of(path) <= {"mbnorm.blend"}
+
+
+def test_the_reference_stands_alone():
+    assert imports_of(SOURCE / "reference.py") == set()
+    others = [p for p in SOURCE.rglob("*.py") if "mbnorm.reference" in p.read_text()]
+    assert others == []
+
+
+def test_arrows_point_down():
+    order = [
+        {"mbnorm.blend", "mbnorm.recompute", "mbnorm.backends"},
+        {"mbnorm.functional", "mbnorm.memory"},
+        {"mbnorm.layers"},
+        {"mbnorm.state"},
+        {"mbnorm.convert", "mbnorm.double_forward", "mbnorm.schedule"},
+    ]
+    level = {name: height for height, names in enumerate(order) for name in names}
+
+    def height_of(module):
+        parts = module.split(".")
+        return level.get(".".join(parts[:2]))
+
+    for path in SOURCE.rglob("*.py"):
+        own = height_of(".".join(("mbnorm", *path.relative_to(SOURCE).with_suffix("").parts)))
+        if own is None:
+            continue
+        for imported in imports_of(path):
+            assert height_of(imported) is not None, (path, imported)
+            assert height_of(imported) <= own, (path, imported)
+
+
+def test_layers_work_where_torch_has_no_bias_keyword(monkeypatch):
+    batch_norm = nn.modules.batchnorm._BatchNorm.__init__
+
+    def old_batch_norm(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+    ):
+        batch_norm(self, num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
+    monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "__init__", old_batch_norm)
+    with pytest.raises(TypeError):
+        nn.BatchNorm2d(3, bias=False)
+    layer = mbnorm.MomentumBatchNorm2d(3, bias=False, history_weight=0.5)
+    assert layer.bias is None
+    assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
