@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
-from mbnorm.layers.base import Snapshot
+from mbnorm.layers.state import Snapshot
 from mbnorm.state import memorizing_layers, no_update
 
 FORWARDS_KEPT = 64

@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help compare test lint clean
+
+help:
+	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
+	@echo "make test      run the tests"
+	@echo "make lint      check style and types"
+	@echo "make clean     remove the virtual environment"
+
+compare: $(VENV)/ready
+	$(BIN)/mbnorm compare
+
+test: $(VENV)/ready
+	$(BIN)/pytest -n auto
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# the constraints file keeps pip from choosing a torch by itself
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

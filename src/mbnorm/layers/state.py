@@ -1,0 +1,229 @@
+"""The state of a layer with a memory: how it is made, moved, saved, loaded, reset and taken back."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mbnorm.blend import VARIANCES, Variance, statistics_dtype
+from mbnorm.functional import BACKENDS, Backend
+from mbnorm.memory import InferenceAverages, MovingAverage, RecentBatches
+
+UNDO_DEPTH = 8
+"""How many calls of one layer `undo` can take back."""
+
+
+class Snapshot(NamedTuple):
+    """The state of a layer before a forward, valid until that state is reset or loaded."""
+
+    resets: int
+    averages: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+
+
+class StatefulBatchNorm(_BatchNorm):
+    """A batch norm with a memory beside its running averages.
+
+    A subclass names its memory's buffers and its options, and defines the methods that raise here.
+    """
+
+    _version = 3  # 2 is torch's; at 3 the memory's buffers were added
+    memory_buffers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: Any,
+        dtype: Any,
+        bias: bool,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            # torch takes this keyword since 2.13 only
+            self.register_parameter("bias", None)
+
+    def _set_up_history(self, variance: Variance, backend: Backend) -> None:
+        """Set the options that all layers have, and add the memory's buffers."""
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.variance: Variance = variance
+        self.backend: Backend = backend
+        self._frozen = 0
+        self._resets = 0
+        self._holds_past = False
+        self._undo: deque[Snapshot] | None = deque(maxlen=UNDO_DEPTH)
+        if self.running_mean is None or self.running_var is None:
+            for name in self.memory_buffers:
+                self.register_buffer(name, None)
+            return
+        dtype = statistics_dtype(self.running_mean.dtype)
+        self.running_mean = self.running_mean.to(dtype)
+        self.running_var = self.running_var.to(dtype)
+        for name, buffer in self._new_memory(self.running_mean)._asdict().items():
+            self.register_buffer(f"memory_{name}", buffer)
+        self._memory().clear()
+
+    def set_up(self, *_: Any, **options: Any) -> None:
+        """Check and set the options, and start with an empty memory; also turns a batch norm into ours."""
+        raise NotImplementedError
+
+    def tear_down(self) -> None:
+        """Remove all that `set_up` added."""
+        own = ("variance", "backend", "_frozen", "_resets", "_holds_past", "_undo")
+        for name in (*own, *self.memory_buffers, *self.options):
+            delattr(self, name)
+
+    def _new_memory(self, like: Tensor) -> MovingAverage | RecentBatches:
+        """Return an uninitialized memory on the device and in the dtype of ``like``."""
+        raise NotImplementedError
+
+    def _memory(self) -> MovingAverage | RecentBatches:
+        """Return the memory made of this layer's buffers."""
+        raise NotImplementedError
+
+    def _averages(self) -> InferenceAverages:
+        return InferenceAverages(
+            cast(Tensor, self.running_mean),
+            cast(Tensor, self.running_var),
+            cast(Tensor, self.num_batches_tracked),
+        )
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether this layer has a memory: not if it was built with ``track_running_stats=False``."""
+        return self._buffers.get(self.memory_buffers[0]) is not None
+
+    @property
+    def memory_device(self) -> torch.device:
+        """Where the memory lives."""
+        return cast(Tensor, self._buffers[self.memory_buffers[0]]).device
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of this layer, for `rewind`."""
+        return Snapshot(self._resets, self._averages().snapshot(), self._memory().snapshot())
+
+    @torch.no_grad()
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot; without effect if the state was reset or loaded since."""
+        if snapshot.resets == self._resets:
+            self._averages().rewind(snapshot.averages)
+            self._memory().rewind(snapshot.memory)
+            self._holds_past = False
+
+    def undo(self, calls: int) -> None:
+        """Take back the last ``calls`` forwards that stored something.
+
+        Raises:
+            RuntimeError: more calls than were seen, or than `UNDO_DEPTH`.
+        """
+        known = len(self._undo or ())
+        if calls > known:
+            raise RuntimeError(
+                f"cannot take back {calls} training forward(s) of a {type(self).__name__} that has seen "
+                f"{known} since its state began (it knows {UNDO_DEPTH} at most, and none that ran "
+                "compiled): attach DoubleForward before training"
+            )
+        if self._undo and calls:
+            self.rewind(self._undo[-calls])
+            self._undo.clear()
+
+    def stop_undo(self) -> None:
+        """Keep nothing for `undo` any more: whoever calls this takes snapshots itself."""
+        self._undo = None
+
+    def seed(self) -> None:
+        """Start the memory from running_mean and running_var, as after loading a trained batch norm."""
+        if self.running_mean is not None and self.running_var is not None:
+            self._memory().seed(self.running_mean, self.running_var)
+            self._forget_past_answers()
+
+    def _forget_past_answers(self) -> None:
+        self._holds_past = False
+        self._resets += 1
+        if self._undo is not None:
+            self._undo.clear()
+
+    def reset_running_stats(self) -> None:
+        """Reset the averages for inference as torch does, and empty the memory."""
+        super().reset_running_stats()
+        # torch's constructor calls this before there is a memory
+        if hasattr(self, "_resets") and self.has_memory:
+            self._memory().clear()
+            self._forget_past_answers()
+
+    def reset_parameters(self) -> None:
+        """Reset statistics, memory, weight and bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulBatchNorm":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            original = before[name]
+            if buffer is not None and original is not None and buffer.is_floating_point():
+                dtype = statistics_dtype(buffer.dtype)
+                if dtype != buffer.dtype:
+                    # .half() and .bfloat16() move the state but do not round it
+                    self._buffers[name] = original.to(buffer.device, dtype)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if self.has_memory:
+            names = [prefix + name for name in self.memory_buffers]
+            version = local_metadata.get("version")
+            if (version is None or version < 3) and not any(name in state_dict for name in names):
+                memory = self._memory_from_stock(state_dict, prefix)
+                state_dict.update(zip(names, memory, strict=True))
+            for name in ("running_mean", "running_var", *self.memory_buffers):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state_dict[prefix + name] = value.to(statistics_dtype(value.dtype))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._forget_past_answers()
+
+    def _memory_from_stock(self, state_dict: dict[str, Any], prefix: str) -> MovingAverage | RecentBatches:
+        """Return the memory that a checkpoint of torch's own batch norm stands for."""
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        batches = state_dict.get(prefix + "num_batches_tracked")
+        memory = self._new_memory(self._averages().mean)
+        memory.clear()
+        # checkpoints older than the counter are trained ones
+        trained = batches is None or (not batches.is_meta and bool(batches > 0))
+        if mean is not None and var is not None and mean.shape == memory.mean.shape[-1:] and trained:
+            memory.seed(mean, var)
+        return memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_undo"] = deque(maxlen=UNDO_DEPTH)
+        return state
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the memory's buffers take, in bytes."""
+        buffers = (self._buffers.get(name) for name in self.memory_buffers)
+        return sum(b.numel() * b.element_size() for b in buffers if b is not None)
+
+    def extra_repr(self) -> str:
+        """Return torch's description, the method's options and the size of the memory."""
+        torchs = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{torchs}, {self._history_repr()}, memory={self.memory_bytes} bytes"
+
+    def _history_repr(self) -> str:
+        raise NotImplementedError
