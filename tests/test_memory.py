@@ -15,7 +15,9 @@ def ring(k, channels=1):
 
 
 def moving(channels=1):
-    memory = MovingAverage(torch.empty(channels), torch.empty(channels), torch.empty(()))
+    memory = MovingAverage(
+        torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64)
+    )
     memory.clear()
     return memory
 

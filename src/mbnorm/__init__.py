@@ -1,6 +1,7 @@
 """Batch normalization that works at batch sizes 1 to 8."""
 
 from mbnorm import functional
+from mbnorm.checkpoint import checkpoint_context_fn
 from mbnorm.convert import ConversionReport, convert, revert
 from mbnorm.double_forward import DoubleForward, refresh
 from mbnorm.layers import (
@@ -26,6 +27,7 @@ __all__ = [
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
     "MomentumSchedule",
+    "checkpoint_context_fn",
     "convert",
     "functional",
     "no_update",

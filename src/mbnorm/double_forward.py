@@ -1,6 +1,7 @@
 """Double-Forward: after an optimizer step, forward its batches again to refresh the memories."""
 
 import contextlib
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -296,12 +297,18 @@ def _replay(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and id(buffer) not in ours
     ]
+    pending = [(layer._calls, layer._calls.calls.copy()) for layer in memorizing_layers(model)]
     token = _replaying.set(True)
     try:
-        with _forked_rng(model), torch.no_grad():
+        with _forked_rng(model), torch.no_grad(), warnings.catch_warnings():
+            # reentrant checkpoints miss the gradients that a replay does without
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             yield
     finally:
         _replaying.reset(token)
+        for log, calls in pending:
+            # no backward follows a replay, but one of an earlier forward may
+            log.calls = calls
         for module, name, buffer, value in others:
             module._buffers[name] = buffer
             # through .data: a graph that saved this buffer must still find it unchanged

@@ -24,7 +24,7 @@ class Past(NamedTuple):
 
 
 class MovingAverage(NamedTuple):
-    """Memory of Momentum BN: the averaged mean and variance, shape (C,), and whether they hold anything."""
+    """Memory of Momentum BN: mean and variance, shape (C,), and 0-dim int64, 1 if they hold something."""
 
     mean: Tensor
     var: Tensor
@@ -39,13 +39,13 @@ class MovingAverage(NamedTuple):
         """Replace the averages with the blended statistics of a forward."""
         _write(self.mean, mean, finite)
         _write(self.var, var, finite)
-        self.filled.masked_fill_(finite, 1.0)
+        self.filled.masked_fill_(finite, 1)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
         """Start from known statistics."""
         self.mean.copy_(mean)
         self.var.copy_(var)
-        self.filled.fill_(1.0)
+        self.filled.fill_(1)
 
     def clear(self) -> None:
         """Forget everything."""

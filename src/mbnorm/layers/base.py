@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbnorm.blend import Variance, statistics_dtype
-from mbnorm.functional import blended_batch_norm
+from mbnorm.functional import BlendedBatchNorm, backend_for, blended_batch_norm
 from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import Past
-from mbnorm.recompute import in_recompute
+from mbnorm.recompute import Call, in_compiled_checkpoint, in_recompute
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
@@ -49,8 +49,23 @@ class HistoryBatchNorm(StatefulBatchNorm):
         if n == 1 and not self._has_past():
             # one value has no variance: torch says so in its own words
             return self._plain_batch_norm(input)
+        if self._calls.script is not None or in_recompute():
+            return self._repeat(input, n)
+        if torch.compiler.is_compiling() and not self._calls.explicit and in_compiled_checkpoint():
+            # compiled, the recompute would read the memory as it is after the forward
+            torch._dynamo.graph_break(msg="pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint")
         past = self._read(n)
-        y, batch_mean, batch_var, mean, var = blended_batch_norm(
+        if torch.compiler.is_compiling():
+            result = self._blend(input, past)
+        else:
+            result, node = self._blend_watched(input, past)
+            self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
+        if n > 0 and self.tracks and not self._frozen:
+            self._commit(result, n, m)
+        return result.y
+
+    def _blend(self, input: Tensor, past: Past) -> BlendedBatchNorm:
+        return blended_batch_norm(
             input,
             self.weight,
             self.bias,
@@ -59,9 +74,37 @@ class HistoryBatchNorm(StatefulBatchNorm):
             eps=self.eps,
             backend=self.backend,
         )
-        if self.tracks and not self._frozen and not in_recompute():
-            self._commit((batch_mean, batch_var), (mean, var), n, m)
-        return y
+
+    def _blend_watched(
+        self, input: Tensor, past: Past
+    ) -> tuple[BlendedBatchNorm, "torch.autograd.graph.Node | None"]:
+        """Return the operator's result, and the node that its backward pass comes through last."""
+        backend = backend_for(input) if self.backend == "auto" else self.backend
+        if backend == "traceable":
+            # many nodes: one of their own in front of them all
+            input = input.view_as(input)
+            return self._blend(input, past), input.grad_fn
+        result = self._blend(input, past)
+        return result, result.y.grad_fn
+
+    def _repeat(self, input: Tensor, n: int) -> Tensor:
+        """Do a forward again as it was: read what it had read, and store nothing."""
+        log = self._calls
+        if log.script is not None:
+            call = next(log.script)
+        elif candidates := log.likeliest(n):
+            call = candidates[0]
+            if len(candidates) > 1 or log.lost:
+                # without a graph: what is saved for the backward must be saved as often as in the forward
+                with torch.no_grad():
+                    probe = self._blend(input, call.past)
+                call = log.identify(candidates, probe.batch_mean, probe.batch_var)
+        else:
+            # a forward that somebody makes inside a backward pass repeats nothing
+            return self._blend(input, self._read(n)).y
+        result, node = self._blend_watched(input, call.past)
+        log.note(call, node)
+        return result.y
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
         dtype = statistics_dtype(input.dtype) if self.running_mean is None else self.running_mean.dtype
@@ -94,12 +137,12 @@ class HistoryBatchNorm(StatefulBatchNorm):
         )
 
     @torch.no_grad()
-    def _commit(self, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int) -> None:
+    def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
         if self._undo is not None and not torch.compiler.is_compiling():
             self._undo.append(self.snapshot())
-        mean, var = batch
+        mean, var = result.batch_mean, result.batch_var
         finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
-        update = self._commit_history(finite, batch, blended, n, m)
+        update = self._commit_history(finite, (mean, var), (result.mean, result.var), n, m)
         if self.momentum is None or self.momentum == 1:
             # update_bn and PreciseBN set these to read the raw statistics of each batch
             update = InferenceUpdate(mean, unbiased(var, n), self.momentum, "averaged")

@@ -97,7 +97,8 @@ class _MomentumBatchNorm(HistoryBatchNorm):
             self.history_weight.fill_(self.initial_history_weight)
 
     def _new_memory(self, like: Tensor) -> MovingAverage:
-        return MovingAverage(torch.empty_like(like), torch.empty_like(like), like.new_empty(()))
+        filled = torch.empty((), device=like.device, dtype=torch.int64)
+        return MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
 
     def _memory(self) -> MovingAverage:
         return MovingAverage(self.memory_mean, self.memory_var, self.memory_filled)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 from mbnorm.functional import BACKENDS, Backend
 from mbnorm.memory import InferenceAverages, MovingAverage, RecentBatches
+from mbnorm.recompute import CallLog
 
 UNDO_DEPTH = 8
 """How many calls of one layer `undo` can take back."""
@@ -62,6 +63,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._resets = 0
         self._holds_past = False
         self._undo: deque[Snapshot] | None = deque(maxlen=UNDO_DEPTH)
+        self._calls = CallLog()
         if self.running_mean is None or self.running_var is None:
             for name in self.memory_buffers:
                 self.register_buffer(name, None)
@@ -79,7 +81,7 @@ class StatefulBatchNorm(_BatchNorm):
 
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
-        own = ("variance", "backend", "_frozen", "_resets", "_holds_past", "_undo")
+        own = ("variance", "backend", "_frozen", "_resets", "_holds_past", "_undo", "_calls")
         for name in (*own, *self.memory_buffers, *self.options):
             delattr(self, name)
 
@@ -150,6 +152,7 @@ class StatefulBatchNorm(_BatchNorm):
     def _forget_past_answers(self) -> None:
         self._holds_past = False
         self._resets += 1
+        self._calls.clear()
         if self._undo is not None:
             self._undo.clear()
 
@@ -211,7 +214,7 @@ class StatefulBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_undo"] = deque(maxlen=UNDO_DEPTH)
+        state |= {"_undo": deque(maxlen=UNDO_DEPTH), "_calls": CallLog()}
         return state
 
     @property
