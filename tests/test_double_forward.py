@@ -81,6 +81,7 @@ def reference_run(method, steps, micro_batches, inputs):
         yield norms, parameters
 
 
+@pytest.mark.contract("GA-1", "GA-5")
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @on_every_method
 def test_50_steps_equal_a_hand_written_loop_over_the_reference(method, micro_batches):
@@ -103,6 +104,7 @@ def test_50_steps_equal_a_hand_written_loop_over_the_reference(method, micro_bat
                 torch.testing.assert_close(p, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.contract("DF-7")
 @on_every_method
 def test_refresh_by_hand_equals_the_same_loop(method):
     steps = 20
@@ -149,6 +151,7 @@ def everything_but_memories(net, optimizer):
     return tensors, modes, torch.is_grad_enabled()
 
 
+@pytest.mark.contract("DF-1", "DF-3")
 @on_every_method
 def test_a_refresh_changes_nothing_but_the_memories(method):
     net = Mixed(method)
@@ -185,6 +188,7 @@ def test_buffers_saved_for_a_pending_backward_stay_usable():
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.contract("DF-2")
 @on_every_method
 def test_no_graph_is_built_in_the_second_forward(method):
     net = small_net(method)
@@ -225,6 +229,7 @@ def test_removing_stops_it_and_releases_the_inputs():
     assert reference_to_x() is None
 
 
+@pytest.mark.contract("DF-2")
 def test_inputs_are_released_after_each_step():
     net = small_net("memorized")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -237,6 +242,7 @@ def test_inputs_are_released_after_each_step():
     assert reference_to_x() is None
 
 
+@pytest.mark.contract("GA-1")
 def test_every_counts_optimizer_steps_and_replays_the_last_steps_batches():
     net = small_net("memorized")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -274,6 +280,7 @@ def test_no_more_forwards_are_kept_than_the_memory_holds():
     assert torch.equal(calls[-1], inputs[-1].float())
 
 
+@pytest.mark.contract("DF-5")
 def test_of_a_closures_forwards_the_last_is_kept():
     net = small_net("memorized")
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=6)
@@ -311,6 +318,7 @@ def test_keyword_inputs_are_replayed():
     torch.testing.assert_close(net.norm.running_mean, x.mean(0))
 
 
+@pytest.mark.contract("DF-2", "AM-5")
 def test_the_replay_runs_under_the_forwards_autocast():
     net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -324,6 +332,7 @@ def test_the_replay_runs_under_the_forwards_autocast():
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
+@pytest.mark.contract("AM-5")
 def test_a_replay_under_an_outer_autocast_uses_the_new_weights():
     net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4, inference="memory"))
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -337,6 +346,7 @@ def test_a_replay_under_an_outer_autocast_uses_the_new_weights():
     torch.testing.assert_close(net[1].running_mean, fresh)
 
 
+@pytest.mark.contract("AM-3")
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skips_refreshes_nothing(fused):
     net = small_net("memorized", torch.float32)
@@ -504,6 +514,7 @@ def test_wrong_options_are_named():
         DoubleForward(net, object())
 
 
+@pytest.mark.contract("MF-3")
 @on_every_method
 def test_no_update_nests_and_survives_errors(method):
     net = small_net(method)

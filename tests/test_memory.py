@@ -15,9 +15,7 @@ def ring(k, channels=1):
 
 
 def moving(channels=1):
-    memory = MovingAverage(
-        torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64)
-    )
+    memory = MovingAverage(torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64))
     memory.clear()
     return memory
 
@@ -158,7 +156,8 @@ def test_rewinding_an_average_restores_it():
 
 
 def averages():
-    return InferenceAverages(torch.zeros(1), torch.ones(1), torch.zeros((), dtype=torch.int64))
+    zero = torch.zeros((), dtype=torch.int64)
+    return InferenceAverages(torch.zeros(1), torch.ones(1), zero, zero.clone())
 
 
 def test_inference_averages_without_a_weight_are_cumulative():
@@ -177,4 +176,4 @@ def test_inference_averages_of_moments_count_the_spread_of_the_means():
 def test_inference_averages_ignore_what_is_not_finite():
     state = averages()
     state.commit(NO, torch.tensor([torch.inf]), torch.tensor([1.0]), 1.0)
-    assert (state.mean.item(), int(state.batches)) == (0.0, 0)
+    assert (state.mean.item(), int(state.batches), int(state.skipped)) == (0.0, 0, 1)

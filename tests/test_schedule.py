@@ -114,7 +114,7 @@ def test_wrong_options_are_named(change, words):
 
 
 def test_a_model_without_momentum_layers_is_refused():
-    with pytest.raises(ValueError, match="no Momentum layer to steer"):
+    with pytest.raises(ValueError, match="no Momentum layer to steer: mbnorm.convert"):
         MomentumSchedule(nn.BatchNorm1d(3), 5, batch_size=2)
 
 

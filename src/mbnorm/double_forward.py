@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
 from mbnorm.layers.state import Snapshot
-from mbnorm.state import memorizing_layers, no_update
+from mbnorm.optimizer_steps import was_skipped
+from mbnorm.state import memorizing_layers, no_update, why_none
 
 FORWARDS_KEPT = 64
 """Forwards kept for a replay where no layer has a memory_size to say how many matter."""
@@ -115,7 +116,7 @@ class DoubleForward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._calls_before_step = None
-        if _was_skipped(optimizer, self.scaler):
+        if was_skipped(optimizer, self.scaler):
             return
         self._steps += 1
         mark, calls = self._mark, list(self._calls)
@@ -237,7 +238,10 @@ class _RootHook:
         self.watcher = watcher
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.watcher is not None and model.training and not _replaying.get():
+        if self.watcher is None or not model.training or _replaying.get():
+            return
+        # a forward that stores nothing, as SAM's second one, is none to repeat
+        if any(layer.stores for layer in memorizing_layers(model)):
             self.watcher.capture(model, args, kwargs)
 
     def __reduce__(self) -> tuple[type["_RootHook"], tuple[()]]:
@@ -251,21 +255,8 @@ def _watch(model: nn.Module, watcher: "DoubleForward | _LastForward") -> Removab
 def _layers_to_refresh(model: nn.Module) -> list[HistoryBatchNorm]:
     layers = memorizing_layers(model)
     if not layers:
-        raise ValueError(
-            "the model has no layer with a memory to refresh: "
-            'mbnorm.convert(model, "memorized") makes them of its batch norms'
-        )
+        raise ValueError(f"the model has no layer with a memory to refresh: {why_none(model)}")
     return layers
-
-
-def _was_skipped(optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None") -> bool:
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        # of these GradScaler leaves out the whole step, and with it the hook
-        return False
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is None and scaler is not None and scaler.is_enabled():
-        found_inf = sum(scaler._found_inf_per_device(optimizer).values())
-    return found_inf is not None and bool(found_inf)
 
 
 def _count_calls(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mbnorm.blend import Variance, blend
 
 AS_MANY_AS_THE_BATCH = -1.0
-"""Count of a seeded entry: it weighs as many values as whichever batch reads it."""
+"""Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""
 
 
 class Past(NamedTuple):
@@ -92,7 +92,7 @@ class RecentBatches(NamedTuple):
     def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
         """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
         ages = self._ages(self.position)
-        weight = torch.where(self.counts == AS_MANY_AS_THE_BATCH, n, self.counts)
+        weight = torch.where(self.counts < 0, n, self.counts)
         weight = torch.where(ages <= limit, weight, 0.0)
         if decay != 1:
             weight = weight * decay ** ages.to(weight.dtype)
@@ -146,11 +146,15 @@ class RecentBatches(NamedTuple):
 
 
 class InferenceAverages(NamedTuple):
-    """The statistics of eval mode: ``mean`` and ``var``, shape (C,), and how many batches they have seen."""
+    """The statistics of eval mode: ``mean`` and ``var``, shape (C,), and two 0-dim int64 counters.
+
+    ``batches`` counts the batches stored, ``skipped`` those that were not finite.
+    """
 
     mean: Tensor
     var: Tensor
     batches: Tensor
+    skipped: Tensor
 
     def commit(
         self,
@@ -162,6 +166,7 @@ class InferenceAverages(NamedTuple):
     ) -> None:
         """Blend in new statistics that weigh ``weight``, or as much as each one before if it is None."""
         self.batches.add_(finite)
+        self.skipped.add_(~finite)
         factor = weight if weight is not None else 1 / self.batches.clamp(min=1).to(mean.dtype)
         blended = blend(mean, var, self.mean, self.var, factor, variance)
         _write(self.mean, blended[0], finite)

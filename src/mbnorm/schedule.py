@@ -2,9 +2,13 @@
 
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers.momentum import _MomentumBatchNorm
+from mbnorm.optimizer_steps import was_skipped
+from mbnorm.state import memorizing_layers, why_none
 
 Schedule: TypeAlias = Literal["paper", "constant"]
 
@@ -17,8 +21,8 @@ class MomentumSchedule:
         p = \min\!\big(\tfrac{t-1}{\max(T-1, 1)}, 1\big), \qquad 1 - \mathrm{momentum} = \tau_0^{m/m_0}
 
     :math:`\lambda` starts at 0, plain batch normalization, and ends at 1 - m/m0. Construction sets
-    t = 1; call `step` after each optimizer step. Layers with ``matched_values`` need no schedule and
-    are left alone.
+    t = 1; call `step` after each optimizer step, or `follow` the optimizer. Layers with
+    ``matched_values`` need no schedule and are left alone.
 
     Args:
         model: holds the layers; each shared layer counts once.
@@ -71,10 +75,8 @@ class MomentumSchedule:
             if isinstance(layer, _MomentumBatchNorm) and layer.matched_values is None
         ]
         if not self.layers:
-            raise ValueError(
-                "the model has no Momentum layer to steer (layers with matched_values need no schedule): "
-                'mbnorm.convert(model, "momentum") makes them of its batch norms'
-            )
+            reason = "those it has need no schedule" if memorizing_layers(model) else why_none(model)
+            raise ValueError(f"the model has no Momentum layer to steer: {reason}")
         self.total_steps = total_steps
         self.ratio = min(batch_size / ideal_batch_size, 1.0)
         self.schedule: Schedule = schedule
@@ -96,6 +98,25 @@ class MomentumSchedule:
         """Advance by one optimizer step."""
         self.t += 1
         self._apply()
+
+    def follow(
+        self, optimizer: torch.optim.Optimizer, *, scaler: "torch.amp.GradScaler | None" = None
+    ) -> RemovableHandle:
+        """Step after each step of ``optimizer`` that was not skipped, in place of calls of `step`.
+
+        Args:
+            optimizer: the optimizer whose steps count.
+            scaler: the `torch.amp.GradScaler` in use, if any.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+
+        def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            if not was_skipped(stepped, scaler):
+                self.step()
+
+        return optimizer.register_step_post_hook(after_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint."""

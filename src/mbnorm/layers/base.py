@@ -60,7 +60,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         else:
             result, node = self._blend_watched(input, past)
             self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
-        if n > 0 and self.tracks and not self._frozen:
+        if n > 0 and self.stores:
             self._commit(result, n, m)
         return result.y
 
@@ -135,6 +135,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
             and self.running_mean is not None
             and self.momentum != 0
         )
+
+    @property
+    def stores(self) -> bool:
+        """Whether a forward now would be stored."""
+        return self.tracks and not self._frozen
 
     @torch.no_grad()
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:

@@ -1,5 +1,6 @@
 """The state of a layer with a memory: how it is made, moved, saved, loaded, reset and taken back."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -34,6 +35,7 @@ class StatefulBatchNorm(_BatchNorm):
     _version = 3  # 2 is torch's; at 3 the memory's buffers were added
     memory_buffers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    num_batches_skipped: Tensor
 
     def __init__(
         self,
@@ -65,15 +67,17 @@ class StatefulBatchNorm(_BatchNorm):
         self._undo: deque[Snapshot] | None = deque(maxlen=UNDO_DEPTH)
         self._calls = CallLog()
         if self.running_mean is None or self.running_var is None:
-            for name in self.memory_buffers:
+            for name in self._own_buffers:
                 self.register_buffer(name, None)
             return
         dtype = statistics_dtype(self.running_mean.dtype)
         self.running_mean = self.running_mean.to(dtype)
         self.running_var = self.running_var.to(dtype)
-        for name, buffer in self._new_memory(self.running_mean)._asdict().items():
-            self.register_buffer(f"memory_{name}", buffer)
-        self._memory().clear()
+        memory = self._new_memory(self.running_mean)
+        skipped = torch.zeros((), device=self.running_mean.device, dtype=torch.int64)
+        for name, buffer in zip(self._own_buffers, (*memory, skipped), strict=True):
+            self.register_buffer(name, buffer)
+        memory.clear()
 
     def set_up(self, *_: Any, **options: Any) -> None:
         """Check and set the options, and start with an empty memory; also turns a batch norm into ours."""
@@ -82,8 +86,13 @@ class StatefulBatchNorm(_BatchNorm):
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
         own = ("variance", "backend", "_frozen", "_resets", "_holds_past", "_undo", "_calls")
-        for name in (*own, *self.memory_buffers, *self.options):
+        for name in (*own, *self._own_buffers, *self.options):
             delattr(self, name)
+
+    @property
+    def _own_buffers(self) -> tuple[str, ...]:
+        """The buffers that torch's batch norm has not."""
+        return (*self.memory_buffers, "num_batches_skipped")
 
     def _new_memory(self, like: Tensor) -> MovingAverage | RecentBatches:
         """Return an uninitialized memory on the device and in the dtype of ``like``."""
@@ -98,6 +107,7 @@ class StatefulBatchNorm(_BatchNorm):
             cast(Tensor, self.running_mean),
             cast(Tensor, self.running_var),
             cast(Tensor, self.num_batches_tracked),
+            self.num_batches_skipped,
         )
 
     @property
@@ -162,6 +172,7 @@ class StatefulBatchNorm(_BatchNorm):
         # torch's constructor calls this before there is a memory
         if hasattr(self, "_resets") and self.has_memory:
             self._memory().clear()
+            self.num_batches_skipped.zero_()
             self._forget_past_answers()
 
     def reset_parameters(self) -> None:
@@ -188,15 +199,25 @@ class StatefulBatchNorm(_BatchNorm):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         if self.has_memory:
-            names = [prefix + name for name in self.memory_buffers]
+            names = [prefix + name for name in self._own_buffers]
             version = local_metadata.get("version")
             if (version is None or version < 3) and not any(name in state_dict for name in names):
                 memory = self._memory_from_stock(state_dict, prefix)
-                state_dict.update(zip(names, memory, strict=True))
+                none_skipped = torch.zeros_like(self.num_batches_skipped)
+                state_dict.update(zip(names, (*memory, none_skipped), strict=True))
+            poisoned = []
             for name in ("running_mean", "running_var", *self.memory_buffers):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and value.is_floating_point():
                     state_dict[prefix + name] = value.to(statistics_dtype(value.dtype))
+                    if not value.is_meta and not bool(torch.isfinite(value).all()):
+                        poisoned.append(prefix + name)
+            if poisoned:
+                warnings.warn(
+                    f"not finite in the checkpoint: {', '.join(poisoned)}. Call reset_running_stats() and "
+                    "make some training forwards, or every output will be NaN",
+                    stacklevel=2,
+                )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._forget_past_answers()
 
@@ -208,7 +229,11 @@ class StatefulBatchNorm(_BatchNorm):
         memory.clear()
         # checkpoints older than the counter are trained ones
         trained = batches is None or (not batches.is_meta and bool(batches > 0))
-        if mean is not None and var is not None and mean.shape == memory.mean.shape[-1:] and trained:
+        if mean is None or var is None or not trained:
+            return memory
+        # what does not fit is for torch's own checks to name
+        fits = mean.shape == var.shape == memory.mean.shape[-1:]
+        if fits and (mean.is_meta or bool((torch.isfinite(mean) & torch.isfinite(var)).all())):
             memory.seed(mean, var)
         return memory
 
