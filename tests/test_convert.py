@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import make_input
 from torch import nn
+from torch.nn.utils import prune
 
 from mbnorm import (
     MemorizedBatchNorm1d,
@@ -278,7 +279,7 @@ def test_converting_twice_changes_nothing(method):
 def test_another_method_needs_a_revert_first():
     layer = nn.BatchNorm2d(3)
     convert(layer, "memorized")
-    assert "revert it first" in next(iter(convert(layer, "momentum").skipped.values()))
+    assert "with other options: revert it first" in next(iter(convert(layer, "momentum").skipped.values()))
 
 
 def test_subclasses_of_ours_are_named_by_revert():
@@ -295,7 +296,9 @@ def test_subclasses_of_ours_are_named_by_revert():
         ({"method": "group"}, ValueError, "method must be one of .*got 'group'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
-        ({"method": "memorized", "matched_values": 3}, TypeError, "matched_values"),
+        ({"method": "memorized", "matched_values": 3}, TypeError, "no option 'matched_values'"),
+        ({"method": "memorized", "momentum": 0.05}, TypeError, "no option 'momentum'; it has memory_size"),
+        ({"method": "matched", "eps": 1e-3}, TypeError, "no option 'eps'"),
         ({"method": "matched", "history_weight": 0.5}, ValueError, "leave history_weight=0.5 out"),
     ],
 )
@@ -323,3 +326,30 @@ def test_meta_models_are_converted(method):
     report = convert(model, method)
     assert len(report.converted) == 2
     assert model[0].norm.memory_mean.is_meta
+
+
+@on_every_method
+def test_pruned_half_norms_are_reverted_whole(method):
+    layer = nn.BatchNorm2d(3).half()
+    convert(layer, method)
+    prune.l1_unstructured(layer, "weight", 1)
+    layer(images().half()).float().sum().backward()
+    revert(layer)
+    assert torch.isfinite(layer.eval()(images().half())).all()
+    assert layer.weight_orig.grad.dtype == layer.weight_orig.dtype == torch.float32
+
+
+def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
+    frozen, other = nn.BatchNorm1d(3, momentum=0.0), nn.BatchNorm1d(3, momentum=0.01)
+    for layer in (frozen, other):
+        convert(layer, "momentum", batch_size=2)
+    assert frozen.momentum == 0
+    revert(other)
+    assert other.momentum == 0.01
+
+
+def test_converting_again_with_other_options_says_so():
+    layer = nn.BatchNorm1d(3)
+    convert(layer, "momentum", batch_size=2)
+    assert "with other options" in str(convert(layer, "matched"))
+    assert "with other options" not in str(convert(layer, "momentum", batch_size=2))

@@ -318,3 +318,50 @@ def test_wrong_arguments_are_named(change, error, words):
     }
     with pytest.raises(error, match=words):
         blended_batch_norm(**(arguments | change))
+
+
+@on_every_backend
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_weight_that_the_input_depends_on_is_counted_once(create_graph, backend):
+    x = make_input((4, 3, 5), torch.float64).requires_grad_()
+    weight, bias = (p.requires_grad_() for p in make_parameters(3, torch.float64))
+    past = near_statistics(x.detach())
+    cotangent = make_input((4, 3, 5), torch.float64, seed=4)
+
+    def twice(norm):
+        return norm(torch.tanh(norm(x)))
+
+    y = twice(lambda v: operate(v, weight, bias, past, 0.3, "pooled", backend).y)
+    want = twice(lambda v: reference.blended_batch_norm(v, weight, bias, *past, 0.3, "pooled", EPS)[0])
+    torch.testing.assert_close(
+        gradients(y, (x, weight, bias), cotangent, create_graph=create_graph),
+        gradients(want, (x, weight, bias), cotangent, create_graph=create_graph),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in its first use
+def test_forward_mode_differentiation():
+    x, tangent = make_input((4, 3), torch.float64), make_input((4, 3), torch.float64, seed=3)
+    past = near_statistics(x)
+    with torch.autograd.forward_ad.dual_level():
+        y = operate(
+            torch.autograd.forward_ad.make_dual(x, tangent), None, None, past, 0.3, "pooled", "auto"
+        ).y
+        got = torch.autograd.forward_ad.unpack_dual(y).tangent
+    step = 1e-6
+    ends = [operate(x + s * tangent, None, None, past, 0.3, "pooled", "auto").y for s in (step, -step)]
+    torch.testing.assert_close(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_function_transforms():
+    x = make_input((4, 3), torch.float64)
+    past = near_statistics(x)
+
+    def loss(v):
+        return operate(v, None, None, past, 0.3, "pooled", "auto").y.sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), want)

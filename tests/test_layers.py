@@ -160,7 +160,7 @@ def test_inputs_of_wrong_rank_get_torchs_error(method, rank, wrong, words):
 
 @on_every_method
 def test_inputs_with_wrong_channels_are_named(method):
-    with pytest.raises(ValueError, match=r"shape \(4,\) for an input of shape \(2, 4, 3, 3\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"expected 3 channels, got an input of shape \(2, 4, 3, 3\)"):
         build(method)(torch.zeros(2, 4, 3, 3))
 
 
@@ -527,7 +527,7 @@ def test_the_method_is_shown():
         ("Momentum", {"matched_values": 64, "variance": "averaged"}, "pooled.*only"),
         ("Momentum", {"variance": "mixed"}, "variance must be one of .*got 'mixed'"),
         ("Momentum", {"backend": "cudnn"}, "backend must be one of .*got 'cudnn'"),
-        ("Memorized", {"memory_size": 0}, "memory_size must be at least 1, got 0"),
+        ("Memorized", {"memory_size": 0}, "memory_size must be a whole number of at least 1, got 0"),
         ("Memorized", {"memory_values": 0}, "memory_values must be at least 1, got 0"),
         ("Memorized", {"decay": 0.0}, r"decay must be in \(0, 1\], got 0.0"),
         ("Memorized", {"decay": 1.1}, "decay must be"),
@@ -538,3 +538,45 @@ def test_the_method_is_shown():
 def test_wrong_options_are_named(kind, options, words):
     with pytest.raises(ValueError, match=words):
         layer_class(kind, 4)(3, **options)
+
+
+@on_every_method
+def test_a_partial_checkpoint_leaves_the_memory_alone(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    before = state_of(layer)
+    layer.load_state_dict({"weight": torch.ones(3), "bias": torch.zeros(3)}, strict=False)
+    assert same_state(layer, before)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@on_every_method
+def test_checkpoints_are_assigned_to_meta_layers(method, own):
+    stock = nn.BatchNorm2d(3)
+    stock(make_input(shape_of(4), torch.float32))
+    source = build(method)
+    source.load_state_dict(stock.state_dict())
+    with torch.device("meta"):
+        layer = build(method)
+    layer.load_state_dict(copy.deepcopy((source if own else stock).state_dict()), assign=True)
+    x = make_input(shape_of(4), torch.float32, seed=1)
+    assert torch.equal(layer(x), source(x))
+
+
+@on_every_method
+def test_checkpoints_load_into_layers_made_empty_from_meta(method):
+    source = build(method)
+    source(make_input(shape_of(4), torch.float32))
+    with torch.device("meta"):
+        layer = build(method)
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = make_input(shape_of(4), torch.float32, seed=1)
+    assert torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize("options", [{"history_weight": 0.0}, {"matched_values": 1}])
+def test_one_value_per_channel_raises_where_the_past_has_no_weight(options):
+    layer = MomentumBatchNorm1d(3, **options)
+    layer(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="Expected more than 1 value"):
+        layer(torch.randn(1, 3))

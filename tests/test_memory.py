@@ -160,20 +160,42 @@ def averages():
     return InferenceAverages(torch.zeros(1), torch.ones(1), zero, zero.clone())
 
 
+def blend_in(state, mean, var, weight, variance="averaged"):
+    state.commit(YES, *state.after(torch.tensor([mean]), torch.tensor([var]), weight, variance))
+
+
 def test_inference_averages_without_a_weight_are_cumulative():
     state = averages()
     for value in (1.0, 2.0, 6.0):
-        state.commit(YES, torch.tensor([value]), torch.tensor([value]), None)
+        blend_in(state, value, value, None)
     assert (state.mean.item(), state.var.item(), int(state.batches)) == (3.0, 3.0, 3)
 
 
 def test_inference_averages_of_moments_count_the_spread_of_the_means():
     state = averages()
-    state.commit(YES, torch.tensor([2.0]), torch.tensor([1.0]), 0.5, "pooled")
+    blend_in(state, 2.0, 1.0, 0.5, "pooled")
     assert (state.mean.item(), state.var.item()) == (1.0, 1 + 0.25 * 4)
 
 
 def test_inference_averages_ignore_what_is_not_finite():
     state = averages()
-    state.commit(NO, torch.tensor([torch.inf]), torch.tensor([1.0]), 1.0)
+    state.commit(NO, torch.tensor([torch.inf]), torch.tensor([1.0]))
     assert (state.mean.item(), int(state.batches), int(state.skipped)) == (0.0, 0, 1)
+
+
+def test_a_weight_of_one_replaces_even_what_is_not_finite():
+    state = averages()
+    state.var.fill_(torch.inf)
+    blend_in(state, 2.0, 3.0, 1.0)
+    assert (state.mean.item(), state.var.item()) == (2.0, 3.0)
+
+
+def test_a_failed_rewind_can_be_taken_back():
+    memory = ring(3)
+    store(memory, 1)
+    then = memory.snapshot()
+    store(memory, 2, 3)
+    now = memory.snapshot()
+    memory.rewind(then)
+    memory.restore(now)
+    assert read_mean(memory)[0] == 2.5

@@ -5,6 +5,7 @@ import torch
 from helpers import make_input
 from torch import nn
 
+import mbnorm
 from mbnorm import DoubleForward, MemorizedBatchNorm2d, MomentumBatchNorm2d
 
 LAYERS = {
@@ -119,3 +120,40 @@ def test_a_poisoned_checkpoint_is_named_when_it_is_loaded(method):
     model[0].reset_running_stats()
     model(batch(0))
     assert torch.isfinite(model.eval()(batch(1))).all()
+
+
+@pytest.mark.contract("NI-1")
+@on_every_method
+def test_finite_values_whose_statistics_overflow_in_the_blend_are_not_stored(method):
+    layer = LAYERS[method]()
+    layer(batch(0))
+    before = state_of(layer)
+    x = torch.full((2, 3, 4, 4), 1e20)
+    x[0] *= 1.0001
+    layer(x)
+    if not same(layer, before):
+        # what was stored, as plain batch norm does, must at least be finite
+        assert all(torch.isfinite(b).all() for b in layer.buffers())
+    for step in range(1, 10):
+        layer(batch(step))
+    assert layer.eval()(batch(1)).abs().max() > 0.01
+
+
+@pytest.mark.contract("NI-1")
+def test_float64_values_beyond_a_float32_state_are_not_stored():
+    layer = LAYERS["momentum"]()
+    x = torch.full((2, 3, 4, 4), 1e200, dtype=torch.float64)
+    x[0] = 0
+    before = state_of(layer)
+    layer(x)
+    assert same(layer, before)
+
+
+@pytest.mark.contract("NI-5")
+@pytest.mark.parametrize("method", ["matched", "memorized"])
+def test_a_poisoned_norm_is_named_when_it_is_converted(method):
+    stock = nn.BatchNorm2d(3)
+    stock(poisoned(torch.nan))
+    report = mbnorm.convert(stock, method)
+    assert "not finite: its memory starts empty" in str(report)
+    assert torch.isfinite(stock(batch(0))).all()

@@ -47,7 +47,8 @@ def imports_of(path):
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "backends").glob("*.py")), ids=lambda p: p.name)
 def test_backends_import_no_other_part_of_the_house(path):
-    assert imports_of(path) <= {"mbnorm.blend"}
+    assert imports_of(path) <= {"mbnorm.blend", "mbnorm.backends"}
+    assert not re.search(r"from mbnorm\.backends(\.(aten|cpu|traceable))? import (?!build)", path.read_text())
 
 
 def test_the_reference_stands_alone():

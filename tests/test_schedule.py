@@ -114,7 +114,7 @@ def test_wrong_options_are_named(change, words):
 
 
 def test_a_model_without_momentum_layers_is_refused():
-    with pytest.raises(ValueError, match="no Momentum layer to steer: mbnorm.convert"):
+    with pytest.raises(ValueError, match=r"no Momentum layer to steer: mbnorm\.convert\(model, .momentum"):
         MomentumSchedule(nn.BatchNorm1d(3), 5, batch_size=2)
 
 
@@ -155,3 +155,18 @@ def test_scheduled_layers_are_not_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, 105)
+
+
+def test_layers_called_unequally_often_are_told_of_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = MomentumBatchNorm1d(3), MomentumBatchNorm1d(3)
+
+        def forward(self, x):
+            return self.second(self.first(self.first(x)))
+
+    net = Net()
+    with pytest.warns(UserWarning, match="100 steps") as told:
+        train(net, 120)
+    assert len(told) == 1

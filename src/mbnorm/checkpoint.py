@@ -10,7 +10,7 @@ from torch import nn
 from torch._guards import TracingContext
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from mbnorm.recompute import Call
+from mbnorm.recompute import SAVES_WHAT_WAS_READ, Call
 from mbnorm.state import memorizing_layers
 
 Contexts: TypeAlias = tuple[AbstractContextManager[None], AbstractContextManager[None]]
@@ -35,8 +35,6 @@ def checkpoint_context_fn(model: nn.Module) -> Callable[[], Contexts]:
     >>> x = torch.randn(2, 4, requires_grad=True)
     >>> y = checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context_fn(block))
     """
-    for layer in memorizing_layers(model):
-        layer._calls.explicit = True
 
     def make() -> Contexts:
         if TracingContext.try_get() is not None:
@@ -45,6 +43,7 @@ def checkpoint_context_fn(model: nn.Module) -> Callable[[], Contexts]:
         record = _Record(model)
         return record, _Repeat(record)
 
+    setattr(make, SAVES_WHAT_WAS_READ, True)
     return make
 
 

@@ -1,10 +1,11 @@
 """Conversion of a model's batch norms into layers with a memory, and back."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.layers import (
@@ -16,6 +17,7 @@ from mbnorm.layers import (
     MomentumBatchNorm2d,
     MomentumBatchNorm3d,
 )
+from mbnorm.layers.state import all_finite
 
 Method: TypeAlias = Literal["momentum", "memorized", "matched"]
 
@@ -95,6 +97,10 @@ def convert(
     table = _MEMORIZED if method == "memorized" else _MOMENTUM
     options = _defaults(method, batch_size) | options
     # wrong options raise here, before anything is converted
+    known = inspect.signature(table[nn.BatchNorm1d].set_up).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"method {method!r} has no option {name!r}; it has {', '.join(list(known)[1:])}")
     table[nn.BatchNorm1d](1, **options)
     momentum = None
     if method == "momentum" and batch_size is not None:
@@ -104,12 +110,15 @@ def convert(
     for name, layer in _batch_norms(model):
         target = table.get(type(layer))
         if target is None:
-            report.skipped[name] = _why_not(layer, table)
+            report.skipped[name] = _why_not(layer, table, options)
         elif not layer.track_running_stats or layer.running_mean is None:
-            report.skipped[name] = "track_running_stats=False is plain batch normalization in both modes"
+            report.skipped[name] = "track_running_stats=False keeps no statistics to remember"
         else:
             report.converted[name] = f"{type(layer).__name__} -> {target.__name__}"
-            seeded |= _become(layer, target, options, momentum)
+            start = _become(layer, target, options, momentum)
+            seeded |= start == "seeded"
+            if start == "poisoned":
+                report.notes.append(f"{name} has statistics that are not finite: its memory starts empty")
     if seeded and method == "momentum":
         report.notes.append(
             "the memories start from the trained running statistics, but the paper's MomentumSchedule "
@@ -148,9 +157,12 @@ def revert(model: nn.Module) -> ConversionReport:
         report.converted[name] = f"{type(layer).__name__} -> {stock.__name__}"
         layer.tear_down()
         layer.__class__ = stock  # type: ignore[assignment]
-        for parameter in (layer.weight, layer.bias):
-            if parameter is not None and layer.running_mean is not None:
-                parameter.data = parameter.data.to(layer.running_mean.dtype)
+        # pruned layers keep their parameters under other names
+        for parameter in layer.parameters(recurse=False):
+            if layer.running_mean is not None:
+                dtype = layer.running_mean.dtype
+                parameter.data = parameter.data.to(dtype)
+                parameter.grad = None if parameter.grad is None else parameter.grad.to(dtype)
     return report
 
 
@@ -174,12 +186,13 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
         yield " = ".join(all_names), module
 
 
-def _why_not(layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchNorm]]) -> str:
+def _why_not(
+    layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchNorm]], options: dict[str, Any]
+) -> str:
     kind = type(layer).__name__
-    if type(layer) in table.values():
-        return f"already a {kind}"
     if isinstance(layer, HistoryBatchNorm):
-        return f"already a {kind}: revert it first"
+        same = type(layer) in table.values() and layer.has_options(options)
+        return f"already a {kind}" + ("" if same else " with other options: revert it first")
     if isinstance(layer, nn.SyncBatchNorm):
         return "SyncBatchNorm shares statistics across processes, which our layers do not"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
@@ -189,16 +202,22 @@ def _why_not(layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchN
 
 def _become(
     layer: _BatchNorm, target: type[HistoryBatchNorm], options: dict[str, Any], momentum: float | None
-) -> bool:
-    """Change the type of a layer; return whether its memory was seeded."""
+) -> Literal["empty", "seeded", "poisoned"]:
+    """Change the type of a layer; return how its memory starts."""
     batches = layer.num_batches_tracked
     trained = batches is not None and not batches.is_meta and bool(batches > 0)
+    finite = all_finite(cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var))
     layer.__class__ = target
     ours = cast(HistoryBatchNorm, layer)
     ours.set_up(**options)
     if momentum is not None:
-        ours.momentum = momentum
         cast(MomentumBatchNorm2d, ours).scheduled = True
-    if trained:
-        ours.seed()
-    return trained
+        # 0 and None are orders to store nothing, and raw statistics
+        if ours.momentum:
+            ours.torchs_momentum, ours.momentum = ours.momentum, momentum
+    if not trained:
+        return "empty"
+    if not finite:
+        return "poisoned"
+    ours.seed()
+    return "seeded"

@@ -1,16 +1,17 @@
 """Double-Forward: after an optimizer step, forward its batches again to refresh the memories."""
 
 import contextlib
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
@@ -66,19 +67,23 @@ class DoubleForward:
         scaler: "torch.amp.GradScaler | None" = None,
         every: int = 1,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         if not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"expected a torch optimizer with step hooks, got {type(optimizer).__name__}")
         layers = _layers_to_refresh(model)
         self.model = model
+        self.optimizer = optimizer
         self.every = every
         self.scaler = scaler
         self._steps = 0
         self._mark: _Mark | None = None
         kept = max(getattr(layer, "memory_size", FORWARDS_KEPT) for layer in layers)
         self._calls: deque[_Call] = deque(maxlen=kept)
-        self._calls_before_step: int | None = None
+        self._in_closure = False
+        self._warned = False
+        for layer in layers:
+            layer.stop_undo()
         self._handles: list[RemovableHandle] = [
             _watch(model, self),
             optimizer.register_step_pre_hook(self._before_step),
@@ -105,27 +110,40 @@ class DoubleForward:
             return
         if self._mark is None:
             self._mark = _Mark.of(self.model)
-        if self._calls_before_step is not None:
+        # a step whose closure raised has ended without a hook
+        self._in_closure = self._in_closure and _is_stepping(self.optimizer)
+        if self._in_closure and self._calls and self._calls[-1].in_closure:
             # a closure is evaluated again and again: its last evaluation is the step's batch
-            while len(self._calls) > self._calls_before_step:
-                self._calls.pop()
-        self._calls.append(_Call.of(self.model, args, kwargs))
+            self._calls.pop()
+        self._calls.append(_Call.of(self.model, args, kwargs, in_closure=self._in_closure))
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._calls_before_step = len(self._calls)
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # hooks get the optimizer as the first argument too
+        self._in_closure = any(callable(a) for a in (*args[1:], *kwargs.values()))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._calls_before_step = None
+        self._in_closure = False
         if was_skipped(optimizer, self.scaler):
             return
         self._steps += 1
         mark, calls = self._mark, list(self._calls)
         self._forget()
-        if mark is not None and self._steps % self.every == 0 and self.model.training:
-            with _replay(self.model):
-                mark.rewind()
-                for call in calls:
-                    call.forward(self.model)
+        if mark is None:
+            self._warn_of_no_forward()
+        elif self._steps % self.every == 0 and self.model.training:
+            mark.replay(self.model, calls)
+
+    def _warn_of_no_forward(self) -> None:
+        could_store = any(layer.stores for layer in memorizing_layers(self.model))
+        if self.model.training and could_store and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "DoubleForward has seen no training forward of its model before this optimizer step, and "
+                "refreshes nothing: give it the module that the training loop calls",
+                stacklevel=2,
+            )
 
     def _forget(self) -> None:
         self._mark = None
@@ -137,7 +155,8 @@ def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
     For loops whose optimizer gives `DoubleForward` no hook. Call it after the step with the batch that
     was trained on; what else changes is as with `DoubleForward`. The first call for a model forwards
-    the inputs once more, to learn how often each layer is called.
+    the inputs once more, to learn how often each layer is called, and from then on the state before each
+    training forward is kept.
 
     Args:
         model: the module that the training loop calls, in train mode.
@@ -162,19 +181,20 @@ def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         raise ValueError("refresh needs a model in train mode: eval mode stores nothing")
     call = _Call.of(model, args, kwargs)
     last = _LastForward.of(model)
-    with _replay(model):
-        if last is not None and last.mark is not None:
-            last.mark.rewind()
-        else:
+    if last is None:
+        with _without_trace(model):
             calls = _count_calls(model, layers, call)
-            for layer in layers:
-                layer.undo(calls[layer])
-            last = _LastForward()
-            last.mark = _Mark.of(model)
-            _watch(model, last)
-            for layer in layers:
-                layer.stop_undo()
-        call.forward(model)
+        for layer in layers:
+            layer.check_undo(calls[layer])
+        for layer in layers:
+            layer.undo(calls[layer])
+            layer.stop_undo()
+        last = _LastForward()
+        last.mark = _Mark.of(model)
+        _watch(model, last)
+    if last.mark is None or last.mark.is_void():
+        raise RuntimeError("refresh has seen no training forward since the state was loaded or reset")
+    last.mark.replay(model, [call])
 
 
 class _LastForward:
@@ -195,18 +215,38 @@ class _LastForward:
 
 
 class _Mark:
-    """The state of a model's memorizing layers at one moment."""
+    """The state of a model's memorizing layers at one moment, and the momentum they had."""
 
-    def __init__(self, snapshots: list[tuple[HistoryBatchNorm, Snapshot]]) -> None:
+    def __init__(self, snapshots: list[tuple[HistoryBatchNorm, Snapshot, float | None]]) -> None:
         self.snapshots = snapshots
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Mark":
-        return cls([(layer, layer.snapshot()) for layer in memorizing_layers(model)])
+        return cls([(layer, layer.snapshot(), layer.momentum) for layer in memorizing_layers(model)])
 
-    def rewind(self) -> None:
-        for layer, snapshot in self.snapshots:
-            layer.rewind(snapshot)
+    def is_void(self) -> bool:
+        return any(layer.is_void(snapshot) for layer, snapshot, _ in self.snapshots)
+
+    def replay(self, model: nn.Module, calls: "list[_Call]") -> None:
+        """Go back to this moment and do the calls again; if one fails, no layer has changed its memory."""
+        alive = [entry for entry in self.snapshots if isinstance(entry[0], HistoryBatchNorm)]
+        present = [(layer, layer.snapshot(), layer.momentum) for layer in memorizing_layers(model)]
+        with _without_trace(model):
+            try:
+                for layer, snapshot, momentum in alive:
+                    # recipes for SAM set momentum to 0 around the step: the forwards had another
+                    layer.momentum = momentum
+                    if layer.stores:
+                        layer.rewind(snapshot)
+                for call in calls:
+                    call.forward(model)
+            except BaseException:
+                for layer, snapshot, _ in present:
+                    layer.restore(snapshot)
+                raise
+            finally:
+                for layer, _, momentum in present:
+                    layer.momentum = momentum
 
 
 class _Call(NamedTuple):
@@ -214,21 +254,36 @@ class _Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    versions: list[int]
     autocast: list[tuple[str, torch.dtype, bool]]
+    in_closure: bool
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+    def of(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_closure: bool = False
+    ) -> "_Call":
         args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
-        devices = {"cpu", *(layer.memory_device.type for layer in memorizing_layers(model))}
+        devices = {"cpu", *(layer.memory_device.type for layer in memorizing_layers(model))} - {"meta"}
         autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in sorted(devices)]
-        return cls(args, kwargs, autocast)
+        return cls(args, kwargs, _versions(args, kwargs), autocast, in_closure)
 
     def forward(self, model: nn.Module) -> None:
+        if _versions(self.args, self.kwargs) != self.versions:
+            warnings.warn(
+                "the inputs of a training forward were changed in place, by the model or the loader, before "
+                "its batch could be forwarded again: the memories get the statistics of what is there now",
+                stacklevel=2,
+            )
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in self.autocast:
                 # a cast of a parameter cached before the step would be that of the old one
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             model(*self.args, **self.kwargs)
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 class _RootHook:
@@ -238,7 +293,11 @@ class _RootHook:
         self.watcher = watcher
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.watcher is None or not model.training or _replaying.get():
+        if self.watcher is None or not model.training:
+            return
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg="attach DoubleForward to the compiled model, not to the one inside")
+        if _replaying.get():
             return
         # a forward that stores nothing, as SAM's second one, is none to repeat
         if any(layer.stores for layer in memorizing_layers(model)):
@@ -252,10 +311,19 @@ def _watch(model: nn.Module, watcher: "DoubleForward | _LastForward") -> Removab
     return model.register_forward_pre_hook(_RootHook(watcher), prepend=True, with_kwargs=True)
 
 
+def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _layers_to_refresh(model: nn.Module) -> list[HistoryBatchNorm]:
     layers = memorizing_layers(model)
     if not layers:
-        raise ValueError(f"the model has no layer with a memory to refresh: {why_none(model)}")
+        raise ValueError(f"the model has no layer with a memory to refresh: {why_none(model, 'matched')}")
     return layers
 
 
@@ -279,7 +347,7 @@ def _count_calls(
 
 
 @contextlib.contextmanager
-def _replay(model: nn.Module) -> Iterator[None]:
+def _without_trace(model: nn.Module) -> Iterator[None]:
     """Forward inside without a graph, and without a trace outside the memorizing layers."""
     ours = {id(b) for layer in memorizing_layers(model) for b in layer.buffers(recurse=False)}
     others = [
@@ -288,18 +356,12 @@ def _replay(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and id(buffer) not in ours
     ]
-    pending = [(layer._calls, layer._calls.calls.copy()) for layer in memorizing_layers(model)]
     token = _replaying.set(True)
     try:
-        with _forked_rng(model), torch.no_grad(), warnings.catch_warnings():
-            # reentrant checkpoints miss the gradients that a replay does without
-            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        with _forked_rng(model), torch.no_grad():
             yield
     finally:
         _replaying.reset(token)
-        for log, calls in pending:
-            # no backward follows a replay, but one of an earlier forward may
-            log.calls = calls
         for module, name, buffer, value in others:
             module._buffers[name] = buffer
             # through .data: a graph that saved this buffer must still find it unchanged

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mbnorm.backends import aten, traceable
@@ -25,15 +26,20 @@ class BlendedBatchNorm(NamedTuple):
     var: Tensor
 
 
-def backend_for(x: Tensor) -> Backend:
+def backend_for(x: Tensor) -> Literal["traceable", "aten"]:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
-    Under torch.compile it is "traceable", whatever ``x`` is.
+    Under torch.compile, function transforms and forward-mode differentiation it is "traceable".
 
     >>> backend_for(torch.randn(2, 3))
     'aten'
     """
-    if torch.compiler.is_compiling() or x.device.type not in aten.DEVICES:
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type not in aten.DEVICES
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return "traceable"
     return "aten"
 
@@ -109,8 +115,10 @@ def blended_batch_norm(
     )
     match backend_for(x) if backend == "auto" else backend:
         case "aten":
+            if x.device.type not in aten.DEVICES:
+                raise ValueError(f"backend 'aten' runs on {' and '.join(aten.DEVICES)}, got {x.device}")
             return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
-        case _:
+        case "traceable":
             y, *statistics = traceable.blended_batch_norm(*arguments)
             return BlendedBatchNorm(y, *(s.detach() for s in statistics))
 
@@ -148,10 +156,12 @@ class _KernelBatchNorm(torch.autograd.Function):
         gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
+            # views: where the input depends on the weight, that path is for the graph outside
+            views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
             y = traceable.blended_batch_norm(
-                x, weight, bias, past_mean, past_var, batch_weight, ctx.variance, ctx.eps
+                views[0], views[1], views[2], past_mean, past_var, batch_weight, ctx.variance, ctx.eps
             )[0]
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            wanted = [t for t, need in zip(views, needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             gradients = [next(found) if need else None for need in needs]
         else:

@@ -66,6 +66,10 @@ class MovingAverage(NamedTuple):
         for tensor, then in zip(self, snapshot, strict=True):
             tensor.copy_(then)
 
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Go back to a snapshot, from wherever a `rewind` and commits have led."""
+        self.rewind(snapshot)
+
 
 class RecentBatches(NamedTuple):
     """Memory of Memorized BN: a ring of the statistics of the last k batches.
@@ -134,15 +138,21 @@ class RecentBatches(NamedTuple):
         return (self.counts != 0).any()
 
     def snapshot(self) -> tuple[Tensor, ...]:
-        """Return what `rewind` needs to come back here."""
-        return (self.position.clone(),)
+        """Return what `rewind` and `restore` need to come back here."""
+        return self.position.clone(), self.counts.clone()
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Drop the entries stored since a snapshot; what they evicted stays lost."""
-        (then,) = snapshot
+        then, _ = snapshot
         stored_since = self.position - then
         self.counts.masked_fill_(self._ages(self.position) <= stored_since, 0.0)
         self.position.copy_(then)
+
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Bring back the entries of a snapshot that `rewind` has dropped since."""
+        position, counts = snapshot
+        self.position.copy_(position)
+        self.counts.copy_(counts)
 
 
 class InferenceAverages(NamedTuple):
@@ -156,21 +166,25 @@ class InferenceAverages(NamedTuple):
     batches: Tensor
     skipped: Tensor
 
-    def commit(
-        self,
-        finite: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: float | None,
-        variance: Variance = "averaged",
-    ) -> None:
-        """Blend in new statistics that weigh ``weight``, or as much as each one before if it is None."""
+    def after(
+        self, mean: Tensor, var: Tensor, weight: float | None, variance: Variance
+    ) -> tuple[Tensor, Tensor]:
+        """Return the averages as they are once new statistics are blended in.
+
+        These weigh ``weight``, or as much as each batch before if it is None.
+        """
+        mean, var = mean.to(self.mean.dtype), var.to(self.mean.dtype)
+        if weight == 1:
+            return mean, var
+        factor = weight if weight is not None else 1 / (self.batches + 1).to(mean.dtype)
+        return blend(mean, var, self.mean, self.var, factor, variance)
+
+    def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Replace the averages, and count the batch."""
         self.batches.add_(finite)
         self.skipped.add_(~finite)
-        factor = weight if weight is not None else 1 / self.batches.clamp(min=1).to(mean.dtype)
-        blended = blend(mean, var, self.mean, self.var, factor, variance)
-        _write(self.mean, blended[0], finite)
-        _write(self.var, blended[1], finite)
+        _write(self.mean, mean, finite)
+        _write(self.var, var, finite)
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""

@@ -1,8 +1,10 @@
 """Activation checkpointing: telling a recompute from a forward, and what the forward it repeats had read."""
 
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,54 +15,74 @@ from mbnorm.memory import Past
 CALLS_KEPT = 32
 """Forwards of one layer that a backward pass still to come may repeat."""
 
+Node = torch.autograd.graph.Node
 
-def in_recompute() -> bool:
-    """Return whether this call repeats an earlier forward from inside a backward pass.
+
+def in_backward() -> bool:
+    """Return whether this call comes from inside a backward pass, as a recompute does.
 
     Compiled code repeats no forward with side effects, so there the answer is no.
     """
-    return not torch.compiler.is_compiling() and _in_backward()
+    return not torch.compiler.is_compiling() and _graph_task_runs()
 
 
-def _in_backward() -> bool:
+def _graph_task_runs() -> bool:
     # torch has no public test; this is the one that its own module tracker and FSDP use
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _in_backward_by_stack() -> bool:
-    # checkpointing calls a block again from these functions, reentrant and not
-    frame = sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
-        code = frame.f_code
-        if code.co_filename.endswith("checkpoint.py") and code.co_name in ("backward", "unpack_hook"):
-            return True
-    return False
+def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
+    """Return whether one of these functions of torch's checkpointing is on the stack."""
+    return any(
+        f.f_code.co_filename.endswith("checkpoint.py") and f.f_code.co_name in functions for f in _callers()
+    )
+
+
+def _recompute_runs() -> bool:
+    # a block is called again from these, reentrant and not
+    return in_torch_checkpoint(("backward", "unpack_hook"))
 
 
 if not hasattr(torch._C, "_current_graph_task_id"):
-    _in_backward = _in_backward_by_stack
+    _graph_task_runs = _recompute_runs
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def in_compiled_checkpoint() -> bool:
-    """Return, while torch.compile traces, whether it is inside a checkpointed block."""
+def in_unsafe_compiled_checkpoint() -> bool:
+    """Return, while torch.compile traces, whether it is in a checkpoint without our context function."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         tracer: Any = InstructionTranslator.current_tx().output.current_tracer
     except (ImportError, AttributeError):
         return False
-    while tracer is not None:
-        if "checkpoint" in str(getattr(tracer, "source_target", "")):
-            return True
+    while tracer is not None and "checkpoint" not in str(getattr(tracer, "source_target", "")):
         tracer = tracer.parent
-    return False
+    if tracer is None:
+        return False
+    # the tracing of the block is called from where torch.compile holds the context function
+    return not any(
+        hasattr(frame.f_locals.get("context_fn"), SAVES_WHAT_WAS_READ)
+        for frame in _callers()
+        if frame.f_code.co_name == "_call_function"
+    )
+
+
+SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
+"""Attribute of a context function that compiled checkpoints may be traced with."""
 
 
 class Call:
     """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs."""
 
-    __slots__ = ("backwards", "mean", "n", "past", "var")
+    __slots__ = ("backwards", "mean", "n", "node", "past", "var")
 
     def __init__(self, n: int, mean: Tensor, var: Tensor, past: Past) -> None:
         self.n = n
@@ -68,14 +90,24 @@ class Call:
         self.var = var
         self.past = past
         self.backwards = 0
+        self.node: weakref.ref[Node] | None = None
 
-    def watch(self, node: "torch.autograd.graph.Node | None") -> None:
+    def watch(self, node: Node | None) -> None:
         """Count the backward passes through this call, whose last step is ``node``."""
-        if node is not None:
-            node.register_hook(self._count)
+        if node is None:
+            return
+        node.register_hook(self._count)
+        # a strong reference would keep the graph; torch's own nodes take no weak one
+        if self.node is None and isinstance(node, torch.autograd.function.BackwardCFunction):
+            self.node = weakref.ref(node)
 
     def _count(self, *_: object) -> None:
         self.backwards += 1
+
+    def awaits_this_backward(self) -> bool:
+        """Return whether the backward pass that runs now comes through this call, as far as is known."""
+        node = self.node() if self.node is not None else None
+        return node is None or bool(torch._C._will_engine_execute_node(node))
 
     def is_of(self, mean: Tensor, var: Tensor) -> bool:
         """Return whether these are this call's statistics, bit for bit."""
@@ -90,25 +122,24 @@ class CallLog:
 
     def __init__(self) -> None:
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
-        self.lost = False
-        self.explicit = False
         self.tapes: list[list[Call]] = []
         self.script: Iterator[Call] | None = None
 
     def clear(self) -> None:
         """Forget all forwards."""
         self.calls.clear()
-        self.lost = False
 
-    def remember(self, call: Call, node: "torch.autograd.graph.Node | None") -> None:
+    def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward, and drop those whose backward has run."""
+        if not torch.is_grad_enabled() and not self.tapes and not in_torch_checkpoint(("forward",)):
+            # nothing will repeat it
+            return
         if any(c.backwards for c in self.calls):
             self.calls = deque((c for c in self.calls if not c.backwards), maxlen=CALLS_KEPT)
-        self.lost |= len(self.calls) == CALLS_KEPT
         self.calls.append(call)
         self.note(call, node)
 
-    def note(self, call: Call, node: "torch.autograd.graph.Node | None") -> None:
+    def note(self, call: Call, node: Node | None) -> None:
         """Add a forward, the first or a repeated one, to what is being recorded."""
         call.watch(node)
         for tape in self.tapes:
@@ -121,19 +152,18 @@ class CallLog:
         before its backward is through (nested checkpoints), so that alone moves it to the end.
         """
         newest_first = (c for c in reversed(self.calls) if c.n == n)
-        return sorted(newest_first, key=lambda c: c.backwards)
+        return sorted(newest_first, key=lambda c: (not c.awaits_this_backward(), c.backwards))
 
-    def identify(self, candidates: list[Call], mean: Tensor, var: Tensor) -> Call:
-        """Return the forward that had these statistics.
 
-        Raises:
-            RuntimeError: none had, so that the recompute would read the wrong past.
-        """
-        for call in candidates:
-            if call.is_of(mean, var):
-                return call
+def refuse_unknown_recompute() -> None:
+    """Raise if torch's checkpointing repeats a forward that no layer remembers.
+
+    Raises:
+        RuntimeError: it does; what the forward had read is not known.
+    """
+    if _recompute_runs():
         raise RuntimeError(
-            f"activation checkpointing repeats a forward that is none of the last {len(self.calls)} of this "
+            f"activation checkpointing repeats a forward that is none of the last {CALLS_KEPT} of this "
             "layer: the recompute is not deterministic, or there were too many forwards before the "
             "backward. Pass context_fn=mbnorm.checkpoint_context_fn(model) to torch.utils.checkpoint"
         )

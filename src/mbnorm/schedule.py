@@ -75,7 +75,9 @@ class MomentumSchedule:
             if isinstance(layer, _MomentumBatchNorm) and layer.matched_values is None
         ]
         if not self.layers:
-            reason = "those it has need no schedule" if memorizing_layers(model) else why_none(model)
+            reason = (
+                "those it has need no schedule" if memorizing_layers(model) else why_none(model, "momentum")
+            )
             raise ValueError(f"the model has no Momentum layer to steer: {reason}")
         self.total_steps = total_steps
         self.ratio = min(batch_size / ideal_batch_size, 1.0)
@@ -103,6 +105,9 @@ class MomentumSchedule:
         self, optimizer: torch.optim.Optimizer, *, scaler: "torch.amp.GradScaler | None" = None
     ) -> RemovableHandle:
         """Step after each step of ``optimizer`` that was not skipped, in place of calls of `step`.
+
+        Hooks run in the order in which they are made: let it follow after `DoubleForward` is attached,
+        so that the second forward has the history weight of the first.
 
         Args:
             optimizer: the optimizer whose steps count.

@@ -13,14 +13,14 @@ def memorizing_layers(model: nn.Module) -> list[HistoryBatchNorm]:
     return [m for m in model.modules() if isinstance(m, HistoryBatchNorm) and m.has_memory]
 
 
-def why_none(model: nn.Module) -> str:
+def why_none(model: nn.Module, method: str) -> str:
     """Return why a model that should have layers with a memory may have none, and what helps."""
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         return (
             "its norms are SyncBatchNorm; torch.nn.SyncBatchNorm.convert_sync_batchnorm and Lightning's "
             "sync_batchnorm=True replace every batch norm, ours too: leave them out"
         )
-    return 'mbnorm.convert(model, "matched") makes them of its batch norms'
+    return f'mbnorm.convert(model, "{method}") makes them of its batch norms'
 
 
 @contextmanager
@@ -42,4 +42,6 @@ def no_update(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer._frozen -= 1
+            # a layer may have been reverted meanwhile
+            if isinstance(layer, HistoryBatchNorm):
+                layer._frozen -= 1

@@ -1,7 +1,7 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,10 +11,20 @@ from mbnorm.blend import Variance, statistics_dtype
 from mbnorm.functional import BlendedBatchNorm, backend_for, blended_batch_norm
 from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import Past
-from mbnorm.recompute import Call, in_compiled_checkpoint, in_recompute
+from mbnorm.recompute import (
+    Call,
+    Node,
+    in_backward,
+    in_unsafe_compiled_checkpoint,
+    refuse_unknown_recompute,
+)
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
+
+
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+"""Mean and variance, shape (C,)."""
 
 
 class InferenceUpdate(NamedTuple):
@@ -33,10 +43,12 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what a batch of ``n`` values per channel is blended with."""
         raise NotImplementedError
 
-    def _commit_history(
-        self, finite: Tensor, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int
-    ) -> InferenceUpdate:
-        """Store a forward in the memory, and return what goes into the averages for inference."""
+    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
+        """Store a forward in the memory."""
+        raise NotImplementedError
+
+    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
+        """Return what a forward of ``m`` samples puts into the averages for inference."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,30 +56,37 @@ class HistoryBatchNorm(StatefulBatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if not (self.training and self.has_memory):
             return self._plain_batch_norm(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels, got an input of shape {tuple(input.shape)}"
+            )
         m = input.shape[0]
         n = m * math.prod(input.shape[2:])
         if n == 1 and not self._has_past():
             # one value has no variance: torch says so in its own words
             return self._plain_batch_norm(input)
-        if self._calls.script is not None or in_recompute():
-            return self._repeat(input, n)
-        if torch.compiler.is_compiling() and not self._calls.explicit and in_compiled_checkpoint():
-            # compiled, the recompute would read the memory as it is after the forward
-            torch._dynamo.graph_break(msg="pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint")
-        past = self._read(n)
         if torch.compiler.is_compiling():
+            if in_unsafe_compiled_checkpoint():
+                # the recompute would read the memory as it is after the forward
+                torch._dynamo.graph_break(
+                    msg="pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint"
+                )
+            past = self._read(n)
             result = self._blend(input, past)
+        elif repeated := self._repeat(input, n):
+            return repeated.y
         else:
+            past = self._read(n)
             result, node = self._blend_watched(input, past)
             self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
         if n > 0 and self.stores:
             self._commit(result, n, m)
         return result.y
 
-    def _blend(self, input: Tensor, past: Past) -> BlendedBatchNorm:
+    def _blend(self, input: Tensor, past: Past, weight: Tensor | None = None) -> BlendedBatchNorm:
         return blended_batch_norm(
             input,
-            self.weight,
+            self.weight if weight is None else weight,
             self.bias,
             *past,
             variance=self.variance,
@@ -75,36 +94,42 @@ class HistoryBatchNorm(StatefulBatchNorm):
             backend=self.backend,
         )
 
-    def _blend_watched(
-        self, input: Tensor, past: Past
-    ) -> tuple[BlendedBatchNorm, "torch.autograd.graph.Node | None"]:
+    def _blend_watched(self, input: Tensor, past: Past) -> tuple[BlendedBatchNorm, Node | None]:
         """Return the operator's result, and the node that its backward pass comes through last."""
-        backend = backend_for(input) if self.backend == "auto" else self.backend
-        if backend == "traceable":
-            # many nodes: one of their own in front of them all
+        if (backend_for(input) if self.backend == "auto" else self.backend) != "traceable":
+            result = self._blend(input, past)
+            return result, result.y.grad_fn
+        # many nodes: put one of their own in front of them all
+        if input.requires_grad or self.weight is None:
             input = input.view_as(input)
             return self._blend(input, past), input.grad_fn
-        result = self._blend(input, past)
-        return result, result.y.grad_fn
+        weight = self.weight.view_as(self.weight)
+        return self._blend(input, past, weight), weight.grad_fn
 
-    def _repeat(self, input: Tensor, n: int) -> Tensor:
-        """Do a forward again as it was: read what it had read, and store nothing."""
+    def _repeat(self, input: Tensor, n: int) -> BlendedBatchNorm | None:
+        """Do a forward again as it was, if this is a recompute: read what it had read, store nothing."""
         log = self._calls
         if log.script is not None:
             call = next(log.script)
-        elif candidates := log.likeliest(n):
-            call = candidates[0]
-            if len(candidates) > 1 or log.lost:
+        elif not in_backward():
+            return None
+        else:
+            candidates = log.likeliest(n)
+            if len(candidates) > 1:
                 # without a graph: what is saved for the backward must be saved as often as in the forward
                 with torch.no_grad():
-                    probe = self._blend(input, call.past)
-                call = log.identify(candidates, probe.batch_mean, probe.batch_var)
-        else:
-            # a forward that somebody makes inside a backward pass repeats nothing
-            return self._blend(input, self._read(n)).y
+                    probe = self._blend(input, candidates[0].past)
+                candidates = [c for c in candidates if c.is_of(probe.batch_mean, probe.batch_var)]
+            if not candidates:
+                refuse_unknown_recompute()
+                return None
+            call = candidates[0]
         result, node = self._blend_watched(input, call.past)
+        if log.script is None and not call.is_of(result.batch_mean, result.batch_var):
+            refuse_unknown_recompute()
+            return None
         log.note(call, node)
-        return result.y
+        return result
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
         dtype = statistics_dtype(input.dtype) if self.running_mean is None else self.running_mean.dtype
@@ -145,16 +170,23 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
         if self._undo is not None and not torch.compiler.is_compiling():
             self._undo.append(self.snapshot())
-        mean, var = result.batch_mean, result.batch_var
-        finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
-        update = self._commit_history(finite, (mean, var), (result.mean, result.var), n, m)
+        averages = self._averages()
+        batch = result.batch_mean, result.batch_var
         if self.momentum is None or self.momentum == 1:
             # update_bn and PreciseBN set these to read the raw statistics of each batch
-            update = InferenceUpdate(mean, unbiased(var, n), self.momentum, "averaged")
-        self._averages().commit(finite, *update)
+            update = InferenceUpdate(batch[0], unbiased(batch[1], n), self.momentum, "averaged")
+        else:
+            update = self._inference_update(result, n, m)
+        state = averages.mean.dtype
+        blended = result.mean.to(state), result.var.to(state)
+        running = averages.after(*update)
+        # the blended statistics are as finite as the batch's, and what is stored must be finite, too
+        finite = torch.isfinite(torch.stack((*blended, *running))).all()
+        self._commit_history(finite, batch, blended, n)
+        averages.commit(finite, *running)
 
 
-def moments_update(batch: tuple[Tensor, Tensor], momentum: float, m: int) -> InferenceUpdate:
+def moments_update(batch: Statistics, momentum: float, m: int) -> InferenceUpdate:
     """Return the update of averages of moments by a batch of ``m`` samples, its weight in proportion."""
     return InferenceUpdate(*batch, 1 - (1 - momentum) ** (m / REFERENCE_BATCH), "pooled")
 

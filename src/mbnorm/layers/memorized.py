@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mbnorm.blend import Variance
-from mbnorm.functional import Backend
-from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, moments_update, unbiased
+from mbnorm.functional import Backend, BlendedBatchNorm
+from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, Statistics, moments_update, unbiased
 from mbnorm.memory import Past, RecentBatches
 
 Inference: TypeAlias = Literal["memory", "ema"]
@@ -60,8 +60,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         backend: Backend = "auto",
     ) -> None:
         """Check and set the options, and start with an empty memory."""
-        if memory_size < 1:
-            raise ValueError(f"memory_size must be at least 1, got {memory_size}")
+        if not isinstance(memory_size, int) or memory_size < 1:
+            raise ValueError(f"memory_size must be a whole number of at least 1, got {memory_size!r}")
         if memory_values is not None and memory_values < 1:
             raise ValueError(f"memory_values must be at least 1, got {memory_values}")
         if not 0 < decay <= 1:
@@ -99,17 +99,16 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         # an empty batch reads as if it had a value
         return self._memory().read(n, self._entries_read(max(n, 1)), self.decay, self.variance)
 
-    def _commit_history(
-        self, finite: Tensor, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int
-    ) -> InferenceUpdate:
+    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         self._memory().commit(finite, *batch, n)
+
+    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
         momentum = self.momentum or 0.0
         if self.memory_size == 1:
-            mean, var = batch
-            return InferenceUpdate(mean, unbiased(var, n), momentum, "averaged")
+            return InferenceUpdate(result.batch_mean, unbiased(result.batch_var, n), momentum, "averaged")
         if self.inference == "memory":
-            return InferenceUpdate(*blended, 1.0, "averaged")
-        return moments_update(batch, momentum, m)
+            return InferenceUpdate(result.mean, result.var, 1.0, "averaged")
+        return moments_update((result.batch_mean, result.batch_var), momentum, m)
 
     def _history_repr(self) -> str:
         values = "" if self.memory_values is None else f", memory_values={self.memory_values}"

@@ -2,14 +2,15 @@
 
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mbnorm.blend import Variance
-from mbnorm.functional import Backend
-from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, moments_update
+from mbnorm.functional import Backend, BlendedBatchNorm
+from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, Statistics, moments_update
 from mbnorm.memory import MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
@@ -23,6 +24,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         "matched_values",
         "scheduled",
         "_steps_as_plain_bn",
+        "_steps_told_of",
     )
     memory_mean: Tensor
     memory_var: Tensor
@@ -76,6 +78,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
         self._steps_as_plain_bn = 0
+        self._steps_told_of: int | None = None
         self.scheduled = False
         self.initial_history_weight = float(history_weight)
         weight = None
@@ -89,12 +92,42 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         # set by the constructor or a schedule, so a checkpoint does not carry it
         self.register_buffer("history_weight", weight, persistent=False)
 
+    def has_options(self, options: dict[str, Any]) -> bool:
+        """Return whether the layer was set up with these."""
+        first = options.get("history_weight", 0.0)
+        rest = {name: value for name, value in options.items() if name != "history_weight"}
+        matched = options.get("matched_values")
+        return (
+            first == self.initial_history_weight
+            and matched == self.matched_values
+            and super().has_options(rest)
+        )
+
     def reset_parameters(self) -> None:
         """Reset statistics, memory, weight and bias, and the history weight to its first value."""
         super().reset_parameters()
         # torch's constructor calls this before there is a history weight
         if self._buffers.get("history_weight") is not None:
             self.history_weight.fill_(self.initial_history_weight)
+
+    def _fill_history_weight(self, like: Tensor) -> None:
+        """Give the history weight its first value where it has none, on the device of ``like``."""
+        if self._buffers.get("history_weight") is not None and not like.is_meta:
+            self.history_weight = torch.full_like(
+                self.history_weight, self.initial_history_weight, device=like.device
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_MomentumBatchNorm":
+        had_none = self.history_weight is not None and self.history_weight.is_meta
+        super()._apply(fn, recurse)
+        if had_none:
+            self._fill_history_weight(self.history_weight)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.history_weight is not None and self.history_weight.is_meta:
+            self._fill_history_weight(cast(Tensor, self.running_mean))
 
     def _new_memory(self, like: Tensor) -> MovingAverage:
         filled = torch.empty((), device=like.device, dtype=torch.int64)
@@ -108,20 +141,37 @@ class _MomentumBatchNorm(HistoryBatchNorm):
             return self._memory().read(self.history_weight)
         return self._memory().read(max(0.0, (self.matched_values - n) / (self.matched_values + n)))
 
-    def _commit_history(
-        self, finite: Tensor, batch: tuple[Tensor, Tensor], blended: tuple[Tensor, Tensor], n: int, m: int
-    ) -> InferenceUpdate:
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
+        y = super().forward(input)
+        if self.matched_values is None and not self.scheduled:
+            self._notice_missing_schedule()
+        return y
+
+    def _has_past(self) -> bool:
+        if self._holds_past or torch.compiler.is_compiling():
+            return True
+        # with no weight on it the past is as good as none
+        weighs = self.history_weight > 0 if self.matched_values is None else self.matched_values > 1
+        self._holds_past = bool(weighs) and super()._has_past()
+        return self._holds_past
+
+    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         self._memory().commit(finite, *blended)
-        momentum = self.momentum or 0.0
+
+    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
+        batch, momentum = (result.batch_mean, result.batch_var), self.momentum or 0.0
         if self.matched_values is not None:
             return moments_update(batch, momentum, m)
-        self._notice_missing_schedule()
         return InferenceUpdate(*batch, momentum, "averaged")
 
     def _notice_missing_schedule(self) -> None:
-        if self.scheduled or torch.compiler.is_compiling():
+        # a forward without gradients, as a replay, is no step
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.stores:
             return
         self._steps_as_plain_bn += 1
+        if self._steps_as_plain_bn == 1:
+            self._steps_told_of = _Notice.steps_of_last()
         if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and float(self.history_weight) == 0:
             _Notice.give(self)
 
@@ -139,10 +189,16 @@ class _Notice:
     last: "weakref.ref[_MomentumBatchNorm] | None" = None
 
     @classmethod
-    def give(cls, layer: _MomentumBatchNorm) -> None:
+    def steps_of_last(cls) -> int | None:
+        """Return how many steps the layer that was told last has trained, if it is still there."""
         told = cls.last() if cls.last is not None else None
-        # a layer told in this very forward is of the same model
-        if told is not None and told._steps_as_plain_bn == STEPS_BEFORE_NOTICE:
+        return None if told is None else told._steps_as_plain_bn
+
+    @classmethod
+    def give(cls, layer: _MomentumBatchNorm) -> None:
+        """Warn, unless a layer was told that has trained at the same time: it is of the same model."""
+        steps = cls.steps_of_last()
+        if steps is not None and steps != layer._steps_told_of:
             return
         cls.last = weakref.ref(layer)
         warnings.warn(

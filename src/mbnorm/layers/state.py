@@ -14,7 +14,7 @@ from mbnorm.functional import BACKENDS, Backend
 from mbnorm.memory import InferenceAverages, MovingAverage, RecentBatches
 from mbnorm.recompute import CallLog
 
-UNDO_DEPTH = 8
+UNDO_DEPTH = 16
 """How many calls of one layer `undo` can take back."""
 
 
@@ -66,6 +66,8 @@ class StatefulBatchNorm(_BatchNorm):
         self._holds_past = False
         self._undo: deque[Snapshot] | None = deque(maxlen=UNDO_DEPTH)
         self._calls = CallLog()
+        # set where conversion changes it, for the way back
+        self.torchs_momentum: float | None = None
         if self.running_mean is None or self.running_var is None:
             for name in self._own_buffers:
                 self.register_buffer(name, None)
@@ -85,9 +87,24 @@ class StatefulBatchNorm(_BatchNorm):
 
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
-        own = ("variance", "backend", "_frozen", "_resets", "_holds_past", "_undo", "_calls")
+        own = (
+            "variance",
+            "backend",
+            "_frozen",
+            "_resets",
+            "_holds_past",
+            "_undo",
+            "_calls",
+            "torchs_momentum",
+        )
+        if self.torchs_momentum is not None:
+            self.momentum = self.torchs_momentum
         for name in (*own, *self._own_buffers, *self.options):
             delattr(self, name)
+
+    def has_options(self, options: dict[str, Any]) -> bool:
+        """Return whether the layer was set up with these."""
+        return all(getattr(self, name) == value for name, value in options.items())
 
     @property
     def _own_buffers(self) -> tuple[str, ...]:
@@ -124,16 +141,26 @@ class StatefulBatchNorm(_BatchNorm):
         """Return the state of this layer, for `rewind`."""
         return Snapshot(self._resets, self._averages().snapshot(), self._memory().snapshot())
 
+    def is_void(self, snapshot: Snapshot) -> bool:
+        """Return whether the state was reset, loaded or torn down since a snapshot."""
+        return not self.has_memory or snapshot.resets != self._resets
+
     @torch.no_grad()
     def rewind(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot; without effect if the state was reset or loaded since."""
-        if snapshot.resets == self._resets:
+        """Go back to a snapshot; without effect if that is void."""
+        if not self.is_void(snapshot):
             self._averages().rewind(snapshot.averages)
             self._memory().rewind(snapshot.memory)
             self._holds_past = False
 
-    def undo(self, calls: int) -> None:
-        """Take back the last ``calls`` forwards that stored something.
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take back a rewind, and what was stored after it."""
+        self._averages().rewind(snapshot.averages)
+        self._memory().restore(snapshot.memory)
+
+    def check_undo(self, calls: int) -> None:
+        """Refuse an `undo` that is not possible.
 
         Raises:
             RuntimeError: more calls than were seen, or than `UNDO_DEPTH`.
@@ -145,6 +172,9 @@ class StatefulBatchNorm(_BatchNorm):
                 f"{known} since its state began (it knows {UNDO_DEPTH} at most, and none that ran "
                 "compiled): attach DoubleForward before training"
             )
+
+    def undo(self, calls: int) -> None:
+        """Take back the last ``calls`` forwards that stored something."""
         if self._undo and calls:
             self.rewind(self._undo[-calls])
             self._undo.clear()
@@ -202,15 +232,14 @@ class StatefulBatchNorm(_BatchNorm):
             names = [prefix + name for name in self._own_buffers]
             version = local_metadata.get("version")
             if (version is None or version < 3) and not any(name in state_dict for name in names):
-                memory = self._memory_from_stock(state_dict, prefix)
-                none_skipped = torch.zeros_like(self.num_batches_skipped)
-                state_dict.update(zip(names, (*memory, none_skipped), strict=True))
+                own = self._state_from_stock(state_dict, prefix)
+                state_dict.update(zip(names, own, strict=True))
             poisoned = []
             for name in ("running_mean", "running_var", *self.memory_buffers):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and value.is_floating_point():
                     state_dict[prefix + name] = value.to(statistics_dtype(value.dtype))
-                    if not value.is_meta and not bool(torch.isfinite(value).all()):
+                    if not all_finite(value):
                         poisoned.append(prefix + name)
             if poisoned:
                 warnings.warn(
@@ -219,27 +248,30 @@ class StatefulBatchNorm(_BatchNorm):
                     stacklevel=2,
                 )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self._forget_past_answers()
+        if self.has_memory:
+            self._forget_past_answers()
 
-    def _memory_from_stock(self, state_dict: dict[str, Any], prefix: str) -> MovingAverage | RecentBatches:
-        """Return the memory that a checkpoint of torch's own batch norm stands for."""
+    def _state_from_stock(self, state_dict: dict[str, Any], prefix: str) -> tuple[Tensor, ...]:
+        """Return what our buffers become with a checkpoint of torch's own batch norm."""
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
-        batches = state_dict.get(prefix + "num_batches_tracked")
-        memory = self._new_memory(self._averages().mean)
+        if mean is None or var is None:
+            # a part of a model that has nothing for the memory
+            return (*self._memory(), self.num_batches_skipped)
+        own_mean = self._averages().mean
+        memory = self._new_memory(mean.to(own_mean.dtype) if own_mean.is_meta else own_mean)
         memory.clear()
+        batches = state_dict.get(prefix + "num_batches_tracked")
         # checkpoints older than the counter are trained ones
         trained = batches is None or (not batches.is_meta and bool(batches > 0))
-        if mean is None or var is None or not trained:
-            return memory
         # what does not fit is for torch's own checks to name
         fits = mean.shape == var.shape == memory.mean.shape[-1:]
-        if fits and (mean.is_meta or bool((torch.isfinite(mean) & torch.isfinite(var)).all())):
+        if trained and fits and all_finite(mean, var):
             memory.seed(mean, var)
-        return memory
+        return (*memory, torch.zeros((), dtype=torch.int64, device=memory.mean.device))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state |= {"_undo": deque(maxlen=UNDO_DEPTH), "_calls": CallLog()}
+        state |= {"_undo": deque(maxlen=UNDO_DEPTH), "_calls": CallLog(), "_frozen": 0}
         return state
 
     @property
@@ -255,3 +287,8 @@ class StatefulBatchNorm(_BatchNorm):
 
     def _history_repr(self) -> str:
         raise NotImplementedError
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Return whether no value is NaN or infinite, as far as can be seen: meta tensors have none."""
+    return all(t.is_meta or bool(torch.isfinite(t).all()) for t in tensors)
