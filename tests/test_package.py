@@ -63,6 +63,7 @@ def test_arrows_point_down():
         {"mbnorm.functional", "mbnorm.memory", "mbnorm.recompute"},
         {"mbnorm.layers"},
         {"mbnorm.state"},
+        {"mbnorm.replay"},
         {"mbnorm.checkpoint", "mbnorm.convert", "mbnorm.double_forward", "mbnorm.schedule"},
     ]
     level = {name: height for height, names in enumerate(order) for name in names}

@@ -1,28 +1,22 @@
 """Double-Forward: after an optimizer step, forward its batches again to refresh the memories."""
 
-import contextlib
 import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextvars import ContextVar
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
-from mbnorm.layers.state import Snapshot
 from mbnorm.optimizer_steps import was_skipped
+from mbnorm.replay import Call, Mark, replaying, without_trace
 from mbnorm.state import memorizing_layers, no_update, why_none
 
 FORWARDS_KEPT = 64
 """Forwards kept for a replay where no layer has a memory_size to say how many matter."""
-
-_replaying: ContextVar[bool] = ContextVar("mbnorm_replaying", default=False)
 
 
 class DoubleForward:
@@ -77,9 +71,9 @@ class DoubleForward:
         self.every = every
         self.scaler = scaler
         self._steps = 0
-        self._mark: _Mark | None = None
+        self._mark: Mark | None = None
         kept = max(getattr(layer, "memory_size", FORWARDS_KEPT) for layer in layers)
-        self._calls: deque[_Call] = deque(maxlen=kept)
+        self._calls: deque[Call] = deque(maxlen=kept)
         self._in_closure = False
         self._warned = False
         for layer in layers:
@@ -109,13 +103,13 @@ class DoubleForward:
         if not torch.is_grad_enabled():
             return
         if self._mark is None:
-            self._mark = _Mark.of(self.model)
+            self._mark = Mark.of(self.model)
         # a step whose closure raised has ended without a hook
         self._in_closure = self._in_closure and _is_stepping(self.optimizer)
         if self._in_closure and self._calls and self._calls[-1].in_closure:
             # a closure is evaluated again and again: its last evaluation is the step's batch
             self._calls.pop()
-        self._calls.append(_Call.of(self.model, args, kwargs, in_closure=self._in_closure))
+        self._calls.append(Call.of(self.model, args, kwargs, in_closure=self._in_closure))
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,10 +173,10 @@ def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     layers = _layers_to_refresh(model)
     if not model.training:
         raise ValueError("refresh needs a model in train mode: eval mode stores nothing")
-    call = _Call.of(model, args, kwargs)
+    call = Call.of(model, args, kwargs)
     last = _LastForward.of(model)
     if last is None:
-        with _without_trace(model):
+        with without_trace(model):
             calls = _count_calls(model, layers, call)
         for layer in layers:
             layer.check_undo(calls[layer])
@@ -190,7 +184,7 @@ def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             layer.undo(calls[layer])
             layer.stop_undo()
         last = _LastForward()
-        last.mark = _Mark.of(model)
+        last.mark = Mark.of(model)
         _watch(model, last)
     if last.mark is None or last.mark.is_void():
         raise RuntimeError("refresh has seen no training forward since the state was loaded or reset")
@@ -201,7 +195,7 @@ class _LastForward:
     """Marks the state before each training forward of a model that is refreshed by hand."""
 
     def __init__(self) -> None:
-        self.mark: _Mark | None = None
+        self.mark: Mark | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "_LastForward | None":
@@ -211,79 +205,7 @@ class _LastForward:
         return None
 
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mark = _Mark.of(model)
-
-
-class _Mark:
-    """The state of a model's memorizing layers at one moment, and the momentum they had."""
-
-    def __init__(self, snapshots: list[tuple[HistoryBatchNorm, Snapshot, float | None]]) -> None:
-        self.snapshots = snapshots
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_Mark":
-        return cls([(layer, layer.snapshot(), layer.momentum) for layer in memorizing_layers(model)])
-
-    def is_void(self) -> bool:
-        return any(layer.is_void(snapshot) for layer, snapshot, _ in self.snapshots)
-
-    def replay(self, model: nn.Module, calls: "list[_Call]") -> None:
-        """Go back to this moment and do the calls again; if one fails, no layer has changed its memory."""
-        alive = [entry for entry in self.snapshots if isinstance(entry[0], HistoryBatchNorm)]
-        present = [(layer, layer.snapshot(), layer.momentum) for layer in memorizing_layers(model)]
-        with _without_trace(model):
-            try:
-                for layer, snapshot, momentum in alive:
-                    # recipes for SAM set momentum to 0 around the step: the forwards had another
-                    layer.momentum = momentum
-                    if layer.stores:
-                        layer.rewind(snapshot)
-                for call in calls:
-                    call.forward(model)
-            except BaseException:
-                for layer, snapshot, _ in present:
-                    layer.restore(snapshot)
-                raise
-            finally:
-                for layer, _, momentum in present:
-                    layer.momentum = momentum
-
-
-class _Call(NamedTuple):
-    """One call of a model: its inputs, detached, and the autocast settings it ran under."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int]
-    autocast: list[tuple[str, torch.dtype, bool]]
-    in_closure: bool
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_closure: bool = False
-    ) -> "_Call":
-        args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
-        devices = {"cpu", *(layer.memory_device.type for layer in memorizing_layers(model))} - {"meta"}
-        autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in sorted(devices)]
-        return cls(args, kwargs, _versions(args, kwargs), autocast, in_closure)
-
-    def forward(self, model: nn.Module) -> None:
-        if _versions(self.args, self.kwargs) != self.versions:
-            warnings.warn(
-                "the inputs of a training forward were changed in place, by the model or the loader, before "
-                "its batch could be forwarded again: the memories get the statistics of what is there now",
-                stacklevel=2,
-            )
-        with contextlib.ExitStack() as stack:
-            for device, dtype, enabled in self.autocast:
-                # a cast of a parameter cached before the step would be that of the old one
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-            model(*self.args, **self.kwargs)
-
-
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-    return [t._version for t in tensors if not t.is_inference()]
+        self.mark = Mark.of(model)
 
 
 class _RootHook:
@@ -297,7 +219,7 @@ class _RootHook:
             return
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg="attach DoubleForward to the compiled model, not to the one inside")
-        if _replaying.get():
+        if replaying.get():
             return
         # a forward that stores nothing, as SAM's second one, is none to repeat
         if any(layer.stores for layer in memorizing_layers(model)):
@@ -327,9 +249,7 @@ def _layers_to_refresh(model: nn.Module) -> list[HistoryBatchNorm]:
     return layers
 
 
-def _count_calls(
-    model: nn.Module, layers: list[HistoryBatchNorm], call: _Call
-) -> "Counter[HistoryBatchNorm]":
+def _count_calls(model: nn.Module, layers: list[HistoryBatchNorm], call: Call) -> "Counter[HistoryBatchNorm]":
     """Return how often each layer runs, and would store, in one forward."""
     calls: Counter[HistoryBatchNorm] = Counter()
 
@@ -344,36 +264,3 @@ def _count_calls(
         for handle in handles:
             handle.remove()
     return calls
-
-
-@contextlib.contextmanager
-def _without_trace(model: nn.Module) -> Iterator[None]:
-    """Forward inside without a graph, and without a trace outside the memorizing layers."""
-    ours = {id(b) for layer in memorizing_layers(model) for b in layer.buffers(recurse=False)}
-    others = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and id(buffer) not in ours
-    ]
-    token = _replaying.set(True)
-    try:
-        with _forked_rng(model), torch.no_grad():
-            yield
-    finally:
-        _replaying.reset(token)
-        for module, name, buffer, value in others:
-            module._buffers[name] = buffer
-            # through .data: a graph that saved this buffer must still find it unchanged
-            buffer.data.copy_(value)
-
-
-@contextlib.contextmanager
-def _forked_rng(model: nn.Module) -> Iterator[None]:
-    devices = {p.device for p in model.parameters()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {d.type for d in devices} - {"cpu", "meta"}:
-            indices = [d.index for d in devices if d.type == kind]
-            stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
-        yield
