@@ -1,0 +1,40 @@
+"""The console script `mbnorm`."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+NEEDED = ("lightning_fabric", "matplotlib", "numpy", "rich", "sklearn", "typer")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments``, or those of the process, name; return the exit status."""
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        return _fail(f"mbnorm compare needs {', '.join(missing)}: pip install 'mbnorm[experiments]'", 1)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    import typer
+
+    from mbnorm.experiments.commands import app
+
+    try:
+        status: int | None = app(arguments, prog_name="mbnorm", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # errors in the options are click's, which new typers keep to themselves
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(error.format_message(), 2)
+    return status or 0
+
+
+def _fail(line: str, status: int) -> int:
+    print(f"mbnorm: {line}", file=sys.stderr)
+    return status

@@ -1,0 +1,80 @@
+"""Nets of a size that people train, with torch's batch norms."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """Return a ResNet-18 for images of 32 pixels: a 3x3 stem and no pooling before the first stage."""
+    widths = (64, 128, 256, 512)
+    blocks: list[nn.Module] = []
+    inputs = widths[0]
+    for stage, width in enumerate(widths):
+        for block in range(2):
+            blocks.append(_BasicBlock(inputs, width, 2 if stage > 0 and block == 0 else 1))
+            inputs = width
+    return nn.Sequential(
+        nn.Conv2d(3, widths[0], 3, 1, 1, bias=False),
+        nn.BatchNorm2d(widths[0]),
+        nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(widths[-1], classes),
+    )
+
+
+def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm3d(outputs),
+        nn.ReLU(),
+        nn.Conv3d(outputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm3d(outputs),
+        nn.ReLU(),
+    )
+
+
+class _UNet3d(nn.Module):
+    def __init__(self, inputs: int, classes: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        pairs = list(zip((inputs, *widths), widths, strict=False))
+        self.down = nn.ModuleList(_double_conv(i, o) for i, o in pairs)
+        ups = list(zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose3d(i, o, 2, 2) for i, o in ups)
+        self.merge = nn.ModuleList(_double_conv(2 * o, o) for _, o in ups)
+        self.head = nn.Conv3d(widths[0], classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else F.max_pool3d(x, 2))
+            skips.append(x)
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips[:-1]), strict=True):
+            x = merge(torch.cat([up(x), skip], dim=1))
+        y: Tensor = self.head(x)
+        return y
+
+
+def unet3d(inputs: int = 1, classes: int = 2, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
+    """Return a small U-Net for volumes whose sides are multiples of 4."""
+    return _UNet3d(inputs, classes, widths)

@@ -1,0 +1,211 @@
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import mbnorm
+from mbnorm import cli
+from mbnorm.experiments import compare
+
+TINY = ["--epochs", "1", "--methods", "batch,matched", "--seeds", "1", "--batch-sizes", "32", "--jobs", "1"]
+
+
+def mbnorm_says(*arguments):
+    """Run a command in this process and return (status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(a) for a in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with the results of a tiny comparison, and what the command printed."""
+    out = tmp_path_factory.mktemp("tiny")
+    status, stdout, stderr = mbnorm_says("compare", *TINY, "--out", out)
+    assert (status, stderr) == (0, "")
+    return out, stdout
+
+
+@pytest.fixture
+def results(tiny, tmp_path):
+    """A copy of the tiny results, to spoil."""
+    path = tmp_path / "results.jsonl"
+    path.write_bytes((tiny[0] / "results.jsonl").read_bytes())
+    return path
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fail(runs, *_):
+        raise AssertionError(f"trains {len(runs)} runs")
+
+    monkeypatch.setattr(compare, "train_all", fail)
+
+
+def test_the_version_is_printed():
+    assert mbnorm_says("--version") == (0, f"mbnorm {mbnorm.__version__}\n", "")
+
+
+def test_python_m_mbnorm_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "mbnorm", "--version"], capture_output=True, text=True)
+    assert result.stdout == f"mbnorm {mbnorm.__version__}\n"
+
+
+def test_without_a_command_the_help_is_printed():
+    status, out, _ = mbnorm_says()
+    assert status == 0
+    assert "compare" in out
+
+
+def test_help_explains_every_option():
+    status, out, _ = mbnorm_says("compare", "--help")
+    options = "suite methods seeds batch-sizes sampling model epochs lr out jobs accelerator"
+    assert status == 0
+    assert all(f"--{option} " in out for option in options.split())
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(cli, "NEEDED", ("rich", "no_such_package"))
+    assert mbnorm_says("compare") == (
+        1,
+        "",
+        "mbnorm: mbnorm compare needs no_such_package: pip install 'mbnorm[experiments]'\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--suite", "all"], "--suite: expected quick, full; got 'all'"),
+        (["--methods", "batch,layer"], "--methods: expected none, batch,"),
+        (["--methods", ""], "--methods: expected none, batch,"),
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--seeds", "two"], "--seeds"),
+        (["--batch-sizes", "2,0"], "--batch-sizes: expected whole numbers of at least 1"),
+        (["--batch-sizes", "2.5"], "got '2.5'"),
+        (["--batch-sizes", "1001"], "--batch-sizes: shuffled batches have at most 1000 images, got 1001"),
+        (["--batch-sizes", "128", "--sampling", "one-class"], "one-class batches have at most"),
+        (["--sampling", "sorted"], "--sampling: expected shuffled, one-class; got 'sorted'"),
+        (["--model", "vit"], "--model: expected mlp, cnn; got 'vit'"),
+        (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--lr", "0.1,-1"], "--lr: expected numbers above 0, comma-separated; got '-1'"),
+        (["--lr", "nan"], "--lr: expected numbers above 0"),
+        (["--lr", "fast"], "got 'fast'"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--accelerator", "abacus"], "--accelerator: expected cpu, cuda, mps; got 'abacus'"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_gives_one_line_and_status_2(options, complaint, tmp_path):
+    status, out, err = mbnorm_says("compare", *options, "--out", tmp_path)
+    assert (status, out) == (2, "")
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    status, _, err = mbnorm_says("compare", "--out", tmp_path / "file")
+    assert status == 2
+    assert "--out" in err
+    assert err.count("\n") == 1
+
+
+def test_a_corrupt_line_gives_one_line_that_names_it(results):
+    results.write_text("nonsense\n" + results.read_text())
+    status, _, err = mbnorm_says("compare", *TINY, "--out", results.parent)
+    assert status == 2
+    assert f"{results}, line 1" in err
+    assert err.count("\n") == 1
+
+
+def test_every_run_is_in_the_results(tiny):
+    records = [json.loads(line) for line in (tiny[0] / "results.jsonl").read_text().splitlines()]
+    assert sorted(r["method"] for r in records) == ["batch", "matched"]
+    assert {(r["batch_size"], r["epochs"], r["lr"], r["status"]) for r in records} == {(32, 1, 0.05, "ok")}
+
+
+def test_the_table_is_printed_and_written(tiny):
+    out, stdout = tiny
+    assert "mlp, batches of 32, lr 0.05, 1 epoch" in stdout
+    assert "| matched |" in (out / "table.md").read_text()
+
+
+def test_the_figure_is_written(tiny):
+    assert (tiny[0] / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_trains_nothing(results, no_training):
+    status, out, _ = mbnorm_says("compare", *TINY, "--out", results.parent)
+    assert status == 0
+    assert "2 runs, 2 of them already in" in out
+
+
+def test_a_command_that_shares_runs_shows_only_its_own(results, no_training):
+    mbnorm_says("compare", *TINY, "--methods", "matched", "--out", results.parent)
+    assert "| batch |" not in (results.parent / "table.md").read_text()
+
+
+def test_a_truncated_last_line_is_trained_again_and_comes_out_the_same(results):
+    whole = results.read_text()
+    results.write_text(whole[:-40])
+    status, _, _ = mbnorm_says("compare", *TINY, "--out", results.parent)
+    before, after = (json.loads(text.splitlines()[1]) for text in (whole, results.read_text()))
+    assert status == 0
+    assert after | {"seconds": 0} == before | {"seconds": 0}
+
+
+def test_a_crashed_run_is_reported_and_does_not_lose_the_others(results, monkeypatch):
+    first, _ = results.read_text().splitlines(keepends=True)
+    results.write_text(first)
+
+    def crash(runs, *_):
+        for run in runs:
+            yield run, MemoryError("no room")
+
+    monkeypatch.setattr(compare, "train_all", crash)
+    status, out, err = mbnorm_says("compare", *TINY, "--out", results.parent)
+    assert status == 1
+    assert err.startswith("crashed, to be repeated by the same command: ")
+    assert err.endswith("seed 0: MemoryError: no room\n")
+    assert json.loads(first)["method"] in out
+    assert results.read_text() == first
+
+
+def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "mbnorm", "compare", "--batch-sizes", "1", "--epochs", "1000"]
+    process = subprocess.Popen(
+        [*command, "--jobs", "1", "--out", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    # the workers are started right after that line
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.startswith(f"interrupted: 0 of 16 runs are in {tmp_path}")
+    assert err.count("\n") == 1
+    assert ends_within(10, process.pid)
+
+
+def ends_within(seconds, group):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
