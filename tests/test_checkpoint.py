@@ -19,7 +19,7 @@ METHODS = {
 }
 on_every_method = pytest.mark.parametrize("method", METHODS)
 in_both_variants = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
-on_both_backends = pytest.mark.parametrize("backend", ["aten", "traceable"])
+on_every_backend = pytest.mark.parametrize("backend", ["aten", "cpu", "traceable"])
 
 
 def block(method, backend="auto"):
@@ -80,7 +80,7 @@ def assert_same_runs(model, plain, wrapped, xs_of_step, steps=3):
 
 @pytest.mark.contract("CK-1", "CK-2", "CK-3")
 @in_both_variants
-@on_both_backends
+@on_every_backend
 @pytest.mark.parametrize("same", [False, True], ids=["different", "same"])
 @pytest.mark.parametrize("times", [1, 2, 3])
 @on_every_method
@@ -359,7 +359,7 @@ def test_one_backward_each_in_any_order_for_the_same_input(method, order):
 
 
 @pytest.mark.contract("CK-1")
-@on_both_backends
+@on_every_backend
 @on_every_method
 def test_inputs_that_need_no_gradient(method, backend):
     layer = METHODS[method](4, backend=backend).double()

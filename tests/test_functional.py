@@ -15,10 +15,11 @@ from helpers import (
 )
 
 from mbnorm import reference
+from mbnorm.backends import cpu
 from mbnorm.functional import backend_for, blended_batch_norm
 
 EPS = 1e-3
-BACKENDS = ["traceable", "aten"]
+BACKENDS = ["traceable", "aten", "cpu"]
 on_every_layout = pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=layout_id)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_both_rules = pytest.mark.parametrize("variance", ["averaged", "pooled"])
@@ -243,11 +244,12 @@ def saved_full_size_tensors(run, numel):
 
 @with_both_rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
-def test_aten_saves_one_full_size_tensor(dtype, variance):
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+def test_kernels_save_one_full_size_tensor(backend, dtype, variance):
     x = make_input((4, 3, 8, 8), dtype).requires_grad_()
     past = near_statistics(x.detach())
     weight, bias = (p.requires_grad_() for p in make_parameters(3, torch.float32))
-    run = lambda: operate(x, weight, bias, past, 0.5, variance, "aten")  # noqa: E731
+    run = lambda: operate(x, weight, bias, past, 0.5, variance, backend)  # noqa: E731
     assert saved_full_size_tensors(run, x.numel()) == 1
 
 
@@ -258,8 +260,26 @@ def test_parameters_of_the_inputs_precision_get_gradients_of_theirs():
     assert {g.dtype for g in gradients(y, (weight, bias), torch.ones_like(y))} == {torch.bfloat16}
 
 
-def test_auto_is_aten_on_cpu_and_says_so():
+def test_auto_is_the_compiled_kernels_on_the_cpu_and_says_so():
+    assert backend_for(torch.randn(2, 3)) == "cpu"
+
+
+def test_auto_is_aten_where_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
     assert backend_for(torch.randn(2, 3)) == "aten"
+
+
+def test_the_compiled_kernels_are_refused_where_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used: no C"):
+        operate(torch.randn(2, 3), None, None, (torch.zeros(3), torch.ones(3)), 0.5, "pooled", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+def test_a_backend_is_refused_where_it_does_not_run(backend):
+    past = torch.zeros(3, device="meta"), torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match=f"backend '{backend}' .*got .*meta"):
+        operate(torch.empty(2, 3, device="meta"), None, None, past, 0.5, "pooled", backend)
 
 
 def test_auto_is_traceable_elsewhere():

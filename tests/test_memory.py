@@ -4,6 +4,7 @@ import torch
 from mbnorm.memory import AS_MANY_AS_THE_BATCH, InferenceAverages, MovingAverage, RecentBatches
 
 YES, NO = torch.tensor(True), torch.tensor(False)
+BATCH = torch.tensor([77.0]), torch.tensor([77.0])
 
 
 def ring(k, channels=1):
@@ -22,7 +23,8 @@ def moving(channels=1):
 
 def store(memory, *means, n=2, finite=YES):
     for mean in means:
-        memory.commit(finite, torch.tensor([float(mean)]), torch.tensor([1.0]), n)
+        statistics = torch.tensor([float(mean)]), torch.tensor([1.0])
+        memory.commit(finite, statistics, statistics, n)
 
 
 def read_mean(memory, n=2, limit=None, decay=1.0):
@@ -124,14 +126,14 @@ def test_an_empty_average_leaves_the_batch_all_the_weight():
 
 def test_an_average_reads_what_was_committed():
     memory = moving()
-    memory.commit(YES, torch.tensor([3.0]), torch.tensor([2.0]))
+    memory.commit(YES, BATCH, (torch.tensor([3.0]), torch.tensor([2.0])), 2)
     past = memory.read(0.75)
     assert (past.mean.item(), past.var.item(), past.batch_weight.item()) == (3.0, 2.0, 0.25)
 
 
 def test_reads_do_not_alias_the_state():
     average, recent = moving(), ring(2)
-    average.commit(YES, torch.tensor([3.0]), torch.tensor([2.0]))
+    average.commit(YES, BATCH, (torch.tensor([3.0]), torch.tensor([2.0])), 2)
     store(recent, 3)
     pasts = average.read(0.5), recent.read(2, 1, 1.0, "pooled")
     average.clear()
@@ -141,7 +143,7 @@ def test_reads_do_not_alias_the_state():
 
 def test_a_commit_that_is_not_finite_leaves_the_average_empty():
     memory = moving()
-    memory.commit(NO, torch.tensor([torch.nan]), torch.tensor([1.0]))
+    memory.commit(NO, BATCH, (torch.tensor([torch.nan]), torch.tensor([1.0])), 2)
     assert not memory.holds_anything()
     assert memory.mean.item() == 0
 
@@ -149,7 +151,7 @@ def test_a_commit_that_is_not_finite_leaves_the_average_empty():
 def test_rewinding_an_average_restores_it():
     memory = moving()
     then = memory.snapshot()
-    memory.commit(YES, torch.tensor([3.0]), torch.tensor([2.0]))
+    memory.commit(YES, BATCH, (torch.tensor([3.0]), torch.tensor([2.0])), 2)
     memory.rewind(then)
     assert not memory.holds_anything()
     assert (memory.mean.item(), memory.var.item()) == (0.0, 1.0)

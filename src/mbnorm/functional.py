@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from mbnorm.backends import aten, traceable
+from mbnorm.backends import aten, cpu, traceable
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 
-Backend: TypeAlias = Literal["auto", "traceable", "aten"]
+Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu"]
+Chosen: TypeAlias = Literal["traceable", "aten", "cpu"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
@@ -26,13 +27,15 @@ class BlendedBatchNorm(NamedTuple):
     var: Tensor
 
 
-def backend_for(x: Tensor) -> Literal["traceable", "aten"]:
+def backend_for(x: Tensor) -> Chosen:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
-    Under torch.compile, function transforms and forward-mode differentiation it is "traceable".
+    On the CPU it is "cpu", the kernels of this package, which the first call compiles in some seconds,
+    or "aten" where there is no C++ compiler. Under torch.compile, function transforms and forward-mode
+    differentiation it is "traceable".
 
-    >>> backend_for(torch.randn(2, 3))
-    'aten'
+    >>> backend_for(torch.empty(2, 3, device="meta"))
+    'traceable'
     """
     if (
         torch.compiler.is_compiling()
@@ -41,6 +44,8 @@ def backend_for(x: Tensor) -> Literal["traceable", "aten"]:
         or forward_ad._current_level >= 0
     ):
         return "traceable"
+    if x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.missing() is None:
+        return "cpu"
     return "aten"
 
 
@@ -76,14 +81,16 @@ def blended_batch_norm(
         batch_weight: weight :math:`a` of the batch in (0, 1], a number or a 0-dim tensor.
         variance: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
         eps: added to the variance.
-        backend: "auto", or one of "traceable", "aten", which then never falls back.
+        backend: "auto", or one of "traceable", "aten", "cpu", which then never falls back.
 
     Returns:
         ``(y, batch_mean, batch_var, mean, var)``: ``y`` like ``x``, the others of shape (C,) in
         float32 (float64 for a float64 ``x``); both variances are biased.
 
     Raises:
-        ValueError: a shape, ``variance`` or ``backend`` is not one of the above.
+        ValueError: a shape, ``variance`` or ``backend`` is not one of the above, or the backend cannot
+            take ``x``.
+        RuntimeError: the backend "cpu" cannot be built.
         TypeError: ``x`` is not floating point.
 
     Example:
@@ -97,9 +104,8 @@ def blended_batch_norm(
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
         batch_weight = torch.tensor(batch_weight, device=x.device, dtype=dtype)
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    past_mean, past_var = past_mean.detach().to(dtype), past_var.detach().to(dtype)
+    weight, bias = _in_dtype(weight, dtype), _in_dtype(bias, dtype)
+    past_mean, past_var = _constant(past_mean, dtype), _constant(past_var, dtype)
     if x.numel() == 0:
         y = F.batch_norm(x, past_mean, past_var, weight, bias, False, 0.0, eps)
         return BlendedBatchNorm(y, *torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device))
@@ -109,7 +115,7 @@ def blended_batch_norm(
         bias,
         past_mean,
         past_var,
-        batch_weight.detach().to(dtype),
+        _constant(batch_weight, dtype),
         variance,
         eps,
     )
@@ -118,6 +124,15 @@ def blended_batch_norm(
             if x.device.type not in aten.DEVICES:
                 raise ValueError(f"backend 'aten' runs on {' and '.join(aten.DEVICES)}, got {x.device}")
             return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
+        case "cpu":
+            if x.device.type not in cpu.DEVICES or x.dtype not in cpu.DTYPES:
+                raise ValueError(
+                    f"backend 'cpu' takes {', '.join(map(str, cpu.DTYPES))} on the CPU, "
+                    f"got {x.dtype} on {x.device}"
+                )
+            if reason := cpu.missing():
+                raise RuntimeError(f"backend 'cpu' cannot be used: {reason}")
+            return BlendedBatchNorm(*_KernelBatchNorm.apply(cpu, *arguments))  # type: ignore[no-untyped-call]
         case "traceable":
             y, *statistics = traceable.blended_batch_norm(*arguments)
             return BlendedBatchNorm(y, *(s.detach() for s in statistics))
@@ -169,6 +184,15 @@ class _KernelBatchNorm(torch.autograd.Function):
                 dy, x, weight, batch_weight, batch_mean, mean, var, ctx.variance, ctx.eps, needs[0]
             )
         return nothing[0], *(g if n else None for g, n in zip(gradients, needs, strict=True)), *nothing[4:]
+
+
+def _in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(

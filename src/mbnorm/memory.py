@@ -1,26 +1,41 @@
 """The two memories of past statistics, and the averages used for inference: tensors in, tensors out.
 
 *read* gives what the operator needs, as fresh tensors; *commit* is the only writer of state: in place,
-without a host synchronization, and without effect where ``finite`` is false.
+without a host synchronization, and without effect where ``finite`` is false. ``fused`` does the same in one
+call of the CPU kernels, in place of dozens of small ones.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mbnorm.backends import cpu
 from mbnorm.blend import Variance, blend
 
 AS_MANY_AS_THE_BATCH = -1.0
 """Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""
 
 
-class Past(NamedTuple):
-    """Past mean and variance, shape (C,), and the weight of the current batch, 0-dim, in (0, 1]."""
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+"""Mean and biased variance, shape (C,)."""
+
+
+class InferenceUpdate(NamedTuple):
+    """Statistics that go into the averages for inference, their weight there (None: cumulative), the rule."""
 
     mean: Tensor
     var: Tensor
-    batch_weight: Tensor
+    weight: float | None
+    variance: Variance
+
+
+class Past(NamedTuple):
+    """Past mean and variance, shape (C,), and the weight of the current batch, in (0, 1]."""
+
+    mean: Tensor
+    var: Tensor
+    batch_weight: Tensor | float
 
 
 class MovingAverage(NamedTuple):
@@ -30,13 +45,18 @@ class MovingAverage(NamedTuple):
     var: Tensor
     filled: Tensor
 
-    def read(self, history_weight: Tensor | float) -> Past:
+    def read(self, history_weight: Tensor | float, *, fused: bool = False) -> Past:
         """Return the averages, weighing ``history_weight`` unless the memory is empty."""
+        if fused:
+            # on the CPU a look costs less than arithmetic with what is seen
+            weight = 1 - history_weight if self.filled.item() else 1.0
+            return Past(self.mean.clone(), self.var.clone(), weight)
         held = (self.filled > 0).to(self.mean.dtype)
         return Past(self.mean.clone(), self.var.clone(), 1 - history_weight * held)
 
-    def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
+    def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Replace the averages with the blended statistics of a forward."""
+        mean, var = blended
         _write(self.mean, mean, finite)
         _write(self.var, var, finite)
         self.filled.masked_fill_(finite, 1)
@@ -59,7 +79,7 @@ class MovingAverage(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
-        return tuple(t.clone() for t in self)
+        return _clones(self)
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Go back to a snapshot."""
@@ -93,8 +113,10 @@ class RecentBatches(NamedTuple):
         slots = torch.arange(self.size, device=position.device)
         return (position - 1 - slots) % self.size + 1
 
-    def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
+    def read(self, n: int, limit: int, decay: float, variance: Variance, *, fused: bool = False) -> Past:
         """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
+        if fused:
+            return Past(*cpu.ring_read(*self, n, limit, decay, variance == "pooled"))
         ages = self._ages(self.position)
         weight = torch.where(self.counts < 0, n, self.counts)
         weight = torch.where(ages <= limit, weight, 0.0)
@@ -109,8 +131,9 @@ class RecentBatches(NamedTuple):
             var = var + (share * (self.mean - mean).square()).sum(0)
         return Past(mean, var, n / (n + total))
 
-    def commit(self, finite: Tensor, mean: Tensor, var: Tensor, n: int) -> None:
+    def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Store the statistics of a batch of ``n`` values per channel in place of the oldest entry."""
+        mean, var = batch
         slot = (self.position % self.size).view(1)
         count = torch.full_like(self.counts[:1], n)
         for ring, value in ((self.mean, mean[None]), (self.var, var[None]), (self.counts, count)):
@@ -139,7 +162,7 @@ class RecentBatches(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` and `restore` need to come back here."""
-        return self.position.clone(), self.counts.clone()
+        return _clones((self.position, self.counts))
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Drop the entries stored since a snapshot; what they evicted stays lost."""
@@ -166,9 +189,7 @@ class InferenceAverages(NamedTuple):
     batches: Tensor
     skipped: Tensor
 
-    def after(
-        self, mean: Tensor, var: Tensor, weight: float | None, variance: Variance
-    ) -> tuple[Tensor, Tensor]:
+    def after(self, mean: Tensor, var: Tensor, weight: float | None, variance: Variance) -> Statistics:
         """Return the averages as they are once new statistics are blended in.
 
         These weigh ``weight``, or as much as each batch before if it is None.
@@ -188,12 +209,56 @@ class InferenceAverages(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
-        return tuple(t.clone() for t in self)
+        return _clones(self)
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Go back to a snapshot."""
         for tensor, then in zip(self, snapshot, strict=True):
             tensor.copy_(then)
+
+
+def commit(
+    memory: MovingAverage | RecentBatches,
+    averages: InferenceAverages,
+    batch: Statistics,
+    blended: Statistics,
+    n: int,
+    update: InferenceUpdate,
+    *,
+    fused: bool = False,
+) -> None:
+    """Store a forward in a memory and in the averages for inference, if all that is stored is finite.
+
+    Args:
+        memory: takes the batch's or the blended statistics.
+        averages: take the update.
+        batch: statistics of the batch.
+        blended: statistics that normalized it; they are as finite as the batch's.
+        n: values per channel.
+        update: for the averages.
+        fused: all in one kernel.
+    """
+    if fused:
+        *statistics, variance = update
+        arguments = (*statistics, variance == "pooled", *averages)
+        if isinstance(memory, RecentBatches):
+            cpu.ring_commit(*batch, n, *blended, *memory, *arguments)
+        else:
+            cpu.average_commit(*blended, *memory, *arguments)
+        return
+    state = averages.mean.dtype
+    blended = blended[0].to(state), blended[1].to(state)
+    running = averages.after(*update)
+    finite = torch.isfinite(torch.stack((*blended, *running))).all()
+    memory.commit(finite, batch, blended, n)
+    averages.commit(finite, *running)
+
+
+def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # layers take a snapshot at each forward: one call is half the time of several
+    if hasattr(torch, "_foreach_clone"):
+        return tuple(torch._foreach_clone(list(tensors)))
+    return tuple(t.clone() for t in tensors)
 
 
 def _write(target: Tensor, value: Tensor, finite: Tensor) -> None:

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from mbnorm import __version__
+from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS
+from mbnorm.experiments.bench.run import bench as run_bench
 from mbnorm.experiments.compare import report, train_missing
 from mbnorm.experiments.data import SAMPLINGS, largest_batch
 from mbnorm.experiments.grid import (
@@ -149,6 +151,47 @@ def compare(
         raise typer.Exit(130) from None
     except BrokenProcessPool:
         typer.echo(f"a process died, for want of memory perhaps: {_stored(runs, results)}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def bench(
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.jsonl, bench.md and bench.png.", metavar="FOLDER")
+    ] = Path("runs/bench"),
+    providers: Annotated[
+        str,
+        typer.Option(
+            help=f"Layers, comma-separated: {', '.join(PROVIDERS)}. batch_norm is always among them.",
+            metavar="LIST",
+            show_default="all but compiled_batch_norm, which takes a minute a shape",
+        ),
+    ] = ",".join(name for name in PROVIDERS if name != "compiled_batch_norm"),
+    dtypes: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(DTYPES)}.", metavar="LIST")
+    ] = ",".join(DTYPES),
+    threads: Annotated[
+        str, typer.Option(help="Numbers of threads, comma-separated.", metavar="LIST")
+    ] = "1,2",
+    quick: Annotated[bool, typer.Option("--quick", help="Three shapes and few rounds.")] = False,
+) -> None:
+    """Time the layers and whole training steps beside torch's own, on the CPU.
+
+    Every BatchNorm2d shape of ResNet-50 at 224 pixels and batch 2, and some of BatchNorm1d and 3d, in both
+    layouts; each layer is checked against a float64 copy first, and all are timed in turns. The rows with the
+    machine and the versions go to bench.jsonl; the table and the plot are made from these.
+    """
+    chosen = list(dict.fromkeys(["batch_norm", *_choices("--providers", providers, list(PROVIDERS))]))
+    try:
+        run_bench(
+            out,
+            threads=_numbers("--threads", threads, int),
+            providers=chosen,
+            dtypes=_choices("--dtypes", dtypes, list(DTYPES)),
+            quick=quick,
+        )
+    except (ArithmeticError, RuntimeError) as error:
+        typer.echo(f"mbnorm: {error}", err=True)
         raise typer.Exit(1) from None
 
 

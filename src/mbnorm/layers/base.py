@@ -1,16 +1,15 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
-from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm.blend import Variance, statistics_dtype
-from mbnorm.functional import BlendedBatchNorm, backend_for, blended_batch_norm
+from mbnorm.blend import statistics_dtype
+from mbnorm.functional import Backend, BlendedBatchNorm, backend_for, blended_batch_norm
 from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.memory import Past
+from mbnorm.memory import InferenceUpdate, Past, Statistics, commit
 from mbnorm.recompute import (
     Call,
     Node,
@@ -23,28 +22,11 @@ REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
 
 
-Statistics: TypeAlias = tuple[Tensor, Tensor]
-"""Mean and variance, shape (C,)."""
-
-
-class InferenceUpdate(NamedTuple):
-    """Statistics that go into the averages for inference, their weight there, and the rule."""
-
-    mean: Tensor
-    var: Tensor
-    weight: float | None
-    variance: Variance
-
-
 class HistoryBatchNorm(StatefulBatchNorm):
     """Base of the layers: everything but what the memory is and how the averages for inference move."""
 
-    def _read(self, n: int) -> Past:
-        """Return what a batch of ``n`` values per channel is blended with."""
-        raise NotImplementedError
-
-    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
-        """Store a forward in the memory."""
+    def _read(self, n: int, *, fused: bool = False) -> Past:
+        """Return what a batch of ``n`` values per channel is blended with; ``fused`` by the CPU kernels."""
         raise NotImplementedError
 
     def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
@@ -65,25 +47,28 @@ class HistoryBatchNorm(StatefulBatchNorm):
         if n == 1 and not self._has_past():
             # one value has no variance: torch says so in its own words
             return self._plain_batch_norm(input)
+        backend = backend_for(input) if self.backend == "auto" else self.backend
+        fused = backend == "cpu"
         if torch.compiler.is_compiling():
             if in_unsafe_compiled_checkpoint():
                 # the recompute would read the memory as it is after the forward
                 torch._dynamo.graph_break(
                     msg="pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint"
                 )
-            past = self._read(n)
-            result = self._blend(input, past)
-        elif repeated := self._repeat(input, n):
+            result = self._blend(input, self._read(n), backend)
+        elif repeated := self._repeat(input, n, backend):
             return repeated.y
         else:
-            past = self._read(n)
-            result, node = self._blend_watched(input, past)
+            past = self._read(n, fused=fused)
+            result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
         if n > 0 and self.stores:
-            self._commit(result, n, m)
+            self._commit(result, n, m, fused)
         return result.y
 
-    def _blend(self, input: Tensor, past: Past, weight: Tensor | None = None) -> BlendedBatchNorm:
+    def _blend(
+        self, input: Tensor, past: Past, backend: Backend, weight: Tensor | None = None
+    ) -> BlendedBatchNorm:
         return blended_batch_norm(
             input,
             self.weight if weight is None else weight,
@@ -91,22 +76,24 @@ class HistoryBatchNorm(StatefulBatchNorm):
             *past,
             variance=self.variance,
             eps=self.eps,
-            backend=self.backend,
+            backend=backend,
         )
 
-    def _blend_watched(self, input: Tensor, past: Past) -> tuple[BlendedBatchNorm, Node | None]:
+    def _blend_watched(
+        self, input: Tensor, past: Past, backend: Backend
+    ) -> tuple[BlendedBatchNorm, Node | None]:
         """Return the operator's result, and the node that its backward pass comes through last."""
-        if (backend_for(input) if self.backend == "auto" else self.backend) != "traceable":
-            result = self._blend(input, past)
+        if backend != "traceable":
+            result = self._blend(input, past, backend)
             return result, result.y.grad_fn
         # many nodes: put one of their own in front of them all
         if input.requires_grad or self.weight is None:
             input = input.view_as(input)
-            return self._blend(input, past), input.grad_fn
+            return self._blend(input, past, backend), input.grad_fn
         weight = self.weight.view_as(self.weight)
-        return self._blend(input, past, weight), weight.grad_fn
+        return self._blend(input, past, backend, weight), weight.grad_fn
 
-    def _repeat(self, input: Tensor, n: int) -> BlendedBatchNorm | None:
+    def _repeat(self, input: Tensor, n: int, backend: Backend) -> BlendedBatchNorm | None:
         """Do a forward again as it was, if this is a recompute: read what it had read, store nothing."""
         log = self._calls
         if log.script is not None:
@@ -118,13 +105,13 @@ class HistoryBatchNorm(StatefulBatchNorm):
             if len(candidates) > 1:
                 # without a graph: what is saved for the backward must be saved as often as in the forward
                 with torch.no_grad():
-                    probe = self._blend(input, candidates[0].past)
+                    probe = self._blend(input, candidates[0].past, backend)
                 candidates = [c for c in candidates if c.is_of(probe.batch_mean, probe.batch_var)]
             if not candidates:
                 refuse_unknown_recompute()
                 return None
             call = candidates[0]
-        result, node = self._blend_watched(input, call.past)
+        result, node = self._blend_watched(input, call.past, backend)
         if log.script is None and not call.is_of(result.batch_mean, result.batch_var):
             refuse_unknown_recompute()
             return None
@@ -167,23 +154,16 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return self.tracks and not self._frozen
 
     @torch.no_grad()
-    def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
+    def _commit(self, result: BlendedBatchNorm, n: int, m: int, fused: bool) -> None:
         if self._undo is not None and not torch.compiler.is_compiling():
             self._undo.append(self.snapshot())
-        averages = self._averages()
-        batch = result.batch_mean, result.batch_var
+        batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         if self.momentum is None or self.momentum == 1:
             # update_bn and PreciseBN set these to read the raw statistics of each batch
             update = InferenceUpdate(batch[0], unbiased(batch[1], n), self.momentum, "averaged")
         else:
             update = self._inference_update(result, n, m)
-        state = averages.mean.dtype
-        blended = result.mean.to(state), result.var.to(state)
-        running = averages.after(*update)
-        # the blended statistics are as finite as the batch's, and what is stored must be finite, too
-        finite = torch.isfinite(torch.stack((*blended, *running))).all()
-        self._commit_history(finite, batch, blended, n)
-        averages.commit(finite, *running)
+        commit(self._memory(), self._averages(), batch, blended, n, update, fused=fused)
 
 
 def moments_update(batch: Statistics, momentum: float, m: int) -> InferenceUpdate:

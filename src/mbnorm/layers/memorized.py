@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mbnorm.blend import Variance
 from mbnorm.functional import Backend, BlendedBatchNorm
-from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, Statistics, moments_update, unbiased
-from mbnorm.memory import Past, RecentBatches
+from mbnorm.layers.base import HistoryBatchNorm, moments_update, unbiased
+from mbnorm.memory import InferenceUpdate, Past, RecentBatches
 
 Inference: TypeAlias = Literal["memory", "ema"]
 
@@ -84,7 +84,14 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         )
 
     def _memory(self) -> RecentBatches:
-        return RecentBatches(self.memory_mean, self.memory_var, self.memory_counts, self.memory_position)
+        # the dictionary itself: attributes of modules are slow
+        buffers: dict[str, Any] = self._buffers
+        return RecentBatches(
+            buffers["memory_mean"],
+            buffers["memory_var"],
+            buffers["memory_counts"],
+            buffers["memory_position"],
+        )
 
     def _entries_read(self, n: int) -> int:
         """How many past entries a batch of ``n`` values per channel may read."""
@@ -95,12 +102,10 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
     def _has_past(self) -> bool:
         return self._entries_read(1) > 0 and super()._has_past()
 
-    def _read(self, n: int) -> Past:
+    def _read(self, n: int, *, fused: bool = False) -> Past:
         # an empty batch reads as if it had a value
-        return self._memory().read(n, self._entries_read(max(n, 1)), self.decay, self.variance)
-
-    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
-        self._memory().commit(finite, *batch, n)
+        limit = self._entries_read(max(n, 1))
+        return self._memory().read(n, limit, self.decay, self.variance, fused=fused)
 
     def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
         momentum = self.momentum or 0.0

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mbnorm.blend import Variance
 from mbnorm.functional import Backend, BlendedBatchNorm
-from mbnorm.layers.base import HistoryBatchNorm, InferenceUpdate, Statistics, moments_update
-from mbnorm.memory import MovingAverage, Past
+from mbnorm.layers.base import HistoryBatchNorm, moments_update
+from mbnorm.memory import InferenceUpdate, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 
@@ -134,12 +134,15 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         return MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
 
     def _memory(self) -> MovingAverage:
-        return MovingAverage(self.memory_mean, self.memory_var, self.memory_filled)
+        # the dictionary itself: attributes of modules are slow
+        buffers: dict[str, Any] = self._buffers
+        return MovingAverage(buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"])
 
-    def _read(self, n: int) -> Past:
+    def _read(self, n: int, *, fused: bool = False) -> Past:
         if self.matched_values is None:
-            return self._memory().read(self.history_weight)
-        return self._memory().read(max(0.0, (self.matched_values - n) / (self.matched_values + n)))
+            return self._memory().read(self.history_weight, fused=fused)
+        weight = max(0.0, (self.matched_values - n) / (self.matched_values + n))
+        return self._memory().read(weight, fused=fused)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
@@ -155,9 +158,6 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         weighs = self.history_weight > 0 if self.matched_values is None else self.matched_values > 1
         self._holds_past = bool(weighs) and super()._has_past()
         return self._holds_past
-
-    def _commit_history(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
-        self._memory().commit(finite, *blended)
 
     def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
         batch, momentum = (result.batch_mean, result.batch_var), self.momentum or 0.0

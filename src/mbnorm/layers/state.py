@@ -120,11 +120,13 @@ class StatefulBatchNorm(_BatchNorm):
         raise NotImplementedError
 
     def _averages(self) -> InferenceAverages:
+        # the dictionary itself: attributes of modules are slow
+        buffers: dict[str, Any] = self._buffers
         return InferenceAverages(
-            cast(Tensor, self.running_mean),
-            cast(Tensor, self.running_var),
-            cast(Tensor, self.num_batches_tracked),
-            self.num_batches_skipped,
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+            buffers["num_batches_skipped"],
         )
 
     @property

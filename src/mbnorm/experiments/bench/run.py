@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from mbnorm.experiments.bench import report
-from mbnorm.experiments.bench.cases import PROVIDERS, Case, cases
+from mbnorm.experiments.bench.cases import Case, cases
 from mbnorm.experiments.bench.rows import Row, machine, write
 from mbnorm.experiments.bench.steps import STEPS, race_steps
 from mbnorm.experiments.bench.timing import MODES, PASSES, contestants, copy_rate, race
@@ -81,14 +81,3 @@ def _layer_rows(case: Case, providers: list[str], threads: int, quick: bool) -> 
                 "saved_bytes": saved[name],
                 **machine(),
             }
-
-
-def check_providers(names: list[str]) -> None:
-    """Refuse names that are no provider.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    unknown = [name for name in names if name not in PROVIDERS]
-    if unknown:
-        raise ValueError(f"providers are {', '.join(PROVIDERS)}; got {', '.join(unknown)}")

@@ -1,0 +1,457 @@
+// The passes over the values of a tensor, vectorized by hand; compiled apart from torch's slow headers.
+
+#include "cpu_kernels.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace mbnorm {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+using std::integral_constant;
+
+// ---- vectors of L lanes; a single lane is a plain number ----
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int LANES = 32 / sizeof(Accumulator<T>);
+
+template <class A, int L>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(L * sizeof(A))));
+};
+template <class A>
+struct VectorOf<A, 1> {
+  using type = A;
+};
+
+// Sixteen bfloat16 as two vectors, of those with even and odd indices: what they take apart and put together
+// without a shuffle, for uses that do not care about the order of lanes.
+struct Pair {
+  using Half = VectorOf<float, 8>::type;
+  Half even, odd;
+
+  friend Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+  friend Pair operator+(Pair a, float b) { return {a.even + b, a.odd + b}; }
+  friend Pair operator-(Pair a, float b) { return {a.even - b, a.odd - b}; }
+  friend Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+  friend Pair operator*(Pair a, float b) { return {a.even * b, a.odd * b}; }
+  friend Pair operator*(float a, Pair b) { return b * a; }
+  Pair& operator+=(Pair b) { return *this = *this + b; }
+};
+template <>
+struct VectorOf<float, 16> {
+  using type = Pair;
+};
+
+template <class T, int L>
+using Vector = typename VectorOf<Accumulator<T>, L>::type;
+
+typedef uint16_t Bits16 __attribute__((vector_size(16)));
+typedef uint32_t Bits32 __attribute__((vector_size(32)));
+
+template <class V>
+inline V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T, int L>
+inline Vector<T, L> load(const T* p) {
+  if constexpr (L == 1) {
+    return *p;
+  } else if constexpr (L == 16) {
+    const Bits32 bits = read<Bits32>(p);
+    return {(Pair::Half)(bits << 16), (Pair::Half)(bits & 0xffff0000)};
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+#ifdef __AVX2__
+    return (Vector<T, L>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
+#else
+    return (Vector<T, L>)(__builtin_convertvector(read<Bits16>(p), Bits32) << 16);
+#endif
+  } else if constexpr (std::is_same_v<T, Half>) {
+#ifdef __F16C__
+    return (Vector<T, L>)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+    Vector<T, L> v;
+    for (int i = 0; i < L; ++i) v[i] = p[i];
+    return v;
+#endif
+  } else {
+    return read<Vector<T, L>>(p);
+  }
+}
+
+// Float bits whose upper halves are the nearest bfloat16, ties to even.
+inline Bits32 rounded(Pair::Half v) {
+  const Bits32 bits = (Bits32)v;
+  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits32{} + 0x7fc00000;
+}
+
+template <class T, int L>
+inline void store(T* p, Vector<T, L> v) {
+  if constexpr (L == 1) {
+    *p = v;
+  } else if constexpr (L == 16) {
+    const Bits32 bits = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
+    std::memcpy(p, &bits, sizeof bits);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const Bits32 bits = rounded(v) >> 16;
+#ifdef __AVX2__
+    const __m256i wide = (__m256i)bits;
+    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#else
+    const Bits16 half = __builtin_convertvector(bits, Bits16);
+#endif
+    std::memcpy(p, &half, sizeof half);
+  } else if constexpr (std::is_same_v<T, Half>) {
+#ifdef __F16C__
+    const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &half, sizeof half);
+#else
+    for (int i = 0; i < L; ++i) p[i] = v[i];
+#endif
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
+template <class V>
+inline double total(V v) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return v;
+  } else {
+    constexpr int L = sizeof(V) / sizeof(v[0]);
+    double sums[L];
+    for (int i = 0; i < L; ++i) sums[i] = v[i];
+    for (int half = L / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
+}
+
+inline double total(Pair v) { return total(v.even + v.odd); }
+
+template <class V>
+inline double total(const V (&v)[4]) {
+  return total(V((v[0] + v[1]) + (v[2] + v[3])));
+}
+
+// ---- walking through a tensor ----
+
+// Values of one channel that are summed in the precision of the statistics before double takes over.
+constexpr int64_t TILE = 512;
+constexpr int64_t CHAIN = 8;  // channels last: rows that a lane adds in a row
+
+// Clear the lanes of indices below `seen`.
+template <int L, class V, class A>
+inline V without_first(V v, A seen) {
+  if constexpr (L == 16) {
+    const Pair::Half index = {0, 2, 4, 6, 8, 10, 12, 14};
+    return {index < seen ? Pair::Half{} : v.even, index + 1 < seen ? Pair::Half{} : v.odd};
+  } else {
+    V index;
+    for (int i = 0; i < L; ++i) index[i] = i;
+    return index < seen ? V{} : v;
+  }
+}
+
+// Call f(offset, accumulator, mask) on the vectors of `length` values; a last one that is not full reaches
+// back over values already seen, and mask() clears them.
+template <class T, int L, class F>
+inline void sweep(int64_t length, F f) {
+  using V = Vector<T, L>;
+  const auto all = [](V v) { return v; };
+  int64_t i = 0;
+  for (; i + 4 * L <= length; i += 4 * L) {
+    f(i, 0, all);
+    f(i + L, 1, all);
+    f(i + 2 * L, 2, all);
+    f(i + 3 * L, 3, all);
+  }
+  for (; i + L <= length; i += L) f(i, 0, all);
+  if constexpr (L > 1) {
+    if (i < length) {
+      const Accumulator<T> seen = i + L - length;
+      f(length - L, 1, [&](V v) { return without_first<L>(v, seen); });
+    }
+  }
+}
+
+// Channels first: call f(offset, planes, length) on the tiles of a channel: some whole planes of it, or a
+// piece of one.
+template <int L, class F>
+inline void tiles(const Layout& at, int64_t channel, F f) {
+  const int64_t planes = std::max<int64_t>(1, TILE / at.plane);
+  const int64_t pieces = ceil_div(at.plane, TILE), piece = ceil_div(at.plane, pieces * 4 * L) * 4 * L;
+  for (int64_t n = 0; n < at.batch; n += planes)
+    for (int64_t i = 0; i < at.plane; i += piece)
+      f((n * at.channels + channel) * at.plane + i, std::min(planes, at.batch - n),
+        std::min(piece, at.plane - i));
+}
+
+// Channels last: call f(offset, rows, channel, seen, width) on tiles of rows and vectors of channels; the
+// last of these may reach back over `seen` channels.
+template <int L, class F>
+inline void tiles(const Layout& at, const Range& in, F f) {
+  for (int64_t r = in.r0; r < in.r1; r += TILE_ROWS) {
+    const int64_t rows = std::min(TILE_ROWS, in.r1 - r), offset = r * at.channels;
+    int64_t c = in.c0;
+    for (; c + 4 * L <= in.c1; c += 4 * L) f(offset + c, rows, c, 0, integral_constant<int, 4>());
+    for (; c + L <= in.c1; c += L) f(offset + c, rows, c, 0, integral_constant<int, 1>());
+    if (c < in.c1) f(offset + in.c1 - L, rows, in.c1 - L, c + L - in.c1, integral_constant<int, 1>());
+  }
+}
+
+// ---- the passes ----
+
+template <class T, int L>
+struct First {
+  using A = Accumulator<T>;
+  using V = Vector<T, L>;
+
+  // Mean of the first values, near enough to that of all; exact if they are equal.
+  static A pilot_mean(const T* x, int64_t length) {
+    const A origin = load<T, 1>(x);
+    if (length < 4 * L) {
+      const V v = load<T, L>(x) - origin;
+      return origin + A(total(v)) / L;
+    }
+    V v[4];
+    for (int j = 0; j < 4; ++j) v[j] = load<T, L>(x + j * L) - origin;
+    return origin + A(total(v)) / (4 * L);
+  }
+
+  [[gnu::flatten]] static void moments(const Layout& at, const Range& in, const void* x, const Moments& out) {
+    const int64_t stride = at.channels * at.plane;
+    for (int64_t c = in.c0; c < in.c1; ++c) {
+      out.shift[c] = load<T, 1>(static_cast<const T*>(x) + c * at.plane);
+      out.sum[c] = out.square[c] = 0;
+      tiles<L>(at, c, [&](int64_t offset, int64_t planes, int64_t length) {
+        const T* tile = static_cast<const T*>(x) + offset;
+        const A shift = pilot_mean(tile, length);
+        V rests[4] = {}, squares[4] = {};
+        for (int64_t n = 0; n < planes; ++n)
+          sweep<T, L>(length, [&](int64_t i, int j, auto mask) {
+            const V v = mask(load<T, L>(tile + n * stride + i) - shift);
+            rests[j] += v;
+            squares[j] += v * v;
+          });
+        out.add(c, planes * length, shift, total(rests), total(squares));
+      });
+    }
+  }
+
+  [[gnu::flatten]] static void products(const Layout& at, const Range& in, const void* g, const void* x,
+                                        const A* mean, const Products& out) {
+    const int64_t stride = at.channels * at.plane;
+    for (int64_t c = in.c0; c < in.c1; ++c) {
+      const A m = mean[c];
+      out.sum[c] = out.product[c] = 0;
+      tiles<L>(at, c, [&](int64_t offset, int64_t planes, int64_t length) {
+        V sums[4] = {}, products[4] = {};
+        for (int64_t n = 0; n < planes; ++n) {
+          const T* gs = static_cast<const T*>(g) + offset + n * stride;
+          const T* xs = static_cast<const T*>(x) + offset + n * stride;
+          sweep<T, L>(length, [&](int64_t i, int j, auto mask) {
+            const V v = mask(load<T, L>(gs + i));
+            sums[j] += v;
+            products[j] += v * (load<T, L>(xs + i) - m);
+          });
+        }
+        out.sum[c] += total(sums);
+        out.product[c] += total(products);
+      });
+    }
+  }
+
+  // Call f(offset, channel) on the planes.
+  template <class F>
+  static void planes(const Layout& at, const Range& in, F f) {
+    for (int64_t n = 0; n < at.batch; ++n)
+      for (int64_t c = in.c0; c < in.c1; ++c) f((n * at.channels + c) * at.plane, c);
+  }
+
+  [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
+                                         const A* mean, const A* scale, const A* bias) {
+    planes(at, in, [&](int64_t offset, int64_t c) {
+      const T* xs = static_cast<const T*>(x) + offset;
+      T* ys = static_cast<T*>(y) + offset;
+      const A m = mean[c], s = scale[c], b = bias[c];
+      sweep<T, L>(at.plane,
+                  [&](int64_t i, int, auto) { store<T, L>(ys + i, (load<T, L>(xs + i) - m) * s + b); });
+    });
+  }
+
+  [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
+                                             void* dx, const A* center, const A* scale, const A* slope,
+                                             const A* offset) {
+    planes(at, in, [&](int64_t start, int64_t c) {
+      const T* gs = static_cast<const T*>(g) + start;
+      const T* xs = static_cast<const T*>(x) + start;
+      T* ds = static_cast<T*>(dx) + start;
+      const A m = center[c], s = scale[c], k = slope[c], o = offset[c];
+      sweep<T, L>(at.plane, [&](int64_t i, int, auto) {
+        store<T, L>(ds + i, s * (load<T, L>(gs + i) + (k * (load<T, L>(xs + i) - m) + o)));
+      });
+    });
+  }
+};
+
+template <class T, int L>
+struct Last {
+  using A = Accumulator<T>;
+  using V = Vector<T, L>;
+
+  [[gnu::flatten]] static void moments(const Layout& at, const Range& in, const void* x, const Moments& out) {
+    for (int64_t c = in.c0; c < in.c1; ++c) {
+      out.shift[c] = load<T, 1>(static_cast<const T*>(x) + in.r0 * at.channels + c);
+      out.sum[c] = out.square[c] = 0;
+    }
+    tiles<L>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
+      constexpr int W = width;
+      const T* tile = static_cast<const T*>(x) + offset;
+      const int64_t pilots = std::min<int64_t>(rows, 4);
+      V shifts[W], sums[W] = {}, squares[W] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        const V origin = load<T, L>(tile + j * L);
+        V pilot{};
+        for (int64_t i = 1; i < pilots; ++i) pilot += load<T, L>(tile + i * at.channels + j * L) - origin;
+        shifts[j] = origin + pilot / A(pilots);
+      }
+      for (int64_t i = 0; i < rows; i += CHAIN) {
+        V sum[W] = {}, square[W] = {};
+        for (int64_t k = i; k < std::min(i + CHAIN, rows); ++k)
+#pragma GCC unroll 4
+          for (int j = 0; j < W; ++j) {
+            const V v = load<T, L>(tile + k * at.channels + j * L) - shifts[j];
+            sum[j] += v;
+            square[j] += v * v;
+          }
+#pragma GCC unroll 4
+        for (int j = 0; j < W; ++j) {
+          sums[j] += sum[j];
+          squares[j] += square[j];
+        }
+      }
+      A lanes[3][W * L];
+      std::memcpy(lanes[0], shifts, sizeof shifts);
+      std::memcpy(lanes[1], sums, sizeof sums);
+      std::memcpy(lanes[2], squares, sizeof squares);
+      for (int64_t j = seen; j < W * L; ++j) out.add(c + j, rows, lanes[0][j], lanes[1][j], lanes[2][j]);
+    });
+  }
+
+  [[gnu::flatten]] static void products(const Layout& at, const Range& in, const void* g, const void* x,
+                                        const A* mean, const Products& out) {
+    for (int64_t c = in.c0; c < in.c1; ++c) out.sum[c] = out.product[c] = 0;
+    tiles<L>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
+      constexpr int W = width;
+      const T* gs = static_cast<const T*>(g) + offset;
+      const T* xs = static_cast<const T*>(x) + offset;
+      V m[W], sums[W] = {}, products[W] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) m[j] = load<A, L>(mean + c + j * L);
+      for (int64_t i = 0; i < rows; i += CHAIN) {
+        V sum[W] = {}, product[W] = {};
+        for (int64_t k = i; k < std::min(i + CHAIN, rows); ++k)
+#pragma GCC unroll 4
+          for (int j = 0; j < W; ++j) {
+            const V v = load<T, L>(gs + k * at.channels + j * L);
+            sum[j] += v;
+            product[j] += v * (load<T, L>(xs + k * at.channels + j * L) - m[j]);
+          }
+#pragma GCC unroll 4
+        for (int j = 0; j < W; ++j) {
+          sums[j] += sum[j];
+          products[j] += product[j];
+        }
+      }
+      A lanes[2][W * L];
+      std::memcpy(lanes[0], sums, sizeof sums);
+      std::memcpy(lanes[1], products, sizeof products);
+      for (int64_t j = seen; j < W * L; ++j) {
+        out.sum[c + j] += lanes[0][j];
+        out.product[c + j] += lanes[1][j];
+      }
+    });
+  }
+
+  // Call f(offset, channel) on the vectors of the range, row by row: as they lie in memory.
+  template <class F>
+  static void vectors(const Layout& at, const Range& in, F f) {
+    for (int64_t r = in.r0; r < in.r1; ++r) {
+      const int64_t offset = r * at.channels;
+      int64_t c = in.c0;
+      for (; c + L <= in.c1; c += L) f(offset + c, c);
+      if (c < in.c1) f(offset + in.c1 - L, in.c1 - L);
+    }
+  }
+
+  [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
+                                         const A* mean, const A* scale, const A* bias) {
+    vectors(at, in, [&](int64_t i, int64_t c) {
+      const V v = load<T, L>(static_cast<const T*>(x) + i) - load<A, L>(mean + c);
+      store<T, L>(static_cast<T*>(y) + i, v * load<A, L>(scale + c) + load<A, L>(bias + c));
+    });
+  }
+
+  [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
+                                             void* dx, const A* center, const A* scale, const A* slope,
+                                             const A* offset) {
+    vectors(at, in, [&](int64_t i, int64_t c) {
+      const V v = load<T, L>(static_cast<const T*>(x) + i) - load<A, L>(center + c);
+      const V rest = load<A, L>(slope + c) * v + load<A, L>(offset + c);
+      store<T, L>(static_cast<T*>(dx) + i,
+                  load<A, L>(scale + c) * (load<T, L>(static_cast<const T*>(g) + i) + rest));
+    });
+  }
+};
+
+template <class Passes>
+constexpr Kernels<typename Passes::A> table = {Passes::moments, Passes::products, Passes::normalize,
+                                               Passes::differentiate};
+
+template <class T>
+const Kernels<Accumulator<T>>& kernels(const Layout& at) {
+  constexpr int L = LANES<T>;
+  if (at.channels_last) return table<Last<T, L>>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return table<First<T, 16>>;
+  } else {
+    if constexpr (std::is_same_v<T, Accumulator<T>>)
+      if (at.plane < L) return table<First<T, 1>>;
+    return table<First<T, L>>;
+  }
+}
+
+}  // namespace
+
+const Kernels<float>& float_kernels(Type type, const Layout& at) {
+  switch (type) {
+    case Type::BFloat16:
+      return kernels<BFloat16>(at);
+    case Type::Half:
+      return kernels<Half>(at);
+    default:
+      return kernels<float>(at);
+  }
+}
+
+const Kernels<double>& double_kernels(const Layout& at) { return kernels<double>(at); }
+
+}  // namespace mbnorm
