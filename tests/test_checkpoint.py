@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from helpers import BACKENDS
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,7 @@ METHODS = {
 }
 on_every_method = pytest.mark.parametrize("method", METHODS)
 in_both_variants = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
-on_every_backend = pytest.mark.parametrize("backend", ["aten", "cpu", "traceable"])
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def block(method, backend="auto"):

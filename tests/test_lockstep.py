@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_input, make_parameters
+from helpers import BACKENDS, make_input, make_parameters
 
 import mbnorm
 from mbnorm import reference
@@ -68,7 +68,7 @@ def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["traceable", "aten", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 @pytest.mark.parametrize(("kind", "twin_type", "options"), list(pairs()))
 def test_outputs_gradients_and_state_follow_the_reference(kind, twin_type, options, rank, backend):

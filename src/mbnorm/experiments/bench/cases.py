@@ -123,7 +123,6 @@ PROVIDERS: dict[str, Provider] = {
     "compiled_batch_norm": _compiled,
     "momentum": _momentum("auto"),
     "memorized": _memorized,
-    "momentum-cpu": _momentum("cpu"),
     "momentum-aten": _momentum("aten"),
     "momentum-traceable": _momentum("traceable"),
 }

@@ -8,7 +8,6 @@ from mbnorm.experiments.bench.rows import Row, geometric_mean, ratios
 ORDER = (
     "momentum",
     "memorized",
-    "momentum-cpu",
     "momentum-aten",
     "momentum-traceable",
     "compiled_batch_norm",
