@@ -663,3 +663,14 @@ def test_a_compiled_model_is_refreshed():
             optimizer.step()
     torch.testing.assert_close(net.state_dict(), wanted.state_dict(), rtol=1e-9, atol=1e-10)
     torch._dynamo.reset()
+
+
+def test_refresh_by_hand_works_after_detaching():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    with DoubleForward(net, optimizer):
+        train_step(net, optimizer, batches(1)[0])
+    x = batches(1, seed=3)[0]
+    net(x)
+    refresh(net, x)
+    assert int(net[1].num_batches_tracked) == 2

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mbnorm
+from mbnorm.backends import cpu
 
 SOURCE = Path(mbnorm.__file__).parent
 OPTIONAL = ["lightning", "lightning_fabric", "typer", "rich", "matplotlib", "sklearn", "triton", "monai"]
@@ -103,3 +104,19 @@ def test_layers_work_where_torch_has_no_bias_keyword(monkeypatch):
     layer = mbnorm.MomentumBatchNorm2d(3, bias=False, history_weight=0.5)
     assert layer.bias is None
     assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+@pytest.mark.parametrize("layer", ["MemorizedBatchNorm1d(3)", "MomentumBatchNorm1d(3, history_weight=0.5)"])
+def test_the_first_call_in_a_process_may_ask_for_the_compiled_kernels(layer):
+    build = layer.replace(")", ", backend='cpu')")
+    code = f"import torch, mbnorm; layer = mbnorm.{build}; [layer(torch.randn(4, 3)) for _ in range(2)]"
+    assert run(code).stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["Memorized", "Momentum"])
+def test_a_layer_says_what_its_compiled_kernels_lack(kind, monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
+    layer = getattr(mbnorm, f"{kind}BatchNorm1d")(3, backend="cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used: no C"):
+        layer(torch.randn(4, 3))

@@ -89,6 +89,8 @@ class DoubleForward:
         for handle in self._handles:
             handle.remove()
         self._forget()
+        for layer in memorizing_layers(self.model):
+            layer.start_undo()
 
     def __enter__(self) -> "DoubleForward":
         return self

@@ -49,6 +49,28 @@ def backend_for(x: Tensor) -> Chosen:
     return "aten"
 
 
+def choose(x: Tensor, backend: Backend) -> Chosen:
+    """Return the backend that runs for ``x``: the one asked for, or what "auto" means.
+
+    Raises:
+        ValueError: the backend asked for cannot take ``x``.
+        RuntimeError: the backend "cpu" cannot be built.
+    """
+    if backend == "auto":
+        return backend_for(x)
+    if backend == "aten" and x.device.type not in aten.DEVICES:
+        raise ValueError(f"backend 'aten' runs on {' and '.join(aten.DEVICES)}, got {x.device}")
+    if backend == "cpu":
+        if x.device.type not in cpu.DEVICES or x.dtype not in cpu.DTYPES:
+            raise ValueError(
+                f"backend 'cpu' takes {', '.join(map(str, cpu.DTYPES))} on the CPU, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if reason := cpu.missing():
+            raise RuntimeError(f"backend 'cpu' cannot be used: {reason}")
+    return backend
+
+
 def blended_batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -119,19 +141,10 @@ def blended_batch_norm(
         variance,
         eps,
     )
-    match backend_for(x) if backend == "auto" else backend:
+    match choose(x, backend):
         case "aten":
-            if x.device.type not in aten.DEVICES:
-                raise ValueError(f"backend 'aten' runs on {' and '.join(aten.DEVICES)}, got {x.device}")
             return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
         case "cpu":
-            if x.device.type not in cpu.DEVICES or x.dtype not in cpu.DTYPES:
-                raise ValueError(
-                    f"backend 'cpu' takes {', '.join(map(str, cpu.DTYPES))} on the CPU, "
-                    f"got {x.dtype} on {x.device}"
-                )
-            if reason := cpu.missing():
-                raise RuntimeError(f"backend 'cpu' cannot be used: {reason}")
             return BlendedBatchNorm(*_KernelBatchNorm.apply(cpu, *arguments))  # type: ignore[no-untyped-call]
         case "traceable":
             y, *statistics = traceable.blended_batch_norm(*arguments)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mbnorm.blend import statistics_dtype
-from mbnorm.functional import Backend, BlendedBatchNorm, backend_for, blended_batch_norm
+from mbnorm.functional import Backend, BlendedBatchNorm, blended_batch_norm, choose
 from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import InferenceUpdate, Past, Statistics, commit
 from mbnorm.recompute import (
@@ -47,7 +47,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         if n == 1 and not self._has_past():
             # one value has no variance: torch says so in its own words
             return self._plain_batch_norm(input)
-        backend = backend_for(input) if self.backend == "auto" else self.backend
+        backend = choose(input, self.backend)
         fused = backend == "cpu"
         if torch.compiler.is_compiling():
             if in_unsafe_compiled_checkpoint():

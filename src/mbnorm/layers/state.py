@@ -181,6 +181,10 @@ class StatefulBatchNorm(_BatchNorm):
             self.rewind(self._undo[-calls])
             self._undo.clear()
 
+    def start_undo(self) -> None:
+        """Keep again what `undo` needs, from now on."""
+        self._undo = deque(maxlen=UNDO_DEPTH)
+
     def stop_undo(self) -> None:
         """Keep nothing for `undo` any more: whoever calls this takes snapshots itself."""
         self._undo = None
