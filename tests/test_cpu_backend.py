@@ -1,9 +1,3 @@
-import os
-import stat
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import (
@@ -21,12 +15,10 @@ from helpers import (
 from torch.library import opcheck
 
 from mbnorm import reference
-from mbnorm.backends import aten, build, cpu
-from mbnorm.functional import _KernelBatchNorm
-from mbnorm.memory import InferenceAverages, InferenceUpdate, MovingAverage, RecentBatches, commit
+from mbnorm.backends import aten, cpu
+from mbnorm.functional import _by_kernels
 
 EPS = 1e-3
-YES = torch.tensor(True)
 LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
 SHAPES = [
     ((6, 5), CONTIGUOUS),
@@ -58,7 +50,7 @@ def operate(kernels, x, weight, bias, past, a, variance):
     dtype = cpu.statistics_dtype(x.dtype)
     past_mean, past_var = (p.to(dtype) for p in past)
     a = torch.tensor(a, dtype=dtype)
-    return _KernelBatchNorm.apply(kernels, x, weight, bias, past_mean, past_var, a, variance, EPS)
+    return _by_kernels(kernels, x, weight, bias, past_mean, past_var, a, variance, EPS)
 
 
 def state_dtype(dtype):
@@ -118,9 +110,9 @@ def run(x, dy, variance="averaged"):
     weight, bias = make_parameters(x.shape[1], dtype)
     past = [t.to(dtype) for t in near_statistics(x)]
     a = torch.tensor(0.3, dtype=dtype)
-    y, batch_mean, batch_var, mean, var = cpu.forward(x, weight, bias, *past, a, variance, EPS)
-    gradient = cpu.backward(dy, x, weight, a, batch_mean, mean, var, variance, EPS, True)
-    return (y, batch_mean, batch_var, mean, var, *gradient)
+    y, statistics = cpu.forward(x, weight, bias, *past, a, variance, EPS)
+    gradient = cpu.backward(dy, x, weight, a, statistics, variance, EPS, True)
+    return (y, *statistics, *gradient)
 
 
 def assert_same_bits(got, wanted):
@@ -155,8 +147,8 @@ def test_no_gradient_of_the_input(affine, variance):
     x, dy = make_input((3, 12, 5, 4), torch.float32), make_input((3, 12, 5, 4), torch.float32, seed=2)
     weight = make_parameters(12, torch.float32)[0] if affine else None
     a, zeros, ones = torch.tensor(0.4), torch.zeros(12), torch.ones(12)
-    _, batch_mean, _, mean, var = cpu.forward(x, weight, None, zeros, ones, a, variance, EPS)
-    arguments = dy, x, weight, a, batch_mean, mean, var, variance, EPS
+    _, statistics = cpu.forward(x, weight, None, zeros, ones, a, variance, EPS)
+    arguments = dy, x, weight, a, statistics, variance, EPS
     dx, *without = cpu.backward(*arguments, False)
     assert dx is None
     assert_same_bits(without, cpu.backward(*arguments, True)[1:])
@@ -177,9 +169,8 @@ def test_statistics_are_as_accurate_as_native(name, layout):
     noise = make_input((2, 24, 3, 900), torch.float64)
     x = ADVERSARIES[name](noise).float().contiguous(memory_format=layout)
     exact_mean, exact_var, _ = reference.batch_statistics(x.double())
-    mean, var = cpu.forward(x, None, None, torch.zeros(24), torch.ones(24), torch.tensor(1.0), "pooled", EPS)[
-        1:3
-    ]
+    zeros, ones, a = torch.zeros(24), torch.ones(24), torch.tensor(1.0)
+    _, (mean, var, *_) = cpu.forward(x, None, None, zeros, ones, a, "pooled", EPS)
     native_mean, native_var = torch.batch_norm_update_stats(x, None, None, 0.0)
     one_rounding = torch.finfo(torch.float32).eps
     for got, native, exact in ((mean, native_mean, exact_mean), (var, native_var, exact_var)):
@@ -203,7 +194,7 @@ def test_half_values_near_the_end_of_their_range(layout):
     signs = torch.tensor([1.0, -1.0]).repeat(32).view(1, 1, 8, 8).expand(2, 16, 8, 8)
     x = (6.5e4 * signs).half().contiguous(memory_format=layout)
     zeros, ones, a = torch.zeros(16), torch.ones(16), torch.tensor(1.0)
-    y, mean, var, *_ = cpu.forward(x, None, None, zeros, ones, a, "pooled", 1e-5)
+    y, (mean, var, *_) = cpu.forward(x, None, None, zeros, ones, a, "pooled", 1e-5)
     assert torch.equal(y.float(), signs)
     assert torch.equal(mean, zeros)
     torch.testing.assert_close(var, ones * x.float()[0, 0, 0, 0] ** 2)
@@ -222,8 +213,8 @@ def test_what_is_not_finite_stays_in_its_channel(shape, layout, dtype, bad):
     weight, bias = make_parameters(shape[1], state_dtype(dtype))
     past = [t.to(state_dtype(dtype)) for t in near_statistics(clean)]
     a = torch.tensor(0.3, dtype=state_dtype(dtype))
-    y, *statistics = cpu.forward(x, weight, bias, *past, a, "averaged", EPS)
-    gradient = cpu.backward(dy, x, weight, a, *(statistics[i] for i in (0, 2, 3)), "averaged", EPS, True)
+    y, statistics = cpu.forward(x, weight, bias, *past, a, "averaged", EPS)
+    gradient = cpu.backward(dy, x, weight, a, statistics, "averaged", EPS, True)
     others = torch.arange(shape[1]) != channel
     for got, want in zip((y, *statistics, *gradient), wanted, strict=True):
         along = 1 if got.dim() > 1 else 0
@@ -267,7 +258,8 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     opcheck(operators.forward.default, (x, weight, bias, *past, a, True, EPS))
     opcheck(operators.forward.default, (x, None, None, *past, a, False, EPS))
     for need_dx in (True, False):
-        opcheck(operators.backward.default, (x, x, weight, a, *past, past[1], True, EPS, need_dx))
+        statistics = torch.stack((*past, *past))
+        opcheck(operators.backward.default, (x, x, weight, a, statistics, True, EPS, need_dx))
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -276,7 +268,7 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match="parameters of 9 values"):
         cpu.forward(x, torch.ones(8), None, *past, a, "pooled", EPS)
     with pytest.raises(RuntimeError, match="shape of x"):
-        cpu.backward(x[:2], x, None, a, *past, past[1], "pooled", EPS, True)
+        cpu.backward(x[:2], x, None, a, torch.stack((*past, *past)), "pooled", EPS, True)
 
 
 def test_statistics_of_another_precision_are_refused():
@@ -285,262 +277,3 @@ def test_statistics_of_another_precision_are_refused():
         cpu.forward(x, None, None, *near_statistics(x), torch.tensor(1.0), "pooled", EPS)
     with pytest.raises(RuntimeError, match="expected a float32"):
         cpu.forward(x.int(), None, None, *near_statistics(x), torch.tensor(1.0), "pooled", EPS)
-
-
-# ---- the memories ----
-
-
-def rings(k, channels, dtype):
-    memory = RecentBatches(
-        torch.empty(k, channels, dtype=dtype),
-        torch.empty(k, channels, dtype=dtype),
-        torch.empty(k, dtype=dtype),
-        torch.empty((), dtype=torch.int64),
-    )
-    memory.clear()
-    averages = InferenceAverages(
-        torch.zeros(channels, dtype=dtype),
-        torch.ones(channels, dtype=dtype),
-        torch.tensor(0),
-        torch.tensor(0),
-    )
-    return memory, averages
-
-
-def copy_of(state):
-    return type(state)(*(t.clone() for t in state))
-
-
-def statistics(channels, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(channels, generator=generator, dtype=torch.float64).to(dtype),
-        torch.rand(channels, generator=generator, dtype=torch.float64).to(dtype),
-    ]
-
-
-def assert_close_states(*pairs):
-    for got, wanted in pairs:
-        for g, w in zip(got, wanted, strict=True):
-            tolerance = 1e-14 if g.dtype == torch.float64 else 1e-6
-            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
-
-
-in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=layout_id)
-
-
-@in_both_precisions
-@with_both_rules
-@pytest.mark.parametrize("decay", [1.0, 0.7])
-@pytest.mark.parametrize("seeded", [False, True])
-@pytest.mark.parametrize("channels", [3, 300])
-def test_ring_read_does_as_the_memory(channels, seeded, decay, variance, dtype):
-    memory, _ = rings(5, channels, dtype)
-    if seeded:
-        memory.seed(*statistics(channels, dtype, seed=99))
-    for step in range(12):
-        n = 6 + step % 3
-        for limit in (4, 2, 0):
-            want = memory.read(n, limit, decay, variance)
-            assert_close_states((cpu.ring_read(*memory, n, limit, decay, variance == "pooled"), want))
-        batch = statistics(channels, dtype, step)
-        memory.commit(YES, batch, batch, n)
-
-
-BAD = (torch.nan, torch.inf, -torch.inf)
-
-
-def commit_both(ours, theirs, batch, blended, n, update):
-    """Commit by the operators to ``ours`` and by the classes to ``theirs``, (memory, averages) each."""
-    before = [copy_of(state) for state in ours]
-    commit(*theirs, batch, blended, n, update)
-    arguments = (update.mean, update.var, update.weight, update.variance == "pooled", *ours[1])
-    if isinstance(ours[0], RecentBatches):
-        cpu.ring_commit(*batch, n, *blended, *ours[0], *arguments)
-    else:
-        cpu.average_commit(*blended, *ours[0], *arguments)
-    assert_close_states(*zip(ours, theirs, strict=True))
-    if ours[1].skipped != before[1].skipped:
-        assert_same_bits((*ours[0], *ours[1][:3]), (*before[0], *before[1][:3]))
-
-
-@in_both_precisions
-@with_both_rules
-@pytest.mark.parametrize("weight", [None, 1.0, 0.2])
-@pytest.mark.parametrize("seeded", [False, True])
-@pytest.mark.parametrize("kind", ["ring", "average"])
-@pytest.mark.parametrize("channels", [3, 300])
-def test_commits_do_as_the_memories(channels, kind, seeded, weight, variance, dtype):
-    memory, averages = rings(5, channels, dtype)
-    if kind == "average":
-        memory = MovingAverage(*statistics(channels, dtype, 98), torch.tensor(0))
-    if seeded:
-        memory.seed(*statistics(channels, dtype, seed=99))
-    ours = copy_of(memory), copy_of(averages)
-    for step in range(14):
-        batch, blended, new = (statistics(channels, dtype, 10 * step + i) for i in range(3))
-        if step % 2 == 0 and step < 12:
-            spoilt = blended if step < 6 else new
-            spoilt[step // 2 % 2][-1 - step // 4] = BAD[step // 2 % 3]
-        update = InferenceUpdate(*new, weight, variance)
-        commit_both(ours, (memory, averages), batch, blended, 6 + step % 3, update)
-    assert (int(ours[1].batches), int(ours[1].skipped)) == (8, 6)
-
-
-def test_statistics_of_another_precision_are_stored_in_the_states():
-    memory, averages = rings(2, 3, torch.float32)
-    batch = statistics(3, torch.float64, 0)
-    cpu.ring_commit(*batch, 4, *batch, *memory, *batch, 1.0, False, *averages)
-    assert_same_bits((memory.mean[0], averages.var), (batch[0].float(), batch[1].float()))
-    huge = [torch.full((3,), 1e300, dtype=torch.float64)] * 2
-    cpu.ring_commit(*batch, 4, *huge, *memory, *batch, 1.0, False, *averages)
-    assert (int(memory.position), int(averages.skipped)) == (1, 1)
-
-
-def test_states_that_do_not_fit_are_refused():
-    memory, averages = rings(2, 3, torch.float32)
-    batch = statistics(3, torch.float32, 0)
-    with pytest.raises(RuntimeError, match="one dtype"):
-        cpu.ring_read(memory.mean.double(), *memory[1:], 4, 1, 1.0, True)
-    with pytest.raises(RuntimeError, match="int64 counters"):
-        cpu.ring_commit(*batch, 4, *batch, *memory, *batch, 1.0, False, *averages[:3], averages.mean)
-    with pytest.raises(RuntimeError, match="of 3 channels"):
-        cpu.ring_commit(*batch, 4, *batch, *memory, batch[0][:2], batch[1], 1.0, False, *averages)
-
-
-@in_both_precisions
-def test_the_memory_operators_are_well_formed(dtype):
-    memory, averages = rings(4, 9, dtype)
-    batch, new = statistics(9, dtype, 0), statistics(9, dtype, 1)
-    moving = (*statistics(9, dtype, 2), torch.tensor(0))
-    operators = torch.ops.mbnorm_cpu
-    opcheck(operators.ring_read.default, (*memory, 5, 3, 0.9, True))
-    opcheck(operators.ring_commit.default, (*batch, 5, *batch, *memory, *new, None, True, *averages))
-    opcheck(operators.average_commit.default, (*batch, *moving, *new, 0.1, True, *averages))
-
-
-# ---- compiling ----
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "small.cpp"
-    path.write_text("int answer() { return 42; }\n")
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    path = tmp_path / "cache"
-    monkeypatch.setenv("MBNORM_CACHE", str(path))
-    return path
-
-
-def test_a_build_is_kept_and_used_again(source, folder, monkeypatch):
-    build.load("small", [source])
-    (library,) = folder.iterdir()
-    monkeypatch.setattr(build, "_build", None)
-    build.load("small", [source])
-    assert list(folder.iterdir()) == [library]
-
-
-@pytest.mark.parametrize("change", ["source", "flags", "torch", "processor"])
-def test_a_build_is_not_used_for_anything_else(source, change, monkeypatch):
-    before = build.fingerprint(build.compiler(), [source])
-    assert build.fingerprint(build.compiler(), [source]) == before
-    if change == "source":
-        source.write_text("int answer() { return 43; }\n")
-    elif change == "flags":
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    elif change == "torch":
-        monkeypatch.setattr(torch, "__version__", "2.99")
-    else:
-        monkeypatch.setattr(build, "_processor", lambda: "flags: mmx")
-    assert build.fingerprint(build.compiler(), [source]) != before
-
-
-def test_a_damaged_file_is_built_again(source, folder):
-    library = folder / f"small-{build.fingerprint(build.compiler(), [source])}.so"
-    folder.mkdir()
-    library.write_text("not a library")
-    build.load("small", [source])
-    assert library.read_bytes() != b"not a library"
-
-
-def test_a_folder_that_cannot_be_written_does_not_matter(source, tmp_path, monkeypatch):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    private = tmp_path / "private"
-    private.mkdir()
-    monkeypatch.setenv("MBNORM_CACHE", str(blocked / "cache"))
-    monkeypatch.setattr(build.tempfile, "tempdir", str(private))
-    build.load("small", [source])
-    assert [p.suffix for p in private.glob("mbnorm-*/*")] == [".so"]
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind root")
-def test_a_read_only_folder_does_not_matter(source, folder):
-    folder.mkdir()
-    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    build.load("small", [source])
-    assert not list(folder.iterdir())
-
-
-def test_two_processes_may_build_at_once(source, folder):
-    program = (
-        "import sys; from pathlib import Path; from mbnorm.backends import build; "
-        "build.load('small', [Path(sys.argv[1])])"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(source)]) for _ in range(2)]
-    assert [p.wait() for p in processes] == [0, 0]
-    assert [p.suffix for p in folder.iterdir()] == [".so"]
-
-
-def missing_with(monkeypatch):
-    try:
-        return cpu.missing.__wrapped__()
-    finally:
-        monkeypatch.undo()
-
-
-@pytest.mark.parametrize("variable", ["PATH", "CXX"])
-def test_no_compiler_is_said_in_one_line(variable, folder, monkeypatch):
-    monkeypatch.setenv(variable, "/nowhere/c++")
-    reason = missing_with(monkeypatch)
-    assert "no C++ compiler" in reason
-    assert "set CXX" in reason
-    assert "\n" not in reason
-
-
-def test_a_compiler_that_fails_is_quoted(source, folder):
-    source.write_text("int answer() { return forty_two; }\n")
-    with pytest.raises(build.BuildError, match=r"compiler failed: .*small.cpp:1.*forty_two") as error:
-        build.load("small", [source])
-    assert "\n" not in str(error.value)
-    assert not list(folder.iterdir())
-
-
-def test_a_compiler_whose_output_does_not_load(source, folder, tmp_path, monkeypatch):
-    script = tmp_path / "c++"
-    # like a compiler, it writes what its last argument names; asked for its version it says something
-    script.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo broken > "$last"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(build.BuildError, match="do not load"):
-        build.load("small", [source])
-
-
-def test_where_builds_are_kept(monkeypatch):
-    monkeypatch.setenv("MBNORM_CACHE", "/a")
-    assert build.cache_folder() == Path("/a")
-    monkeypatch.delenv("MBNORM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert build.cache_folder() == Path("/b/mbnorm")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build.cache_folder() == Path.home() / ".cache" / "mbnorm"
-
-
-def test_importing_compiles_nothing(folder):
-    program = "import sys; import mbnorm.backends.cpu; sys.exit('mbnorm.backends.build' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
-    assert not folder.exists()

@@ -126,7 +126,7 @@ def blended_batch_norm(
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
         batch_weight = torch.tensor(batch_weight, device=x.device, dtype=dtype)
-    weight, bias = _in_dtype(weight, dtype), _in_dtype(bias, dtype)
+    weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
     past_mean, past_var = _constant(past_mean, dtype), _constant(past_var, dtype)
     if x.numel() == 0:
         y = F.batch_norm(x, past_mean, past_var, weight, bias, False, 0.0, eps)
@@ -143,12 +143,76 @@ def blended_batch_norm(
     )
     match choose(x, backend):
         case "aten":
-            return BlendedBatchNorm(*_KernelBatchNorm.apply(aten, *arguments))  # type: ignore[no-untyped-call]
+            return _by_kernels(aten, *arguments)
         case "cpu":
-            return BlendedBatchNorm(*_KernelBatchNorm.apply(cpu, *arguments))  # type: ignore[no-untyped-call]
+            return _by_kernels(cpu, *arguments)
         case "traceable":
             y, *statistics = traceable.blended_batch_norm(*arguments)
             return BlendedBatchNorm(y, *(s.detach() for s in statistics))
+
+
+def _by_kernels(
+    kernels: ModuleType,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past_mean: Tensor,
+    past_var: Tensor,
+    batch_weight: Tensor,
+    variance: Variance,
+    eps: float,
+) -> BlendedBatchNorm:
+    forward = _GivenPast(kernels, variance, eps)
+    forward.past, forward.batch_weight = (past_mean, past_var), batch_weight
+    y = normalize_by_kernels(forward, x, weight, bias)
+    return BlendedBatchNorm(y, *forward.statistics)
+
+
+class KernelForward:
+    """The operator run once by a backend's kernels, and what it leaves behind for the backward.
+
+    ``statistics`` has the batch's mean and variance and the blended ones, ``past`` begins with the mean and
+    the variance blended with: rows of a tensor or of a tuple, shape (C,) each.
+    """
+
+    __slots__ = ("batch_weight", "eps", "kernels", "past", "statistics", "variance")
+    past: Tensor | tuple[Tensor, ...]
+    batch_weight: Tensor
+    statistics: Tensor | tuple[Tensor, ...]
+
+    def __init__(self, kernels: ModuleType, variance: Variance, eps: float) -> None:
+        self.kernels = kernels
+        self.variance = variance
+        self.eps = eps
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the rest."""
+        raise NotImplementedError
+
+
+class _GivenPast(KernelForward):
+    __slots__ = ()
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y: Tensor
+        y, self.statistics = self.kernels.forward(
+            x, weight, bias, self.past[0], self.past[1], self.batch_weight, self.variance, self.eps
+        )
+        return y
+
+
+def normalize_by_kernels(
+    forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Run ``forward``, differentiably where gradients are wanted; parameters in the dtype of statistics."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = _KernelBatchNorm.apply(forward, x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    return forward.run(x, weight, bias)
 
 
 class _KernelBatchNorm(torch.autograd.Function):
@@ -156,50 +220,41 @@ class _KernelBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        past_mean: Tensor,
-        past_var: Tensor,
-        batch_weight: Tensor,
-        variance: Variance,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        y, *statistics = kernels.forward(x, weight, bias, past_mean, past_var, batch_weight, variance, eps)
-        ctx.save_for_backward(x, weight, bias, past_mean, past_var, batch_weight, *statistics)
-        ctx.kernels, ctx.variance, ctx.eps = kernels, variance, eps
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        return y, *statistics
+        ctx: Any, forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.of = forward
+        ctx.on_backward = None
+        return forward.run(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing: tuple[None, ...] = (None,) * 9
-        if dy is None:
-            return nothing
-        x, weight, bias, past_mean, past_var, batch_weight, batch_mean, _var, mean, var = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        of: KernelForward = ctx.of
+        x, weight, bias = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
         gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
             # views: where the input depends on the weight, that path is for the graph outside
             views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
             y = traceable.blended_batch_norm(
-                views[0], views[1], views[2], past_mean, past_var, batch_weight, ctx.variance, ctx.eps
+                views[0], views[1], views[2], of.past[0], of.past[1], of.batch_weight, of.variance, of.eps
             )[0]
             wanted = [t for t, need in zip(views, needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             gradients = [next(found) if need else None for need in needs]
         else:
-            gradients = ctx.kernels.backward(
-                dy, x, weight, batch_weight, batch_mean, mean, var, ctx.variance, ctx.eps, needs[0]
+            gradients = of.kernels.backward(
+                dy, x, weight, of.batch_weight, of.statistics, of.variance, of.eps, needs[0]
             )
-        return nothing[0], *(g if n else None for g, n in zip(gradients, needs, strict=True)), *nothing[4:]
+        dx, dw, db = gradients
+        return None, dx, dw if needs[1] else None, db if needs[2] else None
 
 
-def _in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a parameter in the dtype of statistics, itself if it has it."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -1,8 +1,7 @@
 """The two memories of past statistics, and the averages used for inference: tensors in, tensors out.
 
 *read* gives what the operator needs, as fresh tensors; *commit* is the only writer of state: in place,
-without a host synchronization, and without effect where ``finite`` is false. ``fused`` does the same in one
-call of the CPU kernels, in place of dozens of small ones.
+without a host synchronization, and without effect where ``finite`` is false.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -10,7 +9,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mbnorm.backends import cpu
 from mbnorm.blend import Variance, blend
 
 AS_MANY_AS_THE_BATCH = -1.0
@@ -22,10 +20,14 @@ Statistics: TypeAlias = tuple[Tensor, Tensor]
 
 
 class InferenceUpdate(NamedTuple):
-    """Statistics that go into the averages for inference, their weight there (None: cumulative), the rule."""
+    """What a forward puts into the averages for inference.
 
-    mean: Tensor
-    var: Tensor
+    The blended statistics or the batch's own, with the variance corrected for the batch's size or not; their
+    weight (None: as much as each batch before) and the rule.
+    """
+
+    blended: bool
+    unbiased: bool
     weight: float | None
     variance: Variance
 
@@ -45,12 +47,8 @@ class MovingAverage(NamedTuple):
     var: Tensor
     filled: Tensor
 
-    def read(self, history_weight: Tensor | float, *, fused: bool = False) -> Past:
+    def read(self, history_weight: Tensor | float) -> Past:
         """Return the averages, weighing ``history_weight`` unless the memory is empty."""
-        if fused:
-            # on the CPU a look costs less than arithmetic with what is seen
-            weight = 1 - history_weight if self.filled.item() else 1.0
-            return Past(self.mean.clone(), self.var.clone(), weight)
         held = (self.filled > 0).to(self.mean.dtype)
         return Past(self.mean.clone(), self.var.clone(), 1 - history_weight * held)
 
@@ -113,10 +111,8 @@ class RecentBatches(NamedTuple):
         slots = torch.arange(self.size, device=position.device)
         return (position - 1 - slots) % self.size + 1
 
-    def read(self, n: int, limit: int, decay: float, variance: Variance, *, fused: bool = False) -> Past:
+    def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
         """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
-        if fused:
-            return Past(*cpu.ring_read(*self, n, limit, decay, variance == "pooled"))
         ages = self._ages(self.position)
         weight = torch.where(self.counts < 0, n, self.counts)
         weight = torch.where(ages <= limit, weight, 0.0)
@@ -224,8 +220,6 @@ def commit(
     blended: Statistics,
     n: int,
     update: InferenceUpdate,
-    *,
-    fused: bool = False,
 ) -> None:
     """Store a forward in a memory and in the averages for inference, if all that is stored is finite.
 
@@ -236,26 +230,20 @@ def commit(
         blended: statistics that normalized it; they are as finite as the batch's.
         n: values per channel.
         update: for the averages.
-        fused: all in one kernel.
     """
-    if fused:
-        *statistics, variance = update
-        arguments = (*statistics, variance == "pooled", *averages)
-        if isinstance(memory, RecentBatches):
-            cpu.ring_commit(*batch, n, *blended, *memory, *arguments)
-        else:
-            cpu.average_commit(*blended, *memory, *arguments)
-        return
     state = averages.mean.dtype
     blended = blended[0].to(state), blended[1].to(state)
-    running = averages.after(*update)
+    mean, var = blended if update.blended else batch
+    if update.unbiased and n > 1:
+        var = var * (n / (n - 1))
+    running = averages.after(mean, var, update.weight, update.variance)
     finite = torch.isfinite(torch.stack((*blended, *running))).all()
     memory.commit(finite, batch, blended, n)
     averages.commit(finite, *running)
 
 
 def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # layers take a snapshot at each forward: one call is half the time of several
+    # one call is half the time of several
     if hasattr(torch, "_foreach_clone"):
         return tuple(torch._foreach_clone(list(tensors)))
     return tuple(t.clone() for t in tensors)

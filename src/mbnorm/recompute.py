@@ -3,9 +3,9 @@
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,26 +79,42 @@ SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
 """Attribute of a context function that compiled checkpoints may be traced with."""
 
 
+Rows: TypeAlias = Tensor | Sequence[Tensor]
+"""Several tensors of shape (C,), as a tensor's rows or one by one."""
+
+
 class Call:
-    """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs."""
+    """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs.
 
-    __slots__ = ("backwards", "mean", "n", "node", "past", "var")
+    ``statistics`` begins with the mean and the variance of the batch, ``past`` with what was read.
+    """
 
-    def __init__(self, n: int, mean: Tensor, var: Tensor, past: Past) -> None:
+    __slots__ = ("_past", "backwards", "batch_weight", "n", "node", "statistics")
+
+    def __init__(self, n: int, statistics: Rows, past: Rows, batch_weight: Tensor | float) -> None:
         self.n = n
-        self.mean = mean
-        self.var = var
-        self.past = past
+        self.statistics = statistics
+        self._past = past
+        self.batch_weight = batch_weight
         self.backwards = 0
         self.node: weakref.ref[Node] | None = None
+
+    @property
+    def past(self) -> Past:
+        """What the forward had read."""
+        return Past(self._past[0], self._past[1], self.batch_weight)
 
     def watch(self, node: Node | None) -> None:
         """Count the backward passes through this call, whose last step is ``node``."""
         if node is None:
             return
-        node.register_hook(self._count)
+        if not isinstance(node, torch.autograd.function.BackwardCFunction):
+            node.register_hook(self._count)
+            return
+        # an attribute of our own node costs less than a hook
+        node.on_backward = self._count
         # a strong reference would keep the graph; torch's own nodes take no weak one
-        if self.node is None and isinstance(node, torch.autograd.function.BackwardCFunction):
+        if self.node is None:
             self.node = weakref.ref(node)
 
     def _count(self, *_: object) -> None:
@@ -113,7 +129,7 @@ class Call:
         """Return whether these are this call's statistics, bit for bit."""
         return all(
             torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-            for a, b in ((self.mean, mean), (self.var, var))
+            for a, b in ((self.statistics[0], mean), (self.statistics[1], var))
         )
 
 

@@ -21,8 +21,8 @@ def forward(
     batch_weight: Tensor,
     variance: Variance,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(y, batch_mean, batch_var, mean, var)``."""
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return ``y`` and ``(batch_mean, batch_var, mean, var)``."""
     scratch_mean = scratch_var = None
     if x.dtype != past_mean.dtype:
         # without running buffers ATen gives the statistics of half inputs in half, where they overflow
@@ -30,7 +30,7 @@ def forward(
     batch_mean, batch_var = torch.batch_norm_update_stats(x, scratch_mean, scratch_var, 0.0)
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance)
     y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
-    return y, batch_mean, batch_var, mean, var
+    return y, (batch_mean, batch_var, mean, var)
 
 
 def backward(
@@ -38,14 +38,13 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     batch_weight: Tensor,
-    batch_mean: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
     variance: Variance,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)``."""
+    """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
+    batch_mean, _, mean, var = statistics
     # upcast so that half gradients are rounded once, after the last addition
     dtype = statistics_dtype(x.dtype)
     dy, values = dy.to(dtype), x.to(dtype)

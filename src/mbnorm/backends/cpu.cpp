@@ -1,18 +1,14 @@
-// The operator on the CPU, each tensor read from main memory as few times as its size allows.
-//
-// Channels first: a chunk of channels at a time, so that the second pass over it finds it in cache.
-// Channels last: likewise where all rows of a few channels fit in cache; otherwise fixed chunks of rows,
-// whose partial sums are combined in order. How the work is cut depends on sizes alone, never on the number
-// of threads, so neither do the results.
+// The operators: tensors in, tensors out. The work is done on plain arrays, in cpu_operator.cpp and
+// cpu_memory.cpp.
 
-#include "cpu_kernels.h"
+#include "cpu_memory.h"
+#include "cpu_operator.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <cmath>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -23,133 +19,12 @@ using namespace mbnorm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t FIRST_CHUNK_BYTES = 16 << 10;  // channels first: a chunk stays in L1 if it can
-constexpr int64_t LAST_CHUNK = 128;              // channels last: channels of a chunk
-constexpr int64_t CACHED_ROWS = 512;             // channels last: up to so many rows of a chunk stay in L2
-constexpr int64_t ROW_CHUNK_VALUES = 64 << 10;   // channels last: values of a chunk of whole rows
-constexpr int64_t GRAIN = 16 << 10;              // fewest values worth a thread
-
-// ---- the two directions ----
-
-// Call f(first, last) on chunks of `size` out of [0, n), in parallel; what is left of n joins the last one if
-// it is shorter than `least`.
-template <class F>
-void parallel_chunks(int64_t n, int64_t size, int64_t least, int64_t values_per_item, const F& f) {
-  int64_t chunks = ceil_div(n, size);
-  if (chunks > 1 && n - (chunks - 1) * size < least) --chunks;
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (size * values_per_item));
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i * size, i + 1 == chunks ? n : (i + 1) * size);
-  });
-}
-
-// Run sum(range, sums), then finish(c0, c1, sums), then map(range) over the whole tensor.
-template <class Sums, class Sum, class Finish, class Map>
-void two_passes(const Layout& at, int64_t value_bytes, const Sum& sum, const Finish& finish, const Map& map) {
-  const int64_t rows = at.rows(), channels = at.channels;
-  if (!at.channels_last || rows <= CACHED_ROWS) {
-    const int64_t first_chunk = std::max<int64_t>(1, FIRST_CHUNK_BYTES / (value_bytes * rows));
-    std::unique_ptr<double[]> numbers(new double[Sums::NUMBERS * channels]);
-    const Sums sums(numbers.get(), channels);
-    parallel_chunks(channels, at.channels_last ? LAST_CHUNK : first_chunk,
-                    at.channels_last ? LAST_CHUNK / 2 : 1, rows, [&](int64_t c0, int64_t c1) {
-                      const Range range{c0, c1, 0, rows};
-                      sum(range, sums);
-                      finish(c0, c1, sums);
-                      map(range);
-                    });
-    return;
-  }
-  const int64_t chunk = std::max<int64_t>(1, ROW_CHUNK_VALUES / (channels * TILE_ROWS)) * TILE_ROWS;
-  const int64_t chunks = ceil_div(rows, chunk), numbers_each = Sums::NUMBERS * channels;
-  std::unique_ptr<double[]> numbers(new double[chunks * numbers_each]);
-  const auto sums_of = [&](int64_t r0) { return Sums(numbers.get() + r0 / chunk * numbers_each, channels); };
-  parallel_chunks(rows, chunk, 1, channels,
-                  [&](int64_t r0, int64_t r1) { sum({0, channels, r0, r1}, sums_of(r0)); });
-  const Sums sums = sums_of(0);
-  for (int64_t r0 = chunk; r0 < rows; r0 += chunk) {
-    const Sums more = sums_of(r0);
-    for (int64_t c = 0; c < channels; ++c) sums.add(c, std::min(chunk, rows - r0), more);
-  }
-  finish(0, channels, sums);
-  parallel_chunks(rows, chunk, 1, channels, [&](int64_t r0, int64_t r1) { map({0, channels, r0, r1}); });
-}
-
-// What the statistics are blended with and how; weight and bias may be null.
-template <class A>
-struct Blend {
-  const A *weight, *bias, *mean, *var;
-  double batch_weight, eps;
-  bool pooled;
-};
-
-template <class A>
-struct Statistics {
-  A *batch_mean, *batch_var, *mean, *var;
-};
-
-template <class A>
-void forward(const Layout& at, int64_t value_bytes, const Kernels<A>& run, const void* x, void* y,
-             const Blend<A>& past, const Statistics<A>& out) {
-  std::unique_ptr<A[]> coefficients(new A[2 * at.channels]);
-  A *scale = coefficients.get(), *bias = scale + at.channels;
-  const double n = at.rows(), a = past.batch_weight, between = past.pooled ? a * (1 - a) : 0;
-  two_passes<Moments>(
-      at, value_bytes, [&](const Range& range, const Moments& sums) { run.moments(at, range, x, sums); },
-      [&](int64_t c0, int64_t c1, const Moments& sums) {
-#pragma GCC ivdep
-        for (int64_t c = c0; c < c1; ++c) {
-          const double offset = sums.sum[c] / n, rest = sums.square[c] / n - offset * offset;
-          const double batch_mean = sums.shift[c] + offset, batch_var = rest < 0 ? 0 : rest;
-          const double distance = batch_mean - past.mean[c];
-          out.batch_mean[c] = batch_mean;
-          out.batch_var[c] = batch_var;
-          out.mean[c] = a * batch_mean + (1 - a) * past.mean[c];
-          out.var[c] = a * batch_var + (1 - a) * past.var[c] + between * distance * distance;
-          scale[c] = (past.weight ? past.weight[c] : 1) / std::sqrt(out.var[c] + past.eps);
-          bias[c] = past.bias ? past.bias[c] : 0;
-        }
-      },
-      [&](const Range& range) { run.normalize(at, range, x, y, out.mean, scale, bias); });
-}
-
-// What the forward used; weight may be null.
-template <class A>
-struct Saved {
-  const A *weight, *batch_mean, *mean, *var;
-  double batch_weight, eps;
-  bool pooled;
-};
-
-template <class A>
-void backward(const Layout& at, int64_t value_bytes, const Kernels<A>& run, const void* g, const void* x,
-              void* dx, const Saved<A>& saved, A* dw, A* db) {
-  std::unique_ptr<A[]> coefficients(new A[3 * at.channels]);
-  A *scale = coefficients.get(), *slope = scale + at.channels, *offset = slope + at.channels;
-  const double share = saved.batch_weight / at.rows();
-  two_passes<Products>(
-      at, value_bytes,
-      [&](const Range& range, const Products& sums) { run.products(at, range, g, x, saved.mean, sums); },
-      [&](int64_t c0, int64_t c1, const Products& sums) {
-#pragma GCC ivdep
-        for (int64_t c = c0; c < c1; ++c) {
-          const double rstd = 1 / std::sqrt(saved.var[c] + saved.eps);
-          dw[c] = sums.product[c] * rstd;
-          db[c] = sums.sum[c];
-          scale[c] = (saved.weight ? saved.weight[c] : 1) * rstd;
-          slope[c] = -share * rstd * rstd * sums.product[c];
-          offset[c] = -share * sums.sum[c];
-        }
-      },
-      [&](const Range& range) {
-        const A* center = saved.pooled ? saved.mean : saved.batch_mean;
-        if (dx) run.differentiate(at, range, g, x, dx, center, scale, slope, offset);
-      });
-}
-
-// ---- tensors ----
-
 using Optional = std::optional<Tensor>;
+
+template <class A>
+A* data(const Tensor& t) {
+  return static_cast<A*>(t.data_ptr());
+}
 
 [[gnu::cold]] bool is_channels_last(const Tensor& x) {
   const int64_t dims = x.dim();
@@ -191,6 +66,13 @@ Tensor per_channel(int64_t channels, const Tensor& type) {
   return empty(1, &channels, &one, type);
 }
 
+Tensor matrix(int64_t rows, int64_t columns, const Tensor& type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty(2, sizes, strides, type);
+}
+
+Tensor scalar(const Tensor& type) { return empty(0, nullptr, nullptr, type); }
+
 // `x` itself if there are kernels for it, or a copy: channels first, of other strides or too few channels for
 // a vector; in float32, of half values in planes too small for one, which go value by value.
 [[gnu::cold]] Tensor walkable(const Tensor& x) {
@@ -218,11 +100,6 @@ Tensor per_channel(int64_t channels, const Tensor& type) {
   return copy;
 }
 
-template <class A>
-A* data(const Tensor& t) {
-  return static_cast<A*>(t.data_ptr());
-}
-
 // The values of a statistic or parameter, which may be absent.
 template <class A>
 struct Values {
@@ -239,59 +116,161 @@ struct Values {
   }
 };
 
-// Call f(bytes of a value, kernels) for a walkable tensor.
+// The values of a state that is written in place.
+template <class A>
+A* state(const Tensor& t, int64_t size) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == size &&
+                      t.scalar_type() == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float),
+                  "expected contiguous state of ", size,
+                  " values, in float64 for a float64 input, in float32 for others");
+  return data<A>(t);
+}
+
+int64_t* counter(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == 1, "expected int64 counters");
+  return data<int64_t>(t);
+}
+
+// Call f(a zero of the type of statistics, type of the values) for a walkable tensor.
 template <class F>
-void dispatch(const Tensor& x, const Layout& at, const F& f) {
+void dispatch(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return f(4, float_kernels(Type::Float, at));
+      return f(float(), Type::Float);
     case ScalarType::BFloat16:
-      return f(2, float_kernels(Type::BFloat16, at));
+      return f(float(), Type::BFloat16);
     case ScalarType::Half:
-      return f(2, float_kernels(Type::Half, at));
+      return f(float(), Type::Half);
     case ScalarType::Double:
-      return f(8, double_kernels(at));
+      return f(double(), Type::Double);
     default:
       STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 input");
   }
 }
 
-[[gnu::cold]] std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(Tensor x, Optional weight,
-                                                                            Optional bias, Tensor past_mean,
-                                                                            Tensor past_var,
-                                                                            Tensor batch_weight, bool pooled,
-                                                                            double eps) {
+// The rows of the four statistics that a forward gives and a backward takes.
+template <class A>
+Statistics<A> rows(const Tensor& t, int64_t channels) {
+  A* p = data<A>(t);
+  return {p, p + channels, p + 2 * channels, p + 3 * channels};
+}
+
+[[gnu::cold]] std::tuple<Tensor, Tensor> forward_op(Tensor x, Optional weight, Optional bias,
+                                                    Tensor past_mean, Tensor past_var, Tensor batch_weight,
+                                                    bool pooled, double eps) {
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
-  Tensor out[4];
-  for (Tensor& t : out) t = per_channel(at.channels, past_mean);
-  dispatch(source, at, [&]<class A>(int64_t value_bytes, const Kernels<A>& run) {
-    const int64_t C = at.channels;
+  const int64_t C = at.channels;
+  const Tensor statistics = matrix(4, C, past_mean);
+  dispatch(source, [&]<class A>(A, Type type) {
     const Values<A> w(weight, C), b(bias, C), mean(past_mean, C), var(past_var, C), a(batch_weight, 1);
-    forward<A>(at, value_bytes, run, source.data_ptr(), y.data_ptr(),
-               {w.p, b.p, mean.p, var.p, *a.p, eps, pooled},
-               {data<A>(out[0]), data<A>(out[1]), data<A>(out[2]), data<A>(out[3])});
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {mean.p, var.p}, {*a.p, eps, pooled},
+               rows<A>(statistics, C));
   });
-  return {restored(y, source, x), out[0], out[1], out[2], out[3]};
+  return {restored(y, source, x), statistics};
 }
 
 // dx is empty if it is not needed.
 [[gnu::cold]] std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor x, Optional weight,
-                                                             Tensor batch_weight, Tensor batch_mean,
-                                                             Tensor mean, Tensor var, bool pooled, double eps,
-                                                             bool need_dx) {
+                                                             Tensor batch_weight, Tensor statistics,
+                                                             bool pooled, double eps, bool need_dx) {
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
   const Tensor source = walkable(x), g = arranged(dy, source),
                dx = need_dx ? like(source) : per_channel(0, x);
   const Layout at = layout_of(source);
-  const Tensor dw = per_channel(at.channels, mean), db = per_channel(at.channels, mean);
-  dispatch(source, at, [&]<class A>(int64_t value_bytes, const Kernels<A>& run) {
-    const int64_t C = at.channels;
-    const Values<A> w(weight, C), mB(batch_mean, C), m(mean, C), v(var, C), a(batch_weight, 1);
-    backward<A>(at, value_bytes, run, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr,
-                {w.p, mB.p, m.p, v.p, *a.p, eps, pooled}, data<A>(dw), data<A>(db));
+  const int64_t C = at.channels;
+  const Tensor dw = per_channel(C, statistics), db = per_channel(C, statistics);
+  dispatch(source, [&]<class A>(A, Type type) {
+    const Values<A> w(weight, C), saved(statistics, 4 * C), a(batch_weight, 1);
+    backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p,
+                rows<A>(*saved.held, C), {*a.p, eps, pooled}, data<A>(dw), data<A>(db));
   });
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
+}
+
+// What a forward with a memory returns: y, the statistics, what was read (past mean and variance) above the
+// averages for inference as they were, the weight of the batch, and the counters as they were.
+using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Read a memory, normalize, and if all statistics are finite store them in the memory and the averages.
+// open(zero) gives the memory; read(memory, n, past mean, past variance) the weight of the batch;
+// keep(memory, statistics, n) stores.
+template <class Open, class Read, class Keep>
+Remembered remember(const Tensor& x, const Optional& weight, const Optional& bias, bool pooled, double eps,
+                    const Tensor& memory_counter, const Tensor& running_mean, const Tensor& running_var,
+                    const Tensor& batches, const Tensor& skipped, bool store, const Update& update,
+                    const Open& open, const Read& read, const Keep& keep) {
+  const Tensor source = walkable(x), y = like(source);
+  const Layout at = layout_of(source);
+  const int64_t C = at.channels, n = at.rows();
+  const Tensor statistics = matrix(4, C, running_mean), history = matrix(4, C, running_mean),
+               batch_weight = scalar(running_mean), counters = per_channel(3, batches);
+  dispatch(source, [&]<class A>(A zero, Type type) {
+    const Values<A> w(weight, C), b(bias, C);
+    const Averages<A> averages{state<A>(running_mean, C), state<A>(running_var, C), counter(batches),
+                               counter(skipped), C};
+    const auto memory = open(zero, C);
+    A* past = data<A>(history);
+    const double a = read(memory, n, past, past + C);
+    *data<A>(batch_weight) = a;
+    std::copy_n(averages.mean, C, past + 2 * C);
+    std::copy_n(averages.var, C, past + 3 * C);
+    int64_t* then = data<int64_t>(counters);
+    then[0] = *averages.batches, then[1] = *averages.skipped, then[2] = *counter(memory_counter);
+    const Statistics<A> out = rows<A>(statistics, C);
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {past, past + C}, {a, eps, pooled}, out);
+    if (!store) return;
+    std::unique_ptr<A[]> next(new A[2 * C]);
+    const A* new_mean = update.blended ? out.mean : out.batch_mean;
+    const A* new_var = update.blended ? out.var : out.batch_var;
+    if (!averages.after(new_mean, new_var, n, update, next.get(), next.get() + C) ||
+        !all_finite(out.mean, C) || !all_finite(out.var, C)) {
+      ++*averages.skipped;
+      return;
+    }
+    keep(memory, out, n);
+    std::copy_n(next.get(), C, averages.mean);
+    std::copy_n(next.get() + C, C, averages.var);
+    ++*averages.batches;
+  });
+  return {restored(y, source, x), statistics, history, batch_weight, counters};
+}
+
+[[gnu::cold]] Remembered average_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
+                                    Tensor memory_mean, Tensor memory_var, Tensor filled,
+                                    double history_weight, Tensor running_mean, Tensor running_var,
+                                    Tensor batches, Tensor skipped, bool store, bool blended, bool unbiased,
+                                    std::optional<double> new_weight, bool new_pooled) {
+  return remember(
+      x, weight, bias, pooled, eps, filled, running_mean, running_var, batches, skipped, store,
+      {blended, unbiased, new_pooled, new_weight},
+      [&]<class A>(A, int64_t C) {
+        return Average<A>{state<A>(memory_mean, C), state<A>(memory_var, C), counter(filled), C};
+      },
+      [&](const auto& memory, int64_t, auto* mean, auto* var) {
+        return memory.read(history_weight, mean, var);
+      },
+      [](const auto& memory, const auto& out, int64_t) { memory.store(out.mean, out.var); });
+}
+
+[[gnu::cold]] Remembered ring_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
+                                 Tensor memory_mean, Tensor memory_var, Tensor counts, Tensor position,
+                                 int64_t limit, double decay, Tensor running_mean, Tensor running_var,
+                                 Tensor batches, Tensor skipped, bool store, bool blended, bool unbiased,
+                                 std::optional<double> new_weight, bool new_pooled) {
+  const int64_t size = counts.numel();
+  STD_TORCH_CHECK(size > 0, "expected a ring of at least one entry");
+  return remember(
+      x, weight, bias, pooled, eps, position, running_mean, running_var, batches, skipped, store,
+      {blended, unbiased, new_pooled, new_weight},
+      [&]<class A>(A, int64_t C) {
+        return Ring<A>{state<A>(memory_mean, size * C), state<A>(memory_var, size * C), state<A>(counts, size),
+                       counter(position), size, C};
+      },
+      [&](const auto& memory, int64_t n, auto* mean, auto* var) {
+        return memory.read(n, limit, decay, pooled, mean, var);
+      },
+      [](const auto& memory, const auto& out, int64_t n) { memory.store(out.batch_mean, out.batch_var, n); });
 }
 
 }  // namespace
@@ -299,13 +278,27 @@ void dispatch(const Tensor& x, const Layout& at, const F& f) {
 STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
   m.def(
       "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, "
-      "Tensor batch_weight, bool pooled, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor batch_weight, bool pooled, float eps) -> (Tensor, Tensor)");
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor batch_weight, Tensor batch_mean, Tensor mean, "
-      "Tensor var, bool pooled, float eps, bool need_dx) -> (Tensor, Tensor, Tensor)");
+      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor batch_weight, Tensor statistics, bool pooled, "
+      "float eps, bool need_dx) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
+      "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
+      "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, bool store, "
+      "bool blended, bool unbiased, float? new_weight, bool new_pooled) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
+      "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
+      "float decay, Tensor(e!) running_mean, Tensor(f!) running_var, Tensor(g!) batches, "
+      "Tensor(h!) skipped, bool store, bool blended, bool unbiased, float? new_weight, bool new_pooled) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("forward_with_average", TORCH_BOX(&average_op));
+  m.impl("forward_with_ring", TORCH_BOX(&ring_op));
 }

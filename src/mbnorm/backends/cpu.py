@@ -17,23 +17,31 @@ DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("cpu.cpp", "cpu_kernels.cpp", "cpu_memory.cpp", "cpu_kernels.h")
+    for name in (
+        "cpu.cpp",
+        "cpu_kernels.cpp",
+        "cpu_kernels.h",
+        "cpu_memory.cpp",
+        "cpu_memory.h",
+        "cpu_operator.cpp",
+        "cpu_operator.h",
+        "cpu_parallel.h",
+    )
 )
 
 _forward: Any = None
 _backward: Any = None
-ring_read: Any = None
-"""``(mean, var, counts, position, n, limit, decay, pooled) -> (past_mean, past_var, batch_weight)``, as
-`mbnorm.memory.RecentBatches.read`."""
-ring_commit: Any = None
-"""``(batch_mean, batch_var, n, blended_mean, blended_var, ring_mean, ring_var, counts, position, new_mean,
-new_var, weight, pooled, running_mean, running_var, batches, skipped) -> None``: blend the new statistics into
-the averages with `mbnorm.memory.InferenceAverages.after`, and if that and the blended statistics are finite,
-commit the batch's to the `mbnorm.memory.RecentBatches` and the averages."""
-average_commit: Any = None
-"""``(blended_mean, blended_var, memory_mean, memory_var, filled, new_mean, new_var, weight, pooled,
-running_mean, running_var, batches, skipped) -> None``: the same with a `mbnorm.memory.MovingAverage`, which
-takes the blended statistics."""
+forward_with_average: Any = None
+"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, history_weight, running_mean,
+running_var, batches, skipped, store, blended, unbiased, new_weight, new_pooled) -> (y, statistics, history,
+batch_weight, counters)``: read a `mbnorm.memory.MovingAverage`, normalize, and if ``store`` commit.
+
+``blended`` to ``new_pooled`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``statistics`` are the batch's
+mean and variance and the blended ones, rows of ``history`` the past mean and variance that were read and the
+averages for inference before; ``counters`` has batches, skipped and ``filled`` before."""
+forward_with_ring: Any = None
+"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, counts, position, limit, decay, running_mean,
+...)``: the same with a `mbnorm.memory.RecentBatches`; the last of ``counters`` is ``position``."""
 
 
 @cache
@@ -51,39 +59,34 @@ def missing() -> str | None:
 
 def _bind() -> None:
     operators = torch.ops.mbnorm_cpu
-    for name in ("_forward", "_backward", "ring_read", "ring_commit", "average_commit"):
-        globals()[name] = getattr(operators, name.lstrip("_")).default
     register_fake: Any = torch.library.register_fake
     for name, shapes in (
-        ("forward", _forward_shapes),
-        ("backward", _backward_shapes),
-        ("ring_read", _ring_read_shapes),
-        ("ring_commit", _no_shapes),
-        ("average_commit", _no_shapes),
+        ("_forward", _forward_shapes),
+        ("_backward", _backward_shapes),
+        ("forward_with_average", _remembering_shapes),
+        ("forward_with_ring", _remembering_shapes),
     ):
-        register_fake(f"mbnorm_cpu::{name}", shapes)
+        operator = name.lstrip("_")
+        globals()[name] = getattr(operators, operator).default
+        register_fake(f"mbnorm_cpu::{operator}", shapes)
 
 
 def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *_per_channel(x, 4)
+    return torch.empty_like(x), _per_channel(x, 4)
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     need_dx = others[-1]
-    return torch.empty_like(x) if need_dx else x.new_empty(0), *_per_channel(x, 2)
+    return torch.empty_like(x) if need_dx else x.new_empty(0), _per_channel(x), _per_channel(x)
 
 
-def _ring_read_shapes(mean: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    channels = mean.shape[1]
-    return mean.new_empty(channels), mean.new_empty(channels), mean.new_empty(())
+def _remembering_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    weight = x.new_empty((), dtype=statistics_dtype(x.dtype))
+    return *_forward_shapes(x), _per_channel(x, 4), weight, x.new_empty(3, dtype=torch.int64)
 
 
-def _no_shapes(*_: Any) -> None:
-    return None
-
-
-def _per_channel(x: Tensor, number: int) -> list[Tensor]:
-    return [x.new_empty(x.shape[1], dtype=statistics_dtype(x.dtype)) for _ in range(number)]
+def _per_channel(x: Tensor, *rows: int) -> Tensor:
+    return x.new_empty((*rows, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
 def forward(
@@ -95,12 +98,10 @@ def forward(
     batch_weight: Tensor,
     variance: Variance,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(y, batch_mean, batch_var, mean, var)``."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(
-        x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps
-    )
-    return result
+) -> tuple[Tensor, Tensor]:
+    """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
+    y, statistics = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
+    return y, statistics
 
 
 def backward(
@@ -108,15 +109,11 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     batch_weight: Tensor,
-    batch_mean: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    statistics: Tensor,
     variance: Variance,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)``."""
-    dx, dw, db = _backward(
-        dy, x, weight, batch_weight, batch_mean, mean, var, variance == "pooled", eps, need_dx
-    )
+    """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
+    dx, dw, db = _backward(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

@@ -46,6 +46,7 @@ struct Pair {
   friend Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
   friend Pair operator+(Pair a, float b) { return {a.even + b, a.odd + b}; }
   friend Pair operator-(Pair a, float b) { return {a.even - b, a.odd - b}; }
+  friend Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
   friend Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
   friend Pair operator*(Pair a, float b) { return {a.even * b, a.odd * b}; }
   friend Pair operator*(float a, Pair b) { return b * a; }
@@ -61,6 +62,8 @@ using Vector = typename VectorOf<Accumulator<T>, L>::type;
 
 typedef uint16_t Bits16 __attribute__((vector_size(16)));
 typedef uint32_t Bits32 __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
 
 template <class V>
 inline V read(const void* p) {
@@ -95,10 +98,11 @@ inline Vector<T, L> load(const T* p) {
   }
 }
 
-// Float bits whose upper halves are the nearest bfloat16, ties to even.
+// Float bits whose upper halves are the nearest bfloat16, ties to even. Of a NaN the lower half must not be
+// full of ones: see quieted.
 inline Bits32 rounded(Pair::Half v) {
   const Bits32 bits = (Bits32)v;
-  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits32{} + 0x7fc00000;
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 template <class T, int L>
@@ -129,20 +133,39 @@ inline void store(T* p, Vector<T, L> v) {
   }
 }
 
-template <class V>
-inline double total(V v) {
-  if constexpr (std::is_arithmetic_v<V>) {
-    return v;
+// L numbers of one per channel, and back.
+template <int L, class A>
+inline typename VectorOf<A, L>::type gathered(const A* p) {
+  if constexpr (L == 16) {
+    const auto low = read<Pair::Half>(p), high = read<Pair::Half>(p + 8);
+    return {__builtin_shuffle(low, high, (Ints){0, 2, 4, 6, 8, 10, 12, 14}),
+            __builtin_shuffle(low, high, (Ints){1, 3, 5, 7, 9, 11, 13, 15})};
   } else {
-    constexpr int L = sizeof(V) / sizeof(v[0]);
-    double sums[L];
-    for (int i = 0; i < L; ++i) sums[i] = v[i];
-    for (int half = L / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
+    return read<typename VectorOf<A, L>::type>(p);
   }
 }
+template <class V, class A>
+inline void scatter(A* p, const V& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline void scatter(float* p, const Pair& v) {
+  scatter(p, __builtin_shuffle(v.even, v.odd, (Ints){0, 8, 1, 9, 2, 10, 3, 11}));
+  scatter(p + 8, __builtin_shuffle(v.even, v.odd, (Ints){4, 12, 5, 13, 6, 14, 7, 15}));
+}
 
+typedef double Doubles __attribute__((vector_size(32)));
+
+inline double total(double v) { return v; }
+inline double total(Doubles v) {
+  const Doubles pairs = v + __builtin_shuffle(v, (Longs){2, 3, 0, 1});
+  return pairs[0] + pairs[1];
+}
+inline double total(Pair::Half v) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return total(__builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles));
+}
 inline double total(Pair v) { return total(v.even + v.odd); }
 
 template <class V>
@@ -203,14 +226,14 @@ inline void tiles(const Layout& at, int64_t channel, F f) {
         std::min(piece, at.plane - i));
 }
 
-// Channels last: call f(offset, rows, channel, seen, width) on tiles of rows and vectors of channels; the
-// last of these may reach back over `seen` channels.
-template <int L, class F>
+// Channels last: call f(offset, rows, channel, seen, width) on tiles of rows and up to W vectors of channels;
+// the last of these may reach back over `seen` channels.
+template <int L, int W, class F>
 inline void tiles(const Layout& at, const Range& in, F f) {
   for (int64_t r = in.r0; r < in.r1; r += TILE_ROWS) {
     const int64_t rows = std::min(TILE_ROWS, in.r1 - r), offset = r * at.channels;
     int64_t c = in.c0;
-    for (; c + 4 * L <= in.c1; c += 4 * L) f(offset + c, rows, c, 0, integral_constant<int, 4>());
+    for (; c + W * L <= in.c1; c += W * L) f(offset + c, rows, c, 0, integral_constant<int, W>());
     for (; c + L <= in.c1; c += L) f(offset + c, rows, c, 0, integral_constant<int, 1>());
     if (c < in.c1) f(offset + in.c1 - L, rows, in.c1 - L, c + L - in.c1, integral_constant<int, 1>());
   }
@@ -315,13 +338,14 @@ template <class T, int L>
 struct Last {
   using A = Accumulator<T>;
   using V = Vector<T, L>;
+  static constexpr int WIDE = L == 16 ? 2 : 4;  // vectors of channels whose sums fit in registers
 
   [[gnu::flatten]] static void moments(const Layout& at, const Range& in, const void* x, const Moments& out) {
     for (int64_t c = in.c0; c < in.c1; ++c) {
       out.shift[c] = load<T, 1>(static_cast<const T*>(x) + in.r0 * at.channels + c);
       out.sum[c] = out.square[c] = 0;
     }
-    tiles<L>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
+    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
       constexpr int W = width;
       const T* tile = static_cast<const T*>(x) + offset;
       const int64_t pilots = std::min<int64_t>(rows, 4);
@@ -331,7 +355,7 @@ struct Last {
         const V origin = load<T, L>(tile + j * L);
         V pilot{};
         for (int64_t i = 1; i < pilots; ++i) pilot += load<T, L>(tile + i * at.channels + j * L) - origin;
-        shifts[j] = origin + pilot / A(pilots);
+        shifts[j] = origin + pilot * (1 / A(pilots));
       }
       for (int64_t i = 0; i < rows; i += CHAIN) {
         V sum[W] = {}, square[W] = {};
@@ -349,9 +373,12 @@ struct Last {
         }
       }
       A lanes[3][W * L];
-      std::memcpy(lanes[0], shifts, sizeof shifts);
-      std::memcpy(lanes[1], sums, sizeof sums);
-      std::memcpy(lanes[2], squares, sizeof squares);
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        scatter(lanes[0] + j * L, shifts[j]);
+        scatter(lanes[1] + j * L, sums[j]);
+        scatter(lanes[2] + j * L, squares[j]);
+      }
       for (int64_t j = seen; j < W * L; ++j) out.add(c + j, rows, lanes[0][j], lanes[1][j], lanes[2][j]);
     });
   }
@@ -359,13 +386,13 @@ struct Last {
   [[gnu::flatten]] static void products(const Layout& at, const Range& in, const void* g, const void* x,
                                         const A* mean, const Products& out) {
     for (int64_t c = in.c0; c < in.c1; ++c) out.sum[c] = out.product[c] = 0;
-    tiles<L>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
+    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
       constexpr int W = width;
       const T* gs = static_cast<const T*>(g) + offset;
       const T* xs = static_cast<const T*>(x) + offset;
       V m[W], sums[W] = {}, products[W] = {};
 #pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) m[j] = load<A, L>(mean + c + j * L);
+      for (int j = 0; j < W; ++j) m[j] = gathered<L>(mean + c + j * L);
       for (int64_t i = 0; i < rows; i += CHAIN) {
         V sum[W] = {}, product[W] = {};
         for (int64_t k = i; k < std::min(i + CHAIN, rows); ++k)
@@ -382,8 +409,11 @@ struct Last {
         }
       }
       A lanes[2][W * L];
-      std::memcpy(lanes[0], sums, sizeof sums);
-      std::memcpy(lanes[1], products, sizeof products);
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        scatter(lanes[0] + j * L, sums[j]);
+        scatter(lanes[1] + j * L, products[j]);
+      }
       for (int64_t j = seen; j < W * L; ++j) {
         out.sum[c + j] += lanes[0][j];
         out.product[c + j] += lanes[1][j];
@@ -391,33 +421,47 @@ struct Last {
     });
   }
 
-  // Call f(offset, channel) on the vectors of the range, row by row: as they lie in memory.
-  template <class F>
-  static void vectors(const Layout& at, const Range& in, F f) {
-    for (int64_t r = in.r0; r < in.r1; ++r) {
-      const int64_t offset = r * at.channels;
-      int64_t c = in.c0;
-      for (; c + L <= in.c1; c += L) f(offset + c, c);
-      if (c < in.c1) f(offset + in.c1 - L, in.c1 - L);
-    }
-  }
-
   [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
                                          const A* mean, const A* scale, const A* bias) {
-    vectors(at, in, [&](int64_t i, int64_t c) {
-      const V v = load<T, L>(static_cast<const T*>(x) + i) - load<A, L>(mean + c);
-      store<T, L>(static_cast<T*>(y) + i, v * load<A, L>(scale + c) + load<A, L>(bias + c));
+    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+      constexpr int W = width;
+      const T* xs = static_cast<const T*>(x) + offset;
+      T* ys = static_cast<T*>(y) + offset;
+      V m[W], s[W], b[W];
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        m[j] = gathered<L>(mean + c + j * L);
+        s[j] = gathered<L>(scale + c + j * L);
+        b[j] = gathered<L>(bias + c + j * L);
+      }
+      for (int64_t k = 0; k < rows; ++k, xs += at.channels, ys += at.channels)
+#pragma GCC unroll 4
+        for (int j = 0; j < W; ++j) store<T, L>(ys + j * L, (load<T, L>(xs + j * L) - m[j]) * s[j] + b[j]);
     });
   }
 
   [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
                                              void* dx, const A* center, const A* scale, const A* slope,
-                                             const A* offset) {
-    vectors(at, in, [&](int64_t i, int64_t c) {
-      const V v = load<T, L>(static_cast<const T*>(x) + i) - load<A, L>(center + c);
-      const V rest = load<A, L>(slope + c) * v + load<A, L>(offset + c);
-      store<T, L>(static_cast<T*>(dx) + i,
-                  load<A, L>(scale + c) * (load<T, L>(static_cast<const T*>(g) + i) + rest));
+                                             const A* shift) {
+    tiles<L, L == 16 ? 1 : 4>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+      constexpr int W = width;
+      const T* gs = static_cast<const T*>(g) + offset;
+      const T* xs = static_cast<const T*>(x) + offset;
+      T* ds = static_cast<T*>(dx) + offset;
+      V m[W], s[W], k[W], o[W];
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        m[j] = gathered<L>(center + c + j * L);
+        s[j] = gathered<L>(scale + c + j * L);
+        k[j] = gathered<L>(slope + c + j * L);
+        o[j] = gathered<L>(shift + c + j * L);
+      }
+      for (int64_t r = 0; r < rows; ++r, gs += at.channels, xs += at.channels, ds += at.channels)
+#pragma GCC unroll 4
+        for (int j = 0; j < W; ++j) {
+          const V rest = k[j] * (load<T, L>(xs + j * L) - m[j]) + o[j];
+          store<T, L>(ds + j * L, s[j] * (load<T, L>(gs + j * L) + rest));
+        }
     });
   }
 };
@@ -429,6 +473,8 @@ constexpr Kernels<typename Passes::A> table = {Passes::moments, Passes::products
 template <class T>
 const Kernels<Accumulator<T>>& kernels(const Layout& at) {
   constexpr int L = LANES<T>;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (at.channels_last && at.channels >= 16) return table<Last<T, 16>>;
   if (at.channels_last) return table<Last<T, L>>;
   if constexpr (std::is_same_v<T, BFloat16>) {
     return table<First<T, 16>>;

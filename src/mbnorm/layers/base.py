@@ -1,18 +1,29 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mbnorm.backends import cpu
 from mbnorm.blend import statistics_dtype
-from mbnorm.functional import Backend, BlendedBatchNorm, blended_batch_norm, choose
-from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.memory import InferenceUpdate, Past, Statistics, commit
+from mbnorm.functional import (
+    Backend,
+    BlendedBatchNorm,
+    KernelForward,
+    blended_batch_norm,
+    choose,
+    in_dtype,
+    normalize_by_kernels,
+)
+from mbnorm.layers.state import Snapshot, StatefulBatchNorm
+from mbnorm.memory import InferenceUpdate, Past, commit
 from mbnorm.recompute import (
     Call,
     Node,
+    Rows,
     in_backward,
     in_unsafe_compiled_checkpoint,
     refuse_unknown_recompute,
@@ -25,12 +36,22 @@ REFERENCE_BATCH = 32
 class HistoryBatchNorm(StatefulBatchNorm):
     """Base of the layers: everything but what the memory is and how the averages for inference move."""
 
-    def _read(self, n: int, *, fused: bool = False) -> Past:
-        """Return what a batch of ``n`` values per channel is blended with; ``fused`` by the CPU kernels."""
+    def _read(self, n: int) -> Past:
+        """Return what a batch of ``n`` values per channel is blended with."""
         raise NotImplementedError
 
-    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
+    def _inference_update(self, m: int) -> InferenceUpdate:
         """Return what a forward of ``m`` samples puts into the averages for inference."""
+        raise NotImplementedError
+
+    def _forward_fused(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Read, normalize and ``commit`` in one operator of the CPU kernels."""
+        raise NotImplementedError
+
+    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
+        """Return the memory's snapshot of before a fused forward, from what that returned."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,7 +69,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
             # one value has no variance: torch says so in its own words
             return self._plain_batch_norm(input)
         backend = choose(input, self.backend)
-        fused = backend == "cpu"
         if torch.compiler.is_compiling():
             if in_unsafe_compiled_checkpoint():
                 # the recompute would read the memory as it is after the forward
@@ -58,13 +78,32 @@ class HistoryBatchNorm(StatefulBatchNorm):
             result = self._blend(input, self._read(n), backend)
         elif repeated := self._repeat(input, n, backend):
             return repeated.y
+        elif backend == "cpu" and self._fuses(input):
+            return self._remember_fused(input, n, m)
         else:
-            past = self._read(n, fused=fused)
+            past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
-            self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
+            call = Call(n, result[1:], (past.mean, past.var), past.batch_weight)
+            self._calls.remember(call, node)
         if n > 0 and self.stores:
-            self._commit(result, n, m, fused)
+            self._commit(result, n, m)
         return result.y
+
+    def _fuses(self, input: Tensor) -> bool:
+        """Whether the kernels that read and commit take this input and the state as it is."""
+        state = self._buffers["running_mean"]
+        return state is not None and state.dtype == statistics_dtype(input.dtype) and input.numel() > 0
+
+    def _remember_fused(self, input: Tensor, n: int, m: int) -> Tensor:
+        forward = _FusedForward(self, n, m)
+        dtype = statistics_dtype(input.dtype)
+        weight, bias = in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
+        y = normalize_by_kernels(forward, input, weight, bias)
+        if self._undo is not None and forward.stores:
+            self._undo.append(forward.snapshot)
+        call = Call(n, forward.statistics, forward.past, forward.batch_weight)
+        self._calls.remember(call, y.grad_fn)
+        return y
 
     def _blend(
         self, input: Tensor, past: Past, backend: Backend, weight: Tensor | None = None
@@ -153,24 +192,51 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Whether a forward now would be stored."""
         return self.tracks and not self._frozen
 
-    @torch.no_grad()
-    def _commit(self, result: BlendedBatchNorm, n: int, m: int, fused: bool) -> None:
-        if self._undo is not None and not torch.compiler.is_compiling():
-            self._undo.append(self.snapshot())
-        batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
+    def _update(self, m: int) -> InferenceUpdate:
         if self.momentum is None or self.momentum == 1:
             # update_bn and PreciseBN set these to read the raw statistics of each batch
-            update = InferenceUpdate(batch[0], unbiased(batch[1], n), self.momentum, "averaged")
-        else:
-            update = self._inference_update(result, n, m)
-        commit(self._memory(), self._averages(), batch, blended, n, update, fused=fused)
+            return InferenceUpdate(False, True, self.momentum, "averaged")
+        return self._inference_update(m)
+
+    @torch.no_grad()
+    def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
+        if self._undo is not None and not torch.compiler.is_compiling():
+            snapshot = self.snapshot()
+            self._undo.append(lambda: snapshot)
+        batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
+        commit(self._memory(), self._averages(), batch, blended, n, self._update(m))
 
 
-def moments_update(batch: Statistics, momentum: float, m: int) -> InferenceUpdate:
+class _FusedForward(KernelForward):
+    """A forward that reads the memory of a layer, normalizes, and stores, all in one operator."""
+
+    __slots__ = ("counters", "layer", "m", "n", "resets", "stores")
+
+    def __init__(self, layer: HistoryBatchNorm, n: int, m: int) -> None:
+        super().__init__(cpu, layer.variance, layer.eps)
+        self.layer = layer
+        self.n = n
+        self.m = m
+        self.resets = layer._resets
+        self.stores = layer.stores
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        blended, unbiased, new_weight, rule = self.layer._update(self.m)
+        update = (self.stores, blended, unbiased, new_weight, rule == "pooled")
+        y, self.statistics, self.past, self.batch_weight, self.counters = self.layer._forward_fused(
+            x, weight, bias, self.n, *update
+        )
+        return y
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the layer before this forward."""
+        _, _, mean, var = self.past
+        batches, skipped, counter = self.counters
+        return Snapshot(
+            self.resets, (mean, var, batches, skipped), self.layer._memory_before(self.past, counter)
+        )
+
+
+def moments_update(momentum: float, m: int) -> InferenceUpdate:
     """Return the update of averages of moments by a batch of ``m`` samples, its weight in proportion."""
-    return InferenceUpdate(*batch, 1 - (1 - momentum) ** (m / REFERENCE_BATCH), "pooled")
-
-
-def unbiased(var: Tensor, n: int) -> Tensor:
-    """Return the unbiased variance of ``n`` values; a single value keeps the biased one."""
-    return var * (n / (n - 1)) if n > 1 else var
+    return InferenceUpdate(False, False, 1 - (1 - momentum) ** (m / REFERENCE_BATCH), "pooled")

@@ -5,10 +5,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mbnorm.backends import cpu
 from mbnorm.blend import Variance
-from mbnorm.functional import Backend, BlendedBatchNorm
-from mbnorm.layers.base import HistoryBatchNorm, moments_update, unbiased
+from mbnorm.functional import Backend
+from mbnorm.layers.base import HistoryBatchNorm, moments_update
 from mbnorm.memory import InferenceUpdate, Past, RecentBatches
+from mbnorm.recompute import Rows
 
 Inference: TypeAlias = Literal["memory", "ema"]
 
@@ -102,18 +104,39 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
     def _has_past(self) -> bool:
         return self._entries_read(1) > 0 and super()._has_past()
 
-    def _read(self, n: int, *, fused: bool = False) -> Past:
+    def _read(self, n: int) -> Past:
         # an empty batch reads as if it had a value
         limit = self._entries_read(max(n, 1))
-        return self._memory().read(n, limit, self.decay, self.variance, fused=fused)
+        return self._memory().read(n, limit, self.decay, self.variance)
 
-    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
+    def _forward_fused(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_ring(
+            x,
+            weight,
+            bias,
+            self.variance == "pooled",
+            self.eps,
+            *self._memory(),
+            self._entries_read(n),
+            self.decay,
+            *self._averages(),
+            *commit,
+        )
+        return result
+
+    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
+        # what was evicted since is lost: the counts are those of now
+        return counter, self.memory_counts
+
+    def _inference_update(self, m: int) -> InferenceUpdate:
         momentum = self.momentum or 0.0
         if self.memory_size == 1:
-            return InferenceUpdate(result.batch_mean, unbiased(result.batch_var, n), momentum, "averaged")
+            return InferenceUpdate(False, True, momentum, "averaged")
         if self.inference == "memory":
-            return InferenceUpdate(result.mean, result.var, 1.0, "averaged")
-        return moments_update((result.batch_mean, result.batch_var), momentum, m)
+            return InferenceUpdate(True, False, 1.0, "averaged")
+        return moments_update(momentum, m)
 
     def _history_repr(self) -> str:
         values = "" if self.memory_values is None else f", memory_values={self.memory_values}"

@@ -8,10 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mbnorm.backends import cpu
 from mbnorm.blend import Variance
-from mbnorm.functional import Backend, BlendedBatchNorm
+from mbnorm.functional import Backend
 from mbnorm.layers.base import HistoryBatchNorm, moments_update
 from mbnorm.memory import InferenceUpdate, MovingAverage, Past
+from mbnorm.recompute import Rows
 
 STEPS_BEFORE_NOTICE = 100
 
@@ -138,11 +140,32 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         buffers: dict[str, Any] = self._buffers
         return MovingAverage(buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"])
 
-    def _read(self, n: int, *, fused: bool = False) -> Past:
+    def _weight_of_history(self, n: int) -> Tensor | float:
         if self.matched_values is None:
-            return self._memory().read(self.history_weight, fused=fused)
-        weight = max(0.0, (self.matched_values - n) / (self.matched_values + n))
-        return self._memory().read(weight, fused=fused)
+            return self.history_weight
+        return max(0.0, (self.matched_values - n) / (self.matched_values + n))
+
+    def _read(self, n: int) -> Past:
+        return self._memory().read(self._weight_of_history(n))
+
+    def _forward_fused(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_average(
+            x,
+            weight,
+            bias,
+            self.variance == "pooled",
+            self.eps,
+            *self._memory(),
+            float(self._weight_of_history(n)),
+            *self._averages(),
+            *commit,
+        )
+        return result
+
+    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
+        return past[0], past[1], counter
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
@@ -159,17 +182,18 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         self._holds_past = bool(weighs) and super()._has_past()
         return self._holds_past
 
-    def _inference_update(self, result: BlendedBatchNorm, n: int, m: int) -> InferenceUpdate:
-        batch, momentum = (result.batch_mean, result.batch_var), self.momentum or 0.0
+    def _inference_update(self, m: int) -> InferenceUpdate:
+        momentum = self.momentum or 0.0
         if self.matched_values is not None:
-            return moments_update(batch, momentum, m)
-        return InferenceUpdate(*batch, momentum, "averaged")
+            return moments_update(momentum, m)
+        return InferenceUpdate(False, False, momentum, "averaged")
 
     def _notice_missing_schedule(self) -> None:
         # a forward without gradients, as a replay, is no step
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.stores:
             return
-        self._steps_as_plain_bn += 1
+        # around torch's __setattr__, which is slow
+        self.__dict__["_steps_as_plain_bn"] += 1
         if self._steps_as_plain_bn == 1:
             self._steps_told_of = _Notice.steps_of_last()
         if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and float(self.history_weight) == 0:

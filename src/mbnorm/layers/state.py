@@ -64,7 +64,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._frozen = 0
         self._resets = 0
         self._holds_past = False
-        self._undo: deque[Snapshot] | None = deque(maxlen=UNDO_DEPTH)
+        self._undo: deque[Callable[[], Snapshot]] | None = deque(maxlen=UNDO_DEPTH)
         self._calls = CallLog()
         # set where conversion changes it, for the way back
         self.torchs_momentum: float | None = None
@@ -178,7 +178,7 @@ class StatefulBatchNorm(_BatchNorm):
     def undo(self, calls: int) -> None:
         """Take back the last ``calls`` forwards that stored something."""
         if self._undo and calls:
-            self.rewind(self._undo[-calls])
+            self.rewind(self._undo[-calls]())
             self._undo.clear()
 
     def start_undo(self) -> None:

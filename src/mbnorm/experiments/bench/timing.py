@@ -33,7 +33,7 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> "Timing":
         """Summarize the rounds."""
-        low, *_, high = statistics.quantiles(seconds, n=5)
+        low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
         return cls(statistics.median(seconds), low, high)
 
 

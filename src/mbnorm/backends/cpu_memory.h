@@ -1,0 +1,52 @@
+// The memories and the averages for inference of mbnorm/memory.py, on plain arrays: what takes dozens of
+// tensor operations there is one pass here.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+namespace mbnorm {
+
+// MovingAverage.
+template <class A>
+struct Average {
+  A *mean, *var;
+  int64_t *filled, channels;
+
+  // Copy out the past; return the weight of the batch.
+  double read(double history_weight, A* past_mean, A* past_var) const;
+  void store(const A* blended_mean, const A* blended_var) const;
+};
+
+// RecentBatches: `size` entries, each the mean and variance of the channels and a count of values.
+template <class A>
+struct Ring {
+  A *mean, *var, *counts;
+  int64_t *position, size, channels;
+
+  // Write the past for a batch of n values per channel; return the weight of the batch.
+  double read(int64_t n, int64_t limit, double decay, bool pooled, A* past_mean, A* past_var) const;
+  void store(const A* batch_mean, const A* batch_var, int64_t n) const;
+};
+
+// What goes into the averages for inference: InferenceUpdate.
+struct Update {
+  bool blended, unbiased, pooled;
+  std::optional<double> weight;
+};
+
+// InferenceAverages.
+template <class A>
+struct Averages {
+  A *mean, *var;
+  int64_t *batches, *skipped, channels;
+
+  // Write the averages as they are once statistics are blended in; return whether they are finite.
+  bool after(const A* new_mean, const A* new_var, int64_t n, const Update& update, A* mean, A* var) const;
+};
+
+template <class A>
+bool all_finite(const A* values, int64_t number);
+
+}  // namespace mbnorm
