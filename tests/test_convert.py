@@ -82,6 +82,7 @@ def test_revert_after_training_keeps_the_eval_output(method):
     assert torch.equal(model(images()), want)
 
 
+@pytest.mark.contract("ST-2")
 @on_every_method
 def test_reverted_models_have_the_stock_keys_and_load_strictly(method):
     stock = net()
@@ -310,6 +311,7 @@ def test_wrong_arguments_convert_nothing(arguments, error, words):
     assert vars(model[0].norm).keys() == vars(nn.BatchNorm2d(3)).keys()
 
 
+@pytest.mark.contract("ST-1")
 @on_every_method
 def test_stock_checkpoints_load_strictly_into_a_converted_model(method):
     stock, model = net(), net(trained=False)

@@ -292,6 +292,73 @@ def test_averaged_models_evaluate_as_averages_of_stock_models(method, average, u
     torch.testing.assert_close(averaged.eval()(x), averaged_stock.eval()(x))
 
 
+@torch.no_grad()
+def copy_into_each(average, model, decay):
+    """What timm's ModelEmaV2 does: blend every entry of the state_dict, whole numbers too."""
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    for mine, theirs in pairs:
+        mine.copy_(decay * mine + (1 - decay) * theirs)
+
+
+@torch.no_grad()
+def lerp_floats(average, model, decay):
+    """What timm's ModelEmaV3 does: lerp what is floating point, copy the rest."""
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    for mine, theirs in pairs:
+        if mine.is_floating_point():
+            mine.lerp_(theirs, 1 - decay)
+        else:
+            mine.copy_(theirs)
+
+
+@torch.no_grad()
+def scale_floats_alone(average, model, decay):
+    """What ultralytics' ModelEMA does: scale and add in what is floating point, leave the rest."""
+    theirs = model.state_dict()
+    for name, mine in average.state_dict().items():
+        if mine.is_floating_point():
+            mine.mul_(decay).add_((1 - decay) * theirs[name])
+
+
+UPDATES = pytest.mark.parametrize("update", [copy_into_each, lerp_floats, scale_floats_alone])
+
+
+@pytest.mark.contract("EM-2")
+@UPDATES
+@on_every_method
+def test_other_ema_codes_evaluate_as_averages_of_stock_models(method, update):
+    stock, model = nets(method)
+    average, average_stock = copy.deepcopy(model).eval(), copy.deepcopy(stock).eval()
+    for x in batches(12):
+        train(model, [x])
+        update(average, model, 0.9)
+        stock.load_state_dict({k: v for k, v in model.state_dict().items() if k in stock.state_dict()})
+        update(average_stock, stock, 0.9)
+    x = batches(1)[0]
+    torch.testing.assert_close(average(x), average_stock(x))
+    # also where its weights go on to another place
+    reloaded = nets(method)[1]
+    reloaded.load_state_dict(average.state_dict())
+    assert torch.equal(reloaded.eval()(x), average(x))
+
+
+@pytest.mark.contract("EM-2")
+@UPDATES
+@on_every_method
+def test_what_other_ema_codes_leave_in_the_memory_can_train_on(method, update):
+    _, model = nets(method)
+    average = copy.deepcopy(model)
+    for x in batches(12):
+        train(model, [x], lr=0.001)
+        update(average, model, 0.9)
+    past = average.bn1._read(100)
+    weight = torch.as_tensor(past.batch_weight)
+    assert 0 < weight <= 1
+    assert past.var.min() > 0
+    train(average, batches(6))
+    assert all(torch.isfinite(t).all() for t in average.state_dict().values())
+
+
 @pytest.mark.contract("EM-2")
 @AVERAGES
 @on_every_method

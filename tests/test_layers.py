@@ -390,6 +390,7 @@ def test_reset_clears_all_state(method):
     assert same_state(layer, fresh)
 
 
+@pytest.mark.contract("ST-3")
 @on_every_method
 def test_a_checkpoint_restores_the_run_bit_for_bit(method):
     layer = build(method)
@@ -418,6 +419,7 @@ def test_own_checkpoints_must_be_whole(method):
         build(method).load_state_dict(state)
 
 
+@pytest.mark.contract("ST-1", "ST-4")
 @pytest.mark.parametrize("assign", [False, True])
 @on_every_method
 def test_a_trained_stock_checkpoint_loads_strictly_and_seeds_the_memory(method, assign):
@@ -434,6 +436,7 @@ def test_a_trained_stock_checkpoint_loads_strictly_and_seeds_the_memory(method, 
     assert past.batch_weight < 1
 
 
+@pytest.mark.contract("ST-1")
 @on_every_method
 def test_an_untrained_stock_checkpoint_leaves_the_memory_empty(method):
     layer = build(method)
@@ -455,6 +458,7 @@ def test_loading_a_stock_checkpoint_leaves_the_callers_dict_alone():
     assert list(state) == keys
 
 
+@pytest.mark.contract("ST-7")
 @on_every_method
 def test_copies_and_pickles_are_equal_and_independent(method):
     layer = build(method)
@@ -469,6 +473,7 @@ def test_copies_and_pickles_are_equal_and_independent(method):
             assert torch.equal(layer(x), y)
 
 
+@pytest.mark.contract("ST-7")
 @on_every_method
 def test_meta_layers_materialize(method):
     with torch.device("meta"):
@@ -492,6 +497,7 @@ def test_state_is_written_in_place(method):
     assert {name: b.data_ptr() for name, b in layer.named_buffers()} == storages
 
 
+@pytest.mark.contract("ST-7")
 @on_every_method
 def test_state_holds_no_graph(method):
     layer = build(method)
@@ -549,6 +555,7 @@ def test_a_partial_checkpoint_leaves_the_memory_alone(method):
     assert same_state(layer, before)
 
 
+@pytest.mark.contract("ST-1")
 @pytest.mark.parametrize("own", [True, False])
 @on_every_method
 def test_checkpoints_are_assigned_to_meta_layers(method, own):

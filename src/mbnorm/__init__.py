@@ -12,6 +12,7 @@ from mbnorm.layers import (
     MomentumBatchNorm2d,
     MomentumBatchNorm3d,
 )
+from mbnorm.recalibrate import recalibrate
 from mbnorm.schedule import MomentumSchedule
 from mbnorm.state import no_update
 
@@ -31,6 +32,7 @@ __all__ = [
     "convert",
     "functional",
     "no_update",
+    "recalibrate",
     "refresh",
     "revert",
 ]

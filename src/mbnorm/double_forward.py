@@ -92,6 +92,14 @@ class DoubleForward:
         for layer in memorizing_layers(self.model):
             layer.start_undo()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save in a checkpoint: the steps counted, for ``every`` above 1."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._steps = int(state_dict["steps"])
+
     def __enter__(self) -> "DoubleForward":
         return self
 

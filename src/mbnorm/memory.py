@@ -152,6 +152,21 @@ class RecentBatches(NamedTuple):
         self.counts.zero_()
         self.position.zero_()
 
+    def resized(self, size: int) -> "RecentBatches":
+        """Return a ring of another length that holds the newest entries of this one, and no tensor of it."""
+        ring = RecentBatches(
+            self.mean.new_empty((size, *self.mean.shape[1:])),
+            self.var.new_empty((size, *self.var.shape[1:])),
+            self.counts.new_empty((size,)),
+            torch.empty_like(self.position),
+        )
+        ring.clear()
+        newest = self.position - 1 - torch.arange(min(size, self.size), device=self.position.device)
+        for new, old in zip(ring[:-1], self[:-1], strict=True):
+            new.index_copy_(0, newest % size, old.index_select(0, newest % self.size))
+        ring.position.copy_(self.position)
+        return ring
+
     def holds_anything(self) -> Tensor:
         """Return whether there is an entry."""
         return (self.counts != 0).any()

@@ -1,6 +1,7 @@
 """Memorized batch normalization."""
 
-from typing import Any, Literal, TypeAlias
+import warnings
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ Inference: TypeAlias = Literal["memory", "ema"]
 class _MemorizedBatchNorm(HistoryBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_counts", "memory_position")
     options = ("memory_size", "memory_values", "decay", "inference")
+    written_options = ("eps", "variance", "memory_values", "decay", "inference")
     memory_mean: Tensor
     memory_var: Tensor
     memory_counts: Tensor
@@ -94,6 +96,25 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
             buffers["memory_counts"],
             buffers["memory_position"],
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [prefix + name for name in self.memory_buffers]
+        saved = [state_dict.get(name) for name in names]
+        if self.has_memory and all(isinstance(value, Tensor) for value in saved):
+            ring = RecentBatches(*cast(list[Tensor], saved))
+            channels = (*ring.counts.shape, self.num_features)
+            # what is no ring of these channels is for torch's own checks to name
+            is_one = ring.counts.dim() == 1 and ring.mean.shape == ring.var.shape == channels
+            if is_one and ring.size not in (0, self.memory_size):
+                # the same words for each layer: Python's default filter shows them once
+                warnings.warn(
+                    f"the checkpoint was written with memory_size={ring.size} and is loaded into layers with "
+                    f"memory_size={self.memory_size}: the newest {min(ring.size, self.memory_size)} batches "
+                    "are kept",
+                    stacklevel=2,
+                )
+                state_dict.update(zip(names, ring.resized(self.memory_size), strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _entries_read(self, n: int) -> int:
         """How many past entries a batch of ``n`` values per channel may read."""

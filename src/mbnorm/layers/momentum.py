@@ -28,6 +28,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         "_steps_as_plain_bn",
         "_steps_told_of",
     )
+    written_options = ("eps", "variance", "matched_values")
     memory_mean: Tensor
     memory_var: Tensor
     memory_filled: Tensor

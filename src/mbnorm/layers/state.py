@@ -29,12 +29,14 @@ class Snapshot(NamedTuple):
 class StatefulBatchNorm(_BatchNorm):
     """A batch norm with a memory beside its running averages.
 
-    A subclass names its memory's buffers and its options, and defines the methods that raise here.
+    A subclass names its memory's buffers, its options, and those of them that a checkpoint carries along for
+    the layer that loads it to compare, and defines the methods that raise here.
     """
 
     _version = 3  # 2 is torch's; at 3 the memory's buffers were added
     memory_buffers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    written_options: tuple[str, ...] = ()
     num_batches_skipped: Tensor
 
     def __init__(
@@ -231,9 +233,17 @@ class StatefulBatchNorm(_BatchNorm):
                     self._buffers[name] = original.to(buffer.device, dtype)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # beside the version, so that the keys stay as they are
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["options"] = {name: getattr(self, name) for name in self.written_options}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        self._warn_of_other_options(local_metadata.get("options", {}))
         if self.has_memory:
             names = [prefix + name for name in self._own_buffers]
             version = local_metadata.get("version")
@@ -256,6 +266,17 @@ class StatefulBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.has_memory:
             self._forget_past_answers()
+
+    def _warn_of_other_options(self, written: dict[str, Any]) -> None:
+        own = {name: getattr(self, name) for name in self.written_options}
+        other = [name for name in own if name in written and written[name] != own[name]]
+        if other:
+            # the same words for each layer: Python's default filter shows them once
+            warnings.warn(
+                f"the checkpoint was written with {', '.join(f'{name}={written[name]!r}' for name in other)} "
+                f"and is loaded into layers with {', '.join(f'{name}={own[name]!r}' for name in other)}",
+                stacklevel=3,
+            )
 
     def _state_from_stock(self, state_dict: dict[str, Any], prefix: str) -> tuple[Tensor, ...]:
         """Return what our buffers become with a checkpoint of torch's own batch norm."""

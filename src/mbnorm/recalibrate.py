@@ -1,0 +1,201 @@
+"""Exact statistics for inference, from a pass over data with the weights as they are."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from mbnorm.blend import blend
+from mbnorm.layers.state import all_finite
+from mbnorm.replay import without_trace
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    device: torch.device | str | int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> None:
+    r"""Set running_mean and running_var to the statistics of the layers' inputs under the present weights.
+
+    .. math::
+        N = \sum_b n_b, \qquad
+        \mathrm{mean} = \tfrac1N \sum_b n_b\,m_b, \qquad
+        \mathrm{var} = \tfrac1{N-1} \sum_b n_b \big(v_b + (m_b - \mathrm{mean})^2\big)
+
+    Every batch b counts with its values per channel :math:`n_b`, in float64: the mean and the unbiased
+    variance of all values that a layer was given, however they were cut into batches. Use it on averaged
+    weights (SWA, EMA), before evaluating on other data, or where running averages lag behind.
+
+    In the pass the model is in eval mode, without dropout and without gradients, and each layer normalizes
+    with the pooled statistics of what it has been given so far, this batch included. So one batch of all
+    data is normalized as in training; with small ones the layers soon see what they will see in eval mode,
+    which batches of 1 or 2 samples, normalized by themselves, do not show them. Give the batches shuffled.
+
+    Nothing else changes: memories, num_batches_tracked, other buffers, modes and torch's random streams are
+    bit-identical; and if anything raises, ``batches`` included, the running statistics are, too.
+
+    Args:
+        model: its batch norms are set, ours and torch's, except for frozen ones: in eval mode while the
+            model is in train mode, with ``momentum=0`` or without running statistics. Layers that the
+            forwards do not reach keep their statistics.
+        batches: a tensor goes to the model as it is, a mapping as keyword arguments, of a tuple or list
+            that begins with a tensor that first element, and anything else as it is. A batch that is
+            not finite in a layer does not count there. `itertools.islice` takes a number of them.
+        forward: called with the model and a batch instead, where that does not fit.
+        device: where the batches' tensors are moved first.
+        process_group: pools over its ranks, which must all call this, each with its own part of the data
+            and the bare model (``ddp.module``); None is for one process.
+
+    Raises:
+        ValueError: no batches, no batch norm to set or to run, or less than two finite values per
+            channel in one that ran.
+
+    Source: the need is PreciseBN's (Wu and Johnson: Rethinking "Batch" in BatchNorm, 2021). To normalize
+    with what was seen so far is ours.
+
+    >>> layer = nn.BatchNorm1d(2)
+    >>> recalibrate(layer, [torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0], [4.0, 4.0]])])
+    >>> layer.running_mean, layer.running_var
+    (tensor([2., 2.]), tensor([4., 3.]))
+    """
+    populations = {layer: _Population(name, layer) for name, layer in _layers_to_set(model)}
+    with _observed(populations), _eval_mode(model), without_trace(model):
+        for batch in batches:
+            if forward is not None:
+                forward(model, _moved(batch, device))
+            else:
+                args, kwargs = _moved(_arguments(batch), device)
+                model(*args, **kwargs)
+        if process_group is not None:
+            for population in populations.values():
+                population.pool(process_group)
+    _check(populations)
+    for layer, population in populations.items():
+        population.write(layer)
+
+
+class _Population:
+    """Mean and biased variance, shape (C,) in float64, of ``count`` values per channel."""
+
+    def __init__(self, name: str, layer: _BatchNorm) -> None:
+        like = cast(Tensor, layer.running_mean)
+        self.name = name
+        self.reached = False
+        self.count = 0
+        self.mean = torch.zeros_like(like, dtype=torch.float64)
+        self.var = torch.zeros_like(like, dtype=torch.float64)
+
+    def add(self, count: int, mean: Tensor, var: Tensor) -> None:
+        """Add values by their number, mean and biased variance."""
+        self.reached |= count > 0
+        if count and all_finite(mean, var):
+            self.count += count
+            self.mean, self.var = blend(mean, var, self.mean, self.var, count / self.count, "pooled")
+
+    def pool(self, group: "dist.ProcessGroup") -> None:
+        """Add the values of the other ranks, in the order of the ranks on all of them."""
+        own = torch.cat((self.mean, self.var, self.mean.new_tensor([self.count, self.reached])))
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group)
+        self.count = 0
+        for part in parts:
+            mean, var = part[:-2].chunk(2)
+            self.reached |= bool(part[-1])
+            self.add(int(part[-2]), mean, var)
+
+    def write(self, layer: _BatchNorm) -> None:
+        """Set the layer's running statistics, if it was reached."""
+        if self.reached:
+            cast(Tensor, layer.running_mean).copy_(self.mean)
+            cast(Tensor, layer.running_var).copy_(self.var * (self.count / (self.count - 1)))
+
+
+def _layers_to_set(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    layers = [
+        (name or "(the model itself)", layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        and layer.running_mean is not None
+        and layer.track_running_stats
+        and layer.momentum != 0
+        and (layer.training or not model.training)
+    ]
+    if not layers:
+        raise ValueError("the model has no batch norm with running statistics that is not frozen")
+    return layers
+
+
+@contextmanager
+def _observed(populations: dict[_BatchNorm, _Population]) -> Iterator[None]:
+    """Inside, add what each layer is given to its population, and let it normalize with that in eval mode."""
+
+    def observe(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        layer._check_input_dim(x)  # type: ignore[no-untyped-call]
+        if x.numel() == 0:
+            return
+        population = populations[layer]
+        var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+        population.add(x.numel() // x.shape[1], mean, var)
+        if population.count:
+            like = statistics[layer][0]
+            # others in their place: what they hold is there again if the pass fails
+            layer.running_mean, layer.running_var = population.mean.to(like), population.var.to(like)
+
+    statistics = {layer: (layer.running_mean, layer.running_var) for layer in populations}
+    handles = [layer.register_forward_pre_hook(observe, with_kwargs=True) for layer in populations]
+    try:
+        # code that is compiled already does not see the hooks
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, (mean, var) in statistics.items():
+            layer.running_mean, layer.running_var = mean, var
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # not by eval() and train(): some models do more in these
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return (batch[0],), {}
+    return (batch,), {}
+
+
+def _moved(batch: Any, device: torch.device | str | int | None) -> Any:
+    if device is None:
+        return batch
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+
+
+def _check(populations: dict[_BatchNorm, _Population]) -> None:
+    reached = [population for population in populations.values() if population.reached]
+    if not reached:
+        raise ValueError(
+            "no batch norm has run: batches is empty, or its forwards reach none that is not frozen"
+        )
+    short = [population.name for population in reached if population.count < 2]
+    if short:
+        raise ValueError(f"less than two finite values per channel, so no variance, in {', '.join(short)}")
