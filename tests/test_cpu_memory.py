@@ -48,7 +48,10 @@ def assert_close(got, wanted):
         torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def fused(x, parameters, state, how_read, variance, update, *, store=True):
+NO_LOG = (None, None, 0)
+
+
+def fused(x, parameters, state, how_read, variance, update, *, store=True, log=NO_LOG):
     memory, averages = state
     operator = cpu.forward_with_ring if isinstance(memory, RecentBatches) else cpu.forward_with_average
     blended, unbiased, weight, rule = update
@@ -60,6 +63,7 @@ def fused(x, parameters, state, how_read, variance, update, *, store=True):
         *memory,
         *how_read,
         *averages,
+        *log,
         store,
         blended,
         unbiased,
@@ -109,9 +113,9 @@ def test_one_operator_does_as_read_normalize_commit(kind, how_read, seeded, upda
         x = make_input((2 + step % 3, *SHAPE[1:]), dtype, seed=step)
         if step % 4 == 1:
             x[-1, step % SHAPE[1], -1] = BAD[step % 3]
-        y, statistics, history, a, _ = fused(x, parameters, ours, how_read, variance, update)
+        y, statistics, past, a = fused(x, parameters, ours, how_read, variance, update)
         wanted = step_by_step(x, parameters, theirs, how_read, variance, update)
-        assert_close((y, statistics, history[0], history[1], a), wanted)
+        assert_close((y, statistics, *past, a), wanted)
         assert_close((*ours[0], *ours[1]), (*theirs[0], *theirs[1]))
     assert (int(averages.batches), int(averages.skipped)) == (9, 3)
 
@@ -143,15 +147,18 @@ def test_without_store_nothing_is_written(kind):
 
 
 @of_both_kinds
-def test_what_was_before_is_returned(kind):
+def test_what_was_before_is_logged(kind):
+    rows, counters = torch.full((2, 4, 11), torch.nan, dtype=torch.float64), torch.full((2, 3), -1)
     state = memory_of(kind, torch.float64), averages_of(torch.float64)
     how_read = (4, 1.0) if kind == "ring" else (0.5,)
     x = make_input(SHAPE, torch.float64)
     fused(x, (None, None), state, how_read, "pooled", UPDATES[0])
     running = [t.clone() for t in state[1][:2]]
-    *_, history, _, counters = fused(x, (None, None), state, how_read, "pooled", UPDATES[0])
-    assert all(torch.equal(a, b) for a, b in zip(history[2:], running, strict=True))
-    assert counters.tolist() == [1, 0, 1]
+    log = (rows, counters, 1)
+    _, _, past, _ = fused(x, (None, None), state, how_read, "pooled", UPDATES[0], log=log)
+    assert all(torch.equal(a, b) for a, b in zip(rows[1], (*past, *running), strict=True))
+    assert counters.tolist() == [[-1, -1, -1], [1, 0, 1]]
+    assert rows[0].isnan().all()
 
 
 def test_half_inputs_keep_float32_state():
@@ -173,10 +180,21 @@ def test_states_that_do_not_fit_are_refused():
         fused(x, none, (memory, averages._replace(skipped=averages.mean)), *rest)
 
 
+def test_a_log_that_does_not_fit_is_refused():
+    state = memory_of("ring", torch.float32), averages_of(torch.float32)
+    x, log = make_input(SHAPE, torch.float32), (torch.zeros(2, 4, 11), torch.zeros(2, 3, dtype=torch.int64))
+    rest = ((4, 1.0), "pooled", UPDATES[0])
+    with pytest.raises(RuntimeError, match="slot 2"):
+        fused(x, (None, None), state, *rest, log=(*log, 2))
+    with pytest.raises(RuntimeError, match="contiguous state of 88 values"):
+        fused(x, (None, None), state, *rest, log=(log[0][0], log[1], 1))
+
+
 @in_both_precisions
 def test_the_operators_are_well_formed(dtype):
     x, parameters = make_input(SHAPE, dtype), make_parameters(SHAPE[1], dtype)
-    rest = (*averages_of(dtype), True, False, True, None, True)
+    log = (torch.zeros(3, 4, SHAPE[1], dtype=dtype), torch.zeros(3, 3, dtype=torch.int64), 1)
+    rest = (*averages_of(dtype), *log, True, False, True, None, True)
     operators = torch.ops.mbnorm_cpu
     first = (x, *parameters, True, EPS)
     opcheck(operators.forward_with_ring.default, (*first, *memory_of("ring", dtype), 3, 0.9, *rest))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mbnorm.layers import HistoryBatchNorm
-from mbnorm.layers.state import Snapshot
+from mbnorm.layers.undo import Snapshot
 from mbnorm.state import memorizing_layers
 
 replaying: ContextVar[bool] = ContextVar("mbnorm_replaying", default=False)

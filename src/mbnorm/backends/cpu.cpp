@@ -13,6 +13,10 @@
 #include <optional>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 using namespace mbnorm;
@@ -20,6 +24,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 using Optional = std::optional<Tensor>;
+
+int64_t bytes_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
 template <class A>
 A* data(const Tensor& t) {
@@ -59,7 +65,21 @@ Layout layout_of(const Tensor& x) {
   return Tensor(handle);
 }
 
-Tensor like(const Tensor& x) { return empty(x.dim(), x.sizes().data(), x.strides().data(), x); }
+// The first touch of a fresh page costs more than all that is computed on it: ask for large ones.
+void prefer_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t value_bytes) {
+#ifdef __linux__
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * value_bytes;
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor like(const Tensor& x) {
+  const Tensor t = empty(x.dim(), x.sizes().data(), x.strides().data(), x);
+  prefer_huge_pages(t, bytes_of(x.scalar_type()));
+  return t;
+}
 
 Tensor per_channel(int64_t channels, const Tensor& type) {
   const int64_t one = 1;
@@ -188,9 +208,29 @@ Statistics<A> rows(const Tensor& t, int64_t channels) {
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
 
-// What a forward with a memory returns: y, the statistics, what was read (past mean and variance) above the
-// averages for inference as they were, the weight of the batch, and the counters as they were.
-using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// What a forward with a memory returns: y, the statistics, the past mean and variance, the batch's weight.
+using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Where the state before a forward goes: past mean and variance, averages for inference, and the counters
+// batches, skipped and the memory's. Kept by the caller and written round and round: small tensors that live
+// from step to step break up the heap in which large ones come and go, so that these get fresh pages each time.
+struct Log {
+  Optional rows, counters;
+  int64_t slot;
+
+  template <class A>
+  void write(const A* past, const Averages<A>& averages, int64_t memory_counter) const {
+    if (!rows || !counters) return;
+    const int64_t C = averages.channels;
+    STD_TORCH_CHECK(slot >= 0 && counters->numel() >= 3 * (slot + 1), "expected a log with a slot ", slot);
+    A* to = state<A>(*rows, counters->numel() / 3 * 4 * C) + slot * 4 * C;
+    std::copy_n(past, 2 * C, to);
+    std::copy_n(averages.mean, C, to + 2 * C);
+    std::copy_n(averages.var, C, to + 3 * C);
+    int64_t* then = data<int64_t>(*counters) + 3 * slot;
+    then[0] = *averages.batches, then[1] = *averages.skipped, then[2] = memory_counter;
+  }
+};
 
 // Read a memory, normalize, and if all statistics are finite store them in the memory and the averages.
 // open(zero) gives the memory; read(memory, n, past mean, past variance) the weight of the batch;
@@ -198,13 +238,13 @@ using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class Open, class Read, class Keep>
 Remembered remember(const Tensor& x, const Optional& weight, const Optional& bias, bool pooled, double eps,
                     const Tensor& memory_counter, const Tensor& running_mean, const Tensor& running_var,
-                    const Tensor& batches, const Tensor& skipped, bool store, const Update& update,
-                    const Open& open, const Read& read, const Keep& keep) {
+                    const Tensor& batches, const Tensor& skipped, const Log& log, bool store,
+                    const Update& update, const Open& open, const Read& read, const Keep& keep) {
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
   const int64_t C = at.channels, n = at.rows();
-  const Tensor statistics = matrix(4, C, running_mean), history = matrix(4, C, running_mean),
-               batch_weight = scalar(running_mean), counters = per_channel(3, batches);
+  const Tensor statistics = matrix(4, C, running_mean), history = matrix(2, C, running_mean),
+               batch_weight = scalar(running_mean);
   dispatch(source, [&]<class A>(A zero, Type type) {
     const Values<A> w(weight, C), b(bias, C);
     const Averages<A> averages{state<A>(running_mean, C), state<A>(running_var, C), counter(batches),
@@ -213,10 +253,7 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
     A* past = data<A>(history);
     const double a = read(memory, n, past, past + C);
     *data<A>(batch_weight) = a;
-    std::copy_n(averages.mean, C, past + 2 * C);
-    std::copy_n(averages.var, C, past + 3 * C);
-    int64_t* then = data<int64_t>(counters);
-    then[0] = *averages.batches, then[1] = *averages.skipped, then[2] = *counter(memory_counter);
+    log.write<A>(past, averages, *counter(memory_counter));
     const Statistics<A> out = rows<A>(statistics, C);
     forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {past, past + C}, {a, eps, pooled}, out);
     if (!store) return;
@@ -233,17 +270,18 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
     std::copy_n(next.get() + C, C, averages.var);
     ++*averages.batches;
   });
-  return {restored(y, source, x), statistics, history, batch_weight, counters};
+  return {restored(y, source, x), statistics, history, batch_weight};
 }
 
 [[gnu::cold]] Remembered average_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
                                     Tensor memory_mean, Tensor memory_var, Tensor filled,
                                     double history_weight, Tensor running_mean, Tensor running_var,
-                                    Tensor batches, Tensor skipped, bool store, bool blended, bool unbiased,
+                                    Tensor batches, Tensor skipped, Optional log, Optional log_counters,
+                                    int64_t slot, bool store, bool blended, bool unbiased,
                                     std::optional<double> new_weight, bool new_pooled) {
   return remember(
-      x, weight, bias, pooled, eps, filled, running_mean, running_var, batches, skipped, store,
-      {blended, unbiased, new_pooled, new_weight},
+      x, weight, bias, pooled, eps, filled, running_mean, running_var, batches, skipped,
+      {log, log_counters, slot}, store, {blended, unbiased, new_pooled, new_weight},
       [&]<class A>(A, int64_t C) {
         return Average<A>{state<A>(memory_mean, C), state<A>(memory_var, C), counter(filled), C};
       },
@@ -256,13 +294,14 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
 [[gnu::cold]] Remembered ring_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
                                  Tensor memory_mean, Tensor memory_var, Tensor counts, Tensor position,
                                  int64_t limit, double decay, Tensor running_mean, Tensor running_var,
-                                 Tensor batches, Tensor skipped, bool store, bool blended, bool unbiased,
-                                 std::optional<double> new_weight, bool new_pooled) {
+                                 Tensor batches, Tensor skipped, Optional log, Optional log_counters, int64_t slot,
+                                 bool store, bool blended, bool unbiased, std::optional<double> new_weight,
+                                 bool new_pooled) {
   const int64_t size = counts.numel();
   STD_TORCH_CHECK(size > 0, "expected a ring of at least one entry");
   return remember(
-      x, weight, bias, pooled, eps, position, running_mean, running_var, batches, skipped, store,
-      {blended, unbiased, new_pooled, new_weight},
+      x, weight, bias, pooled, eps, position, running_mean, running_var, batches, skipped,
+      {log, log_counters, slot}, store, {blended, unbiased, new_pooled, new_weight},
       [&]<class A>(A, int64_t C) {
         return Ring<A>{state<A>(memory_mean, size * C), state<A>(memory_var, size * C), state<A>(counts, size),
                        counter(position), size, C};
@@ -285,15 +324,15 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
   m.def(
       "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
-      "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, bool store, "
-      "bool blended, bool unbiased, float? new_weight, bool new_pooled) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, "
+      "Tensor(h!)? log, Tensor(i!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
+      "float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
       "float decay, Tensor(e!) running_mean, Tensor(f!) running_var, Tensor(g!) batches, "
-      "Tensor(h!) skipped, bool store, bool blended, bool unbiased, float? new_weight, bool new_pooled) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(h!) skipped, Tensor(i!)? log, Tensor(j!)? log_counters, int slot, bool store, bool blended, "
+      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {

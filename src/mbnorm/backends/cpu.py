@@ -33,15 +33,15 @@ _forward: Any = None
 _backward: Any = None
 forward_with_average: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, history_weight, running_mean,
-running_var, batches, skipped, store, blended, unbiased, new_weight, new_pooled) -> (y, statistics, history,
-batch_weight, counters)``: read a `mbnorm.memory.MovingAverage`, normalize, and if ``store`` commit.
+running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight, new_pooled) ->
+(y, statistics, past, batch_weight)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not.
 
 ``blended`` to ``new_pooled`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``statistics`` are the batch's
-mean and variance and the blended ones, rows of ``history`` the past mean and variance that were read and the
-averages for inference before; ``counters`` has batches, skipped and ``filled`` before."""
+mean and variance and the blended ones, rows of ``past`` the mean and variance that were read. The state
+before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
 forward_with_ring: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, counts, position, limit, decay, running_mean,
-...)``: the same with a `mbnorm.memory.RecentBatches`; the last of ``counters`` is ``position``."""
+...)``: the same with a `mbnorm.memory.RecentBatches`."""
 
 
 @cache
@@ -82,7 +82,7 @@ def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 def _remembering_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     weight = x.new_empty((), dtype=statistics_dtype(x.dtype))
-    return *_forward_shapes(x), _per_channel(x, 4), weight, x.new_empty(3, dtype=torch.int64)
+    return *_forward_shapes(x), _per_channel(x, 2), weight
 
 
 def _per_channel(x: Tensor, *rows: int) -> Tensor:

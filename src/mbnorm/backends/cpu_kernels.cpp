@@ -177,7 +177,8 @@ inline double total(const V (&v)[4]) {
 
 // Values of one channel that are summed in the precision of the statistics before double takes over.
 constexpr int64_t TILE = 512;
-constexpr int64_t CHAIN = 8;  // channels last: rows that a lane adds in a row
+constexpr int64_t BLOCK_ROWS = 8;       // channels last: rows that are walked side by side
+constexpr int64_t TILE_CHANNELS = 256;  // channels last: a tile has up to twice as many
 
 // Clear the lanes of indices below `seen`.
 template <int L, class V, class A>
@@ -226,16 +227,29 @@ inline void tiles(const Layout& at, int64_t channel, F f) {
         std::min(piece, at.plane - i));
 }
 
-// Channels last: call f(offset, rows, channel, seen, width) on tiles of rows and up to W vectors of channels;
-// the last of these may reach back over `seen` channels.
+// Channels last: call f(offset, rows, channel, vector, width) on blocks of a few rows and up to W vectors of
+// channels, along the rows as they lie in memory. `vector` counts them; the last of a row may reach back over
+// channels of the one before.
 template <int L, int W, class F>
-inline void tiles(const Layout& at, const Range& in, F f) {
-  for (int64_t r = in.r0; r < in.r1; r += TILE_ROWS) {
-    const int64_t rows = std::min(TILE_ROWS, in.r1 - r), offset = r * at.channels;
-    int64_t c = in.c0;
-    for (; c + W * L <= in.c1; c += W * L) f(offset + c, rows, c, 0, integral_constant<int, W>());
-    for (; c + L <= in.c1; c += L) f(offset + c, rows, c, 0, integral_constant<int, 1>());
-    if (c < in.c1) f(offset + in.c1 - L, rows, in.c1 - L, c + L - in.c1, integral_constant<int, 1>());
+inline void blocks(const Layout& at, const Range& in, F f) {
+  for (int64_t r = in.r0; r < in.r1; r += BLOCK_ROWS) {
+    const int64_t rows = std::min(BLOCK_ROWS, in.r1 - r), offset = r * at.channels;
+    int64_t c = in.c0, vector = 0;
+    for (; c + W * L <= in.c1; c += W * L, vector += W)
+      f(offset + c, rows, c, vector, integral_constant<int, W>());
+    for (; c + L <= in.c1; c += L, ++vector) f(offset + c, rows, c, vector, integral_constant<int, 1>());
+    if (c < in.c1) f(offset + in.c1 - L, rows, in.c1 - L, vector, integral_constant<int, 1>());
+  }
+}
+
+// Channels last: call f(tile) on tiles of rows and channels whose sums stay in L1.
+template <class F>
+inline void tiles(const Range& in, F f) {
+  for (int64_t c = in.c0; c < in.c1;) {
+    // what is left joins the last one: a tile is no narrower than a vector
+    const int64_t end = in.c1 - c < 2 * TILE_CHANNELS ? in.c1 : c + TILE_CHANNELS;
+    for (int64_t r = in.r0; r < in.r1; r += TILE_ROWS) f(Range{c, end, r, std::min(r + TILE_ROWS, in.r1)});
+    c = end;
   }
 }
 
@@ -338,92 +352,108 @@ template <class T, int L>
 struct Last {
   using A = Accumulator<T>;
   using V = Vector<T, L>;
+  static constexpr int VECTORS = 2 * TILE_CHANNELS / L;
   static constexpr int WIDE = L == 16 ? 2 : 4;  // vectors of channels whose sums fit in registers
+
+  // Call f(channel, seen, vector) for the vectors of a tile, in the order of blocks; lanes below `seen` are of
+  // channels of the one before.
+  template <class F>
+  static void each_vector(const Range& tile, F f) {
+    for (int64_t c = tile.c0, vector = 0; c < tile.c1; c += L, ++vector) {
+      const int64_t from = std::min(c, tile.c1 - L);
+      f(from, c - from, vector);
+    }
+  }
 
   [[gnu::flatten]] static void moments(const Layout& at, const Range& in, const void* x, const Moments& out) {
     for (int64_t c = in.c0; c < in.c1; ++c) {
       out.shift[c] = load<T, 1>(static_cast<const T*>(x) + in.r0 * at.channels + c);
       out.sum[c] = out.square[c] = 0;
     }
-    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
-      constexpr int W = width;
-      const T* tile = static_cast<const T*>(x) + offset;
-      const int64_t pilots = std::min<int64_t>(rows, 4);
-      V shifts[W], sums[W] = {}, squares[W] = {};
-#pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) {
-        const V origin = load<T, L>(tile + j * L);
-        V pilot{};
-        for (int64_t i = 1; i < pilots; ++i) pilot += load<T, L>(tile + i * at.channels + j * L) - origin;
-        shifts[j] = origin + pilot * (1 / A(pilots));
-      }
-      for (int64_t i = 0; i < rows; i += CHAIN) {
-        V sum[W] = {}, square[W] = {};
-        for (int64_t k = i; k < std::min(i + CHAIN, rows); ++k)
+    tiles(in, [&](const Range& tile) {
+      V shifts[VECTORS], sums[VECTORS], squares[VECTORS];
+      const int64_t second_block = (tile.r0 + BLOCK_ROWS) * at.channels;
+      blocks<L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t, int64_t vector, auto width) {
+        constexpr int W = width;
+        const T* xs = static_cast<const T*>(x) + offset;
+        if (offset < second_block) {
+          const int64_t pilots = std::min<int64_t>(rows, 4);
 #pragma GCC unroll 4
           for (int j = 0; j < W; ++j) {
-            const V v = load<T, L>(tile + k * at.channels + j * L) - shifts[j];
+            const V origin = load<T, L>(xs + j * L);
+            V pilot{};
+            for (int64_t i = 1; i < pilots; ++i) pilot += load<T, L>(xs + i * at.channels + j * L) - origin;
+            shifts[vector + j] = origin + pilot * (1 / A(pilots));
+            sums[vector + j] = squares[vector + j] = V{};
+          }
+        }
+        V shift[W], sum[W] = {}, square[W] = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < W; ++j) shift[j] = shifts[vector + j];
+        for (int64_t i = 0; i < rows; ++i, xs += at.channels)
+#pragma GCC unroll 4
+          for (int j = 0; j < W; ++j) {
+            const V v = load<T, L>(xs + j * L) - shift[j];
             sum[j] += v;
             square[j] += v * v;
           }
 #pragma GCC unroll 4
         for (int j = 0; j < W; ++j) {
-          sums[j] += sum[j];
-          squares[j] += square[j];
+          sums[vector + j] += sum[j];
+          squares[vector + j] += square[j];
         }
-      }
-      A lanes[3][W * L];
-#pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) {
-        scatter(lanes[0] + j * L, shifts[j]);
-        scatter(lanes[1] + j * L, sums[j]);
-        scatter(lanes[2] + j * L, squares[j]);
-      }
-      for (int64_t j = seen; j < W * L; ++j) out.add(c + j, rows, lanes[0][j], lanes[1][j], lanes[2][j]);
+      });
+      const double rows = tile.r1 - tile.r0;
+      each_vector(tile, [&](int64_t c, int64_t seen, int64_t i) {
+        A lanes[3][L];
+        scatter(lanes[0], shifts[i]);
+        scatter(lanes[1], sums[i]);
+        scatter(lanes[2], squares[i]);
+        for (int64_t j = seen; j < L; ++j) out.add(c + j, rows, lanes[0][j], lanes[1][j], lanes[2][j]);
+      });
     });
   }
 
   [[gnu::flatten]] static void products(const Layout& at, const Range& in, const void* g, const void* x,
                                         const A* mean, const Products& out) {
     for (int64_t c = in.c0; c < in.c1; ++c) out.sum[c] = out.product[c] = 0;
-    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t seen, auto width) {
-      constexpr int W = width;
-      const T* gs = static_cast<const T*>(g) + offset;
-      const T* xs = static_cast<const T*>(x) + offset;
-      V m[W], sums[W] = {}, products[W] = {};
+    tiles(in, [&](const Range& tile) {
+      V sums[VECTORS] = {}, products[VECTORS] = {};
+      blocks<L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t c, int64_t vector, auto width) {
+        constexpr int W = width;
+        const T* gs = static_cast<const T*>(g) + offset;
+        const T* xs = static_cast<const T*>(x) + offset;
+        V m[W], sum[W] = {}, product[W] = {};
 #pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) m[j] = gathered<L>(mean + c + j * L);
-      for (int64_t i = 0; i < rows; i += CHAIN) {
-        V sum[W] = {}, product[W] = {};
-        for (int64_t k = i; k < std::min(i + CHAIN, rows); ++k)
+        for (int j = 0; j < W; ++j) m[j] = gathered<L>(mean + c + j * L);
+        for (int64_t i = 0; i < rows; ++i, gs += at.channels, xs += at.channels)
 #pragma GCC unroll 4
           for (int j = 0; j < W; ++j) {
-            const V v = load<T, L>(gs + k * at.channels + j * L);
+            const V v = load<T, L>(gs + j * L);
             sum[j] += v;
-            product[j] += v * (load<T, L>(xs + k * at.channels + j * L) - m[j]);
+            product[j] += v * (load<T, L>(xs + j * L) - m[j]);
           }
 #pragma GCC unroll 4
         for (int j = 0; j < W; ++j) {
-          sums[j] += sum[j];
-          products[j] += product[j];
+          sums[vector + j] += sum[j];
+          products[vector + j] += product[j];
         }
-      }
-      A lanes[2][W * L];
-#pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) {
-        scatter(lanes[0] + j * L, sums[j]);
-        scatter(lanes[1] + j * L, products[j]);
-      }
-      for (int64_t j = seen; j < W * L; ++j) {
-        out.sum[c + j] += lanes[0][j];
-        out.product[c + j] += lanes[1][j];
-      }
+      });
+      each_vector(tile, [&](int64_t c, int64_t seen, int64_t i) {
+        A lanes[2][L];
+        scatter(lanes[0], sums[i]);
+        scatter(lanes[1], products[i]);
+        for (int64_t j = seen; j < L; ++j) {
+          out.sum[c + j] += lanes[0][j];
+          out.product[c + j] += lanes[1][j];
+        }
+      });
     });
   }
 
   [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
                                          const A* mean, const A* scale, const A* bias) {
-    tiles<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+    blocks<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
       constexpr int W = width;
       const T* xs = static_cast<const T*>(x) + offset;
       T* ys = static_cast<T*>(y) + offset;
@@ -443,7 +473,7 @@ struct Last {
   [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
                                              void* dx, const A* center, const A* scale, const A* slope,
                                              const A* shift) {
-    tiles<L, L == 16 ? 1 : 4>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+    blocks<L, L == 16 ? 1 : 4>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
       constexpr int W = width;
       const T* gs = static_cast<const T*>(g) + offset;
       const T* xs = static_cast<const T*>(x) + offset;

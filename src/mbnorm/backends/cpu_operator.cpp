@@ -1,8 +1,8 @@
 // Each tensor is read from main memory as few times as its size allows.
 //
 // Channels first: a chunk of channels at a time, so that the second pass over it finds it in cache.
-// Channels last: likewise where all rows of a few channels fit in cache; otherwise fixed chunks of rows,
-// whose partial sums are combined in order. How the work is cut depends on sizes alone, never on the number
+// Channels last: fixed chunks of rows, whose partial sums are combined in order; of few rows, chunks of
+// channels. How the work is cut depends on sizes alone, never on the number
 // of threads, so neither do the results.
 
 #include "cpu_operator.h"
@@ -17,8 +17,8 @@ namespace mbnorm {
 namespace {
 
 constexpr int64_t FIRST_CHUNK_BYTES = 16 << 10;  // channels first: a chunk stays in L1 if it can
-constexpr int64_t LAST_CHUNK = 128;              // channels last: channels of a chunk
-constexpr int64_t CACHED_ROWS = 512;             // channels last: up to so many rows of a chunk stay in L2
+constexpr int64_t LAST_CHUNK = 128;              // channels last: channels of a chunk of all rows
+constexpr int64_t FEW_ROWS = TILE_ROWS;          // channels last: up to so many rows are not cut
 constexpr int64_t ROW_CHUNK_VALUES = 64 << 10;   // channels last: values of a chunk of whole rows
 constexpr int64_t GRAIN = 16 << 10;              // fewest values worth a thread
 
@@ -38,7 +38,7 @@ void parallel_chunks(int64_t n, int64_t size, int64_t least, int64_t values_per_
 template <class Sums, class Sum, class Finish, class Map>
 void two_passes(const Layout& at, int64_t value_bytes, const Sum& sum, const Finish& finish, const Map& map) {
   const int64_t rows = at.rows(), channels = at.channels;
-  if (!at.channels_last || rows <= CACHED_ROWS) {
+  if (!at.channels_last || rows <= FEW_ROWS) {
     const int64_t first_chunk = std::max<int64_t>(1, FIRST_CHUNK_BYTES / (value_bytes * rows));
     std::unique_ptr<double[]> numbers(new double[Sums::NUMBERS * channels]);
     const Sums sums(numbers.get(), channels);

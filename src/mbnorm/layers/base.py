@@ -18,12 +18,11 @@ from mbnorm.functional import (
     in_dtype,
     normalize_by_kernels,
 )
-from mbnorm.layers.state import Snapshot, StatefulBatchNorm
+from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import InferenceUpdate, Past, commit
 from mbnorm.recompute import (
     Call,
     Node,
-    Rows,
     in_backward,
     in_unsafe_compiled_checkpoint,
     refuse_unknown_recompute,
@@ -46,12 +45,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def _forward_fused(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Read, normalize and ``commit`` in one operator of the CPU kernels."""
-        raise NotImplementedError
-
-    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
-        """Return the memory's snapshot of before a fused forward, from what that returned."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -99,8 +94,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
         dtype = statistics_dtype(input.dtype)
         weight, bias = in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
         y = normalize_by_kernels(forward, input, weight, bias)
-        if self._undo is not None and forward.stores:
-            self._undo.append(forward.snapshot)
         call = Call(n, forward.statistics, forward.past, forward.batch_weight)
         self._calls.remember(call, y.grad_fn)
         return y
@@ -201,8 +194,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
     @torch.no_grad()
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
         if self._undo is not None and not torch.compiler.is_compiling():
-            snapshot = self.snapshot()
-            self._undo.append(lambda: snapshot)
+            self._undo.append(self.snapshot())
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         commit(self._memory(), self._averages(), batch, blended, n, self._update(m))
 
@@ -210,31 +202,26 @@ class HistoryBatchNorm(StatefulBatchNorm):
 class _FusedForward(KernelForward):
     """A forward that reads the memory of a layer, normalizes, and stores, all in one operator."""
 
-    __slots__ = ("counters", "layer", "m", "n", "resets", "stores")
+    __slots__ = ("layer", "m", "n")
 
     def __init__(self, layer: HistoryBatchNorm, n: int, m: int) -> None:
         super().__init__(cpu, layer.variance, layer.eps)
         self.layer = layer
         self.n = n
         self.m = m
-        self.resets = layer._resets
-        self.stores = layer.stores
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        blended, unbiased, new_weight, rule = self.layer._update(self.m)
-        update = (self.stores, blended, unbiased, new_weight, rule == "pooled")
-        y, self.statistics, self.past, self.batch_weight, self.counters = self.layer._forward_fused(
-            x, weight, bias, self.n, *update
+        layer = self.layer
+        stores = layer.stores
+        undo = layer._undo if stores else None
+        log = (None, None, 0) if undo is None else undo.to_write(layer._averages().mean)
+        blended, unbiased, new_weight, rule = layer._update(self.m)
+        y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
+            x, weight, bias, self.n, *log, stores, blended, unbiased, new_weight, rule == "pooled"
         )
+        if undo is not None:
+            undo.add_written()
         return y
-
-    def snapshot(self) -> Snapshot:
-        """Return the state of the layer before this forward."""
-        _, _, mean, var = self.past
-        batches, skipped, counter = self.counters
-        return Snapshot(
-            self.resets, (mean, var, batches, skipped), self.layer._memory_before(self.past, counter)
-        )
 
 
 def moments_update(momentum: float, m: int) -> InferenceUpdate:

@@ -11,7 +11,6 @@ from mbnorm.blend import Variance
 from mbnorm.functional import Backend
 from mbnorm.layers.base import HistoryBatchNorm, moments_update
 from mbnorm.memory import InferenceUpdate, Past, RecentBatches
-from mbnorm.recompute import Rows
 
 Inference: TypeAlias = Literal["memory", "ema"]
 
@@ -132,8 +131,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
 
     def _forward_fused(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_ring(
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_ring(
             x,
             weight,
             bias,
@@ -147,7 +146,7 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         )
         return result
 
-    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
+    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         # what was evicted since is lost: the counts are those of now
         return counter, self.memory_counts
 

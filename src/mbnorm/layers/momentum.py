@@ -13,7 +13,6 @@ from mbnorm.blend import Variance
 from mbnorm.functional import Backend
 from mbnorm.layers.base import HistoryBatchNorm, moments_update
 from mbnorm.memory import InferenceUpdate, MovingAverage, Past
-from mbnorm.recompute import Rows
 
 STEPS_BEFORE_NOTICE = 100
 
@@ -151,8 +150,8 @@ class _MomentumBatchNorm(HistoryBatchNorm):
 
     def _forward_fused(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_average(
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_average(
             x,
             weight,
             bias,
@@ -165,8 +164,8 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         )
         return result
 
-    def _memory_before(self, past: Rows, counter: Tensor) -> tuple[Tensor, ...]:
-        return past[0], past[1], counter
+    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
+        return past_mean, past_var, counter
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""

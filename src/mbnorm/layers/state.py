@@ -1,9 +1,8 @@
 """The state of a layer with a memory: how it is made, moved, saved, loaded, reset and taken back."""
 
 import warnings
-from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 from mbnorm.functional import BACKENDS, Backend
+from mbnorm.layers.undo import UNDO_DEPTH, Snapshot, UndoLog, Written
 from mbnorm.memory import InferenceAverages, MovingAverage, RecentBatches
 from mbnorm.recompute import CallLog
-
-UNDO_DEPTH = 16
-"""How many calls of one layer `undo` can take back."""
-
-
-class Snapshot(NamedTuple):
-    """The state of a layer before a forward, valid until that state is reset or loaded."""
-
-    resets: int
-    averages: tuple[Tensor, ...]
-    memory: tuple[Tensor, ...]
 
 
 class StatefulBatchNorm(_BatchNorm):
@@ -66,7 +55,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._frozen = 0
         self._resets = 0
         self._holds_past = False
-        self._undo: deque[Callable[[], Snapshot]] | None = deque(maxlen=UNDO_DEPTH)
+        self._undo: UndoLog | None = UndoLog()
         self._calls = CallLog()
         # set where conversion changes it, for the way back
         self.torchs_momentum: float | None = None
@@ -157,6 +146,15 @@ class StatefulBatchNorm(_BatchNorm):
             self._memory().rewind(snapshot.memory)
             self._holds_past = False
 
+    def _as_snapshot(self, state: Written) -> Snapshot:
+        (past_mean, past_var, *running), (*counters, own) = state
+        memory = self._memory_before(past_mean, past_var, own)
+        return Snapshot(self._resets, (*running, *counters), memory)
+
+    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
+        """Return the memory's snapshot from what was read of it and its counter."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Take back a rewind, and what was stored after it."""
@@ -180,12 +178,13 @@ class StatefulBatchNorm(_BatchNorm):
     def undo(self, calls: int) -> None:
         """Take back the last ``calls`` forwards that stored something."""
         if self._undo and calls:
-            self.rewind(self._undo[-calls]())
+            state = self._undo.before(calls)
+            self.rewind(state if isinstance(state, Snapshot) else self._as_snapshot(state))
             self._undo.clear()
 
     def start_undo(self) -> None:
         """Keep again what `undo` needs, from now on."""
-        self._undo = deque(maxlen=UNDO_DEPTH)
+        self._undo = UndoLog()
 
     def stop_undo(self) -> None:
         """Keep nothing for `undo` any more: whoever calls this takes snapshots itself."""
@@ -298,7 +297,7 @@ class StatefulBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state |= {"_undo": deque(maxlen=UNDO_DEPTH), "_calls": CallLog(), "_frozen": 0}
+        state |= {"_undo": UndoLog(), "_calls": CallLog(), "_frozen": 0}
         return state
 
     @property

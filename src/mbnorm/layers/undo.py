@@ -1,0 +1,71 @@
+"""The states of a layer before its last forwards, for taking these back."""
+
+from collections import deque
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+UNDO_DEPTH = 16
+"""How many calls of one layer can be taken back."""
+
+
+class Snapshot(NamedTuple):
+    """The state of a layer before a forward, valid until that state is reset or loaded."""
+
+    resets: int
+    averages: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+
+
+class Written(NamedTuple):
+    """What the CPU kernels note of a state.
+
+    ``rows``, (4, C): past mean and variance, running mean and variance. ``counters``, (3,): batches, skipped
+    and the memory's own.
+    """
+
+    rows: Tensor
+    counters: Tensor
+
+
+class UndoLog:
+    """The states before the last forwards of a layer, newest last."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Snapshot | int] = deque(maxlen=UNDO_DEPTH)
+        self._written: Written | None = None
+        self._slot = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._entries.clear()
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Add the state before a forward."""
+        self._entries.append(snapshot)
+
+    def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return where kernels may write a state with averages like these, and the place in there."""
+        written = self._written
+        if written is None or written.rows.dtype != averages.dtype:
+            self.clear()
+            rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
+            written = self._written = Written(rows, torch.empty((UNDO_DEPTH, 3), dtype=torch.int64))
+        return *written, self._slot
+
+    def add_written(self) -> None:
+        """Add the state that kernels have written."""
+        self._entries.append(self._slot)
+        self._slot = (self._slot + 1) % UNDO_DEPTH
+
+    def before(self, calls: int) -> Snapshot | Written:
+        """Return the state before the last ``calls`` forwards."""
+        entry = self._entries[-calls]
+        if isinstance(entry, Snapshot):
+            return entry
+        rows, counters = cast(Written, self._written)
+        return Written(rows[entry], counters[entry])
