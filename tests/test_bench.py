@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from mbnorm.experiments.bench import rows, timing
+from mbnorm.experiments.bench import memory, rows, timing
 from mbnorm.experiments.bench.cases import PROVIDERS, RESNET50, Case, cases
 from mbnorm.experiments.bench.steps import METHODS, STEPS, Trainer
 from mbnorm.experiments.commands import app
@@ -45,10 +45,27 @@ def test_momentum_saves_no_more_for_the_backward_than_batch_norm():
 
 def test_a_race_times_every_contestant_in_every_mode():
     ready = timing.contestants(SMALL, ["batch_norm", "momentum"])
-    for mode in timing.MODES:
-        found = dict(timing.race(ready, mode, rounds=3, seconds_a_round=0.001))
-        assert found.keys() == ready.keys()
-        assert all(0 < t.low <= t.median <= t.high for t in found.values())
+    found = dict(timing.race(ready, rounds=3, seconds_a_round=0.001))
+    assert found.keys() == ready.keys()
+    for timings in found.values():
+        assert tuple(timings) == timing.MODES
+        assert all(0 < t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_the_peak_counts_what_lives_at_once():
+    def call():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert 8000 <= memory.peak_bytes(call) < 9000
+
+
+def test_no_layer_takes_more_memory_than_batch_norm_and_its_statistics():
+    ready = timing.contestants(SMALL, ["batch_norm", "momentum"])
+    peak = {name: contestant.peak_bytes() for name, contestant in ready.items()}
+    assert peak["momentum"] - peak["batch_norm"] <= 12 * 32 * 4
 
 
 def test_ratios_compare_rows_of_the_same_shape_and_threads():

@@ -70,20 +70,19 @@ double Ring<A>::read(int64_t n, int64_t limit, double decay, bool pooled, A* pas
     for (int64_t b = c0; b < c1; b += BLOCK) {
       const int64_t length = std::min(BLOCK, c1 - b);
       double m[BLOCK] = {}, v[BLOCK] = {};
+      // about the first entry's mean, so that one pass gives the variance between them without cancellation
+      const A* origin = entries.empty() ? mean : entries[0].means;
+      const double between = pooled;
       for (const auto& [share, means, vars] : entries)
         for (int64_t c = 0; c < length; ++c) {
-          m[c] += share * means[b + c];
-          v[c] += share * vars[b + c];
+          const double distance = double(means[b + c]) - origin[b + c], weighted = share * distance;
+          m[c] += weighted;
+          v[c] += share * vars[b + c] + between * weighted * distance;
         }
-      if (pooled)
-        for (const auto& [share, means, vars] : entries)
-          for (int64_t c = 0; c < length; ++c) {
-            const double distance = means[b + c] - m[c];
-            v[c] += share * distance * distance;
-          }
       for (int64_t c = 0; c < length; ++c) {
-        past_mean[b + c] = m[c];
-        past_var[b + c] = v[c];
+        const double var = v[c] - between * m[c] * m[c];
+        past_mean[b + c] = m[c] + (entries.empty() ? 0 : origin[b + c]);
+        past_var[b + c] = var < 0 ? 0 : var;
       }
     }
   });

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mbnorm
 
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 RESNET50 = (
     (2, 64, 112, 112),

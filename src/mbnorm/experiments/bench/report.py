@@ -57,10 +57,11 @@ def _layers(rows: list[Row]) -> list[str]:
     lines += [
         "",
         "Each shape, float32, one thread, contiguous: time over `nn.BatchNorm`, and GB/s of the layer "
-        "`momentum` (5 tensors moved at least) beside that of a copy.",
+        "`momentum` (5 tensors moved at least) beside that of a copy; the bytes it saves for the backward, and "
+        "the most that its tensors take, over those of `nn.BatchNorm`.",
         "",
-        "| shape | " + " | ".join(providers) + " | GB/s | copy GB/s | saved, over BatchNorm |",
-        "| --- |" + " ---: |" * (len(providers) + 3),
+        "| shape | " + " | ".join(providers) + " | GB/s | copy GB/s | saved | peak |",
+        "| --- |" + " ---: |" * (len(providers) + 4),
     ]
     chosen = [
         r
@@ -74,9 +75,12 @@ def _layers(rows: list[Row]) -> list[str]:
         cells = [f"{here[p]['median_s'] / base['median_s']:.2f}" if p in here else "-" for p in providers]
         if "momentum" in here:
             saved = here["momentum"]["saved_bytes"] / base["saved_bytes"]
-            rates = f"{here['momentum']['gb_per_s']:.1f} | {base['copy_gb_per_s']:.1f} | {saved:.2f}"
+            peak = here["momentum"]["peak_bytes"] / base["peak_bytes"]
+            rates = (
+                f"{here['momentum']['gb_per_s']:.1f} | {base['copy_gb_per_s']:.1f} | {saved:.2f} | {peak:.2f}"
+            )
         else:
-            rates = "- | - | -"
+            rates = "- | - | - | -"
         lines.append(f"| {'x'.join(map(str, shape))} | " + " | ".join(cells) + f" | {rates} |")
     return [*lines, ""]
 
@@ -86,8 +90,8 @@ def _steps(rows: list[Row]) -> list[str]:
     lines = [
         "Whole training steps at batch 2, over the same net with `nn.BatchNorm`.",
         "",
-        "| net, threads | norm | step time | activation memory |",
-        "| --- | --- | ---: | ---: |",
+        "| net, threads | norm | step time | activation memory | peak memory |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
     for net, threads in dict.fromkeys((r["net"], r["threads"]) for r in steps):
         here = {r["method"]: r for r in steps if (r["net"], r["threads"]) == (net, threads)}
@@ -95,7 +99,8 @@ def _steps(rows: list[Row]) -> list[str]:
         for method, row in here.items():
             lines.append(
                 f"| {net}, {threads} | {method} | {row['median_s'] / base['median_s']:.2f} | "
-                f"{row['activation_bytes'] / base['activation_bytes']:.3f} |"
+                f"{row['activation_bytes'] / base['activation_bytes']:.3f} | "
+                f"{row['peak_bytes'] / base['peak_bytes']:.3f} |"
             )
     return [*lines, ""]
 

@@ -8,9 +8,10 @@ from rich.console import Console
 
 from mbnorm.experiments.bench import report
 from mbnorm.experiments.bench.cases import Case, cases
+from mbnorm.experiments.bench.memory import keep_freed_memory
 from mbnorm.experiments.bench.rows import Row, machine, write
 from mbnorm.experiments.bench.steps import STEPS, race_steps
-from mbnorm.experiments.bench.timing import MODES, PASSES, contestants, copy_rate, race
+from mbnorm.experiments.bench.timing import PASSES, contestants, copy_rate, race
 
 ROUNDS = 7
 SECONDS_A_ROUND = 0.03
@@ -25,6 +26,7 @@ def bench(out: Path, *, threads: list[int], providers: list[str], dtypes: list[s
     """
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     before = torch.get_num_threads()
     rows: list[Row] = []
     try:
@@ -35,7 +37,7 @@ def bench(out: Path, *, threads: list[int], providers: list[str], dtypes: list[s
                 console.print(f"{case.dtype} {case.layout} {case.shape}, threads: {count}", highlight=False)
                 write(out / "bench.jsonl", rows)
             for step in STEPS[:1] if quick else STEPS:
-                for method, (timing, memory) in race_steps(step, 3 if quick else STEP_ROUNDS).items():
+                for method, (timing, saved, peak) in race_steps(step, 3 if quick else STEP_ROUNDS).items():
                     rows.append(
                         {
                             "kind": "step",
@@ -45,7 +47,8 @@ def bench(out: Path, *, threads: list[int], providers: list[str], dtypes: list[s
                             "median_s": timing.median,
                             "low_s": timing.low,
                             "high_s": timing.high,
-                            "activation_bytes": memory,
+                            "activation_bytes": saved,
+                            "peak_bytes": peak,
                             **machine(),
                         }
                     )
@@ -62,9 +65,10 @@ def bench(out: Path, *, threads: list[int], providers: list[str], dtypes: list[s
 def _layer_rows(case: Case, providers: list[str], threads: int, quick: bool) -> Iterator[Row]:
     ready = contestants(case, providers)
     copied = copy_rate(case) / 1e9
-    saved = {name: contestant.saved_bytes() for name, contestant in ready.items()}
-    for mode in MODES:
-        for name, timing in race(ready, mode, 3 if quick else ROUNDS, SECONDS_A_ROUND):
+    memory = {name: (c.saved_bytes(), c.peak_bytes()) for name, c in ready.items()}
+    for name, timings in race(ready, 3 if quick else ROUNDS, SECONDS_A_ROUND):
+        saved, peak = memory[name]
+        for mode, timing in timings.items():
             yield {
                 "kind": "layer",
                 "provider": name,
@@ -78,6 +82,7 @@ def _layer_rows(case: Case, providers: list[str], threads: int, quick: bool) -> 
                 "high_s": timing.high,
                 "gb_per_s": PASSES[mode] * case.bytes / timing.median / 1e9,
                 "copy_gb_per_s": copied,
-                "saved_bytes": saved[name],
+                "saved_bytes": saved,
+                "peak_bytes": peak,
                 **machine(),
             }

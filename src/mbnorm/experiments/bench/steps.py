@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mbnorm
+from mbnorm.experiments.bench.memory import peak_bytes
 from mbnorm.experiments.bench.timing import Timing
 from mbnorm.experiments.nets import resnet18, unet3d
 
@@ -75,8 +76,8 @@ class Trainer:
         return sum(storages.values())
 
 
-def race_steps(step: Step, rounds: int) -> dict[str, tuple[Timing, int]]:
-    """Return seconds a step and activation bytes for each method, timed in turns."""
+def race_steps(step: Step, rounds: int) -> dict[str, tuple[Timing, int, int]]:
+    """Return seconds, activation bytes and peak bytes of a step for each method, timed in turns."""
     trainers = {method: Trainer(step, method) for method in METHODS}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for trainer in trainers.values():
@@ -84,4 +85,7 @@ def race_steps(step: Step, rounds: int) -> dict[str, tuple[Timing, int]]:
     for _ in range(rounds):
         for method, trainer in trainers.items():
             seconds[method].append(trainer.step())
-    return {m: (Timing.of(seconds[m]), trainer.activation_bytes()) for m, trainer in trainers.items()}
+    return {
+        m: (Timing.of(seconds[m]), trainer.activation_bytes(), peak_bytes(trainer.step))
+        for m, trainer in trainers.items()
+    }

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS, Case
+from mbnorm.experiments.bench.memory import peak_bytes
 
 Mode: TypeAlias = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
 PASSES: dict[Mode, int] = {"forward": 2, "backward": 3, "both": 5}
 """Tensors of the input's size that must be read or written at least."""
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 1e-2}
 """Error against float64, in units of the largest value, above which nothing is timed."""
 
 
@@ -65,23 +66,24 @@ class Contestant:
         inner: nn.Module = getattr(self.layer, "_orig_mod", self.layer)
         return inner
 
-    def run(self, mode: Mode, calls: int) -> float:
-        """Return the seconds of ``calls`` calls."""
-        if mode == "backward":
-            outputs = [self.layer(self.x) for _ in range(calls)]
-            start = time.perf_counter()
-            for y in outputs:
-                self._backward(y)
-            return time.perf_counter() - start
-        start = time.perf_counter()
+    def run(self, calls: int) -> tuple[float, float]:
+        """Return the seconds of ``calls`` forwards, and of the backward after each of them."""
+        forward = backward = 0.0
         for _ in range(calls):
+            start = time.perf_counter()
             y = self.layer(self.x)
-            if mode == "both":
-                self._backward(y)
-        return time.perf_counter() - start
+            middle = time.perf_counter()
+            self._backward(y)
+            forward += middle - start
+            backward += time.perf_counter() - middle
+        return forward, backward
 
     def _backward(self, y: Tensor) -> None:
         torch.autograd.grad(y, (self.x, *self.parameters), self.cotangent)
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that the tensors of a forward and backward take."""
+        return peak_bytes(lambda: self._backward(self.layer(self.x)))
 
     def saved_bytes(self) -> int:
         """Return the memory that a forward keeps for its backward."""
@@ -113,27 +115,35 @@ def contestants(case: Case, names: list[str]) -> dict[str, Contestant]:
 
 
 def race(
-    ready: dict[str, Contestant], mode: Mode, rounds: int, seconds_a_round: float
-) -> Iterator[tuple[str, Timing]]:
+    ready: dict[str, Contestant], rounds: int, seconds_a_round: float
+) -> Iterator[tuple[str, dict[Mode, Timing]]]:
     """Time every contestant in each round, so that a slow moment of the machine hits all of them."""
-    calls = {name: _calls(contestant, mode, seconds_a_round) for name, contestant in ready.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    calls = {name: _calls(contestant, seconds_a_round) for name, contestant in ready.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, contestant in ready.items():
-                seconds[name].append(contestant.run(mode, calls[name]) / calls[name])
+                forward, backward = contestant.run(calls[name])
+                seconds[name].append((forward / calls[name], backward / calls[name]))
     finally:
         gc.enable()
-    for name, values in seconds.items():
-        yield name, Timing.of(values)
+    for name, pairs in seconds.items():
+        yield (
+            name,
+            {
+                "forward": Timing.of([forward for forward, _ in pairs]),
+                "backward": Timing.of([backward for _, backward in pairs]),
+                "both": Timing.of([sum(pair) for pair in pairs]),
+            },
+        )
 
 
-def _calls(contestant: Contestant, mode: Mode, seconds: float) -> int:
-    contestant.run(mode, 2)
-    once = contestant.run(mode, 2) / 2
-    return max(2, min(100, int(seconds / once)))
+def _calls(contestant: Contestant, seconds: float) -> int:
+    contestant.run(1)
+    once = sum(contestant.run(1))
+    return max(1, min(100, int(seconds / once)))
 
 
 def copy_rate(case: Case) -> float:
