@@ -228,7 +228,7 @@ class _RootHook:
         if self.watcher is None or not model.training:
             return
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg="attach DoubleForward to the compiled model, not to the one inside")
+            torch._dynamo.graph_break(msg="attach DoubleForward to what torch.compile(model) returns")
         if replaying.get():
             return
         # a forward that stores nothing, as SAM's second one, is none to repeat

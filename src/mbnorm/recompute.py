@@ -55,8 +55,20 @@ def _callers() -> Iterator[FrameType]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def in_unsafe_compiled_checkpoint() -> bool:
-    """Return, while torch.compile traces, whether it is in a checkpoint without our context function."""
+def unsafe_to_compile() -> str | None:
+    """Return, while torch.compile traces, why its backward would not read what the forward had read."""
+    if _in_compiled_checkpoint_without_ours():
+        return "pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint"
+    if in_torch_checkpoint(("checkpoint", "forward", "backward", "unpack_hook")):
+        return "compile the function that calls checkpoint, not the one that checkpoint calls"
+    from torch._functorch import config
+
+    if config.aggressive_recomputation or config.activation_memory_budget < 1:
+        return "set neither aggressive_recomputation nor activation_memory_budget of torch._functorch.config"
+    return None
+
+
+def _in_compiled_checkpoint_without_ours() -> bool:
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -73,6 +85,18 @@ def in_unsafe_compiled_checkpoint() -> bool:
         for frame in _callers()
         if frame.f_code.co_name == "_call_function"
     )
+
+
+def saved_by_compiled_code(past: Past) -> Past:
+    """Return a past that torch.compile saves for the backward pass, and does not compute there again.
+
+    It computes cheap values again, also from buffers that the forward has overwritten by then, and the
+    gradients are wrong without a word (pytorch#197039). What goes through a concatenation it saves.
+    """
+    channels = past.mean.shape[0]
+    weight = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
+    together = torch.cat((past.mean, past.var, weight.view(1)))
+    return Past(together[:channels], together[channels:-1], together[-1])
 
 
 SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"

@@ -84,7 +84,9 @@ class MomentumSchedule:
         self.schedule: Schedule = schedule
         self.t = 1
         for layer in self.layers:
-            layer.momentum = 1 - inference_momentum ** (batch_size / ideal_batch_size)
+            # 0 and None are orders to store nothing, and raw statistics
+            if layer.momentum:
+                layer.momentum = 1 - inference_momentum ** (batch_size / ideal_batch_size)
             layer.scheduled = True
         self._apply()
 

@@ -1,6 +1,7 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from mbnorm.recompute import (
     Call,
     Node,
     in_backward,
-    in_unsafe_compiled_checkpoint,
     refuse_unknown_recompute,
+    saved_by_compiled_code,
+    unsafe_to_compile,
 )
 
 REFERENCE_BATCH = 32
@@ -65,12 +67,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
             return self._plain_batch_norm(input)
         backend = choose(input, self.backend)
         if torch.compiler.is_compiling():
-            if in_unsafe_compiled_checkpoint():
-                # the recompute would read the memory as it is after the forward
-                torch._dynamo.graph_break(
-                    msg="pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint"
-                )
-            result = self._blend(input, self._read(n), backend)
+            if reason := unsafe_to_compile():
+                # the backward would read the memory as it is after the forward
+                torch._dynamo.graph_break(msg=reason)
+                return _forward_uncompiled(self, input)
+            result = self._blend(input, saved_by_compiled_code(self._read(n)), backend)
         elif repeated := self._repeat(input, n, backend):
             return repeated.y
         elif backend == "cpu" and self._fuses(input):
@@ -165,10 +166,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def _has_past(self) -> bool:
         """Whether the memory holds something to read; asks the device until the answer is yes."""
-        if not self._holds_past and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return True
+        if not self._holds_past:
             self._holds_past = bool(self._memory().holds_anything())
-            return self._holds_past
-        return True
+        return self._holds_past
 
     @property
     def tracks(self) -> bool:
@@ -193,10 +195,15 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     @torch.no_grad()
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
-        if self._undo is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._undo is not None:
             self._undo.append(self.snapshot())
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         commit(self._memory(), self._averages(), batch, blended, n, self._update(m))
+
+
+_forward_uncompiled: Callable[[HistoryBatchNorm, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    HistoryBatchNorm.forward
+)
 
 
 class _FusedForward(KernelForward):

@@ -175,7 +175,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         return y
 
     def _has_past(self) -> bool:
-        if self._holds_past or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._holds_past:
             return True
         # with no weight on it the past is as good as none
         weighs = self.history_weight > 0 if self.matched_values is None else self.matched_values > 1
