@@ -9,7 +9,15 @@ from torch.nn import functional as F
 from mbnorm.blend import statistics_dtype
 from mbnorm.functional import Backend, BlendedBatchNorm, blended_batch_norm, choose
 from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.memory import InferenceUpdate, Past, Statistics, commit
+from mbnorm.memory import (
+    InferenceAverages,
+    InferenceUpdate,
+    MovingAverage,
+    Past,
+    RecentBatches,
+    Statistics,
+    commit,
+)
 from mbnorm.recompute import (
     Call,
     Node,
@@ -119,17 +127,22 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return result
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
-        dtype = statistics_dtype(input.dtype) if self.running_mean is None else self.running_mean.dtype
+        running_mean, running_var = self._running()
+        dtype = statistics_dtype(input.dtype) if running_mean is None else running_mean.dtype
         return F.batch_norm(
             input,
-            None if self.training else self.running_mean,
-            None if self.training else self.running_var,
+            None if self.training else running_mean,
+            None if self.training else running_var,
             None if self.weight is None else self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
-            self.training or self.running_mean is None,
+            self.training or running_mean is None,
             0.0,
             self.eps,
         )
+
+    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mean and variance of eval mode."""
+        return self.running_mean, self.running_var
 
     def _has_past(self) -> bool:
         """Whether the memory holds something to read; asks the device until the answer is yes."""
@@ -157,13 +170,24 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _commit(self, result: BlendedBatchNorm, n: int, m: int, fused: bool) -> None:
         if self._undo is not None and not torch.compiler.is_compiling():
             self._undo.append(self.snapshot())
+        self._store(self._memory(), self._averages(), result, n, m, fused)
+
+    def _store(
+        self,
+        memory: MovingAverage | RecentBatches,
+        averages: InferenceAverages,
+        result: BlendedBatchNorm,
+        n: int,
+        m: int,
+        fused: bool,
+    ) -> None:
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         if self.momentum is None or self.momentum == 1:
             # update_bn and PreciseBN set these to read the raw statistics of each batch
             update = InferenceUpdate(batch[0], unbiased(batch[1], n), self.momentum, "averaged")
         else:
             update = self._inference_update(result, n, m)
-        commit(self._memory(), self._averages(), batch, blended, n, update, fused=fused)
+        commit(memory, averages, batch, blended, n, update, fused=fused)
 
 
 def moments_update(batch: Statistics, momentum: float, m: int) -> InferenceUpdate:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from mbnorm.blend import Variance
+from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend, BlendedBatchNorm
-from mbnorm.layers.base import HistoryBatchNorm, moments_update, unbiased
+from mbnorm.layers.base import moments_update, unbiased
+from mbnorm.layers.synced import SyncedBatchNorm
 from mbnorm.memory import InferenceUpdate, Past, RecentBatches
 
 Inference: TypeAlias = Literal["memory", "ema"]
 
 
-class _MemorizedBatchNorm(HistoryBatchNorm):
+class _MemorizedBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_counts", "memory_position")
     options = ("memory_size", "memory_values", "decay", "inference")
     memory_mean: Tensor
@@ -38,6 +40,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         variance: Variance = "pooled",
         inference: Inference = "memory",
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
         self.set_up(
@@ -47,6 +51,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
             variance=variance,
             inference=inference,
             backend=backend,
+            process_group=process_group,
+            sync=sync,
         )
 
     def set_up(
@@ -58,6 +64,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         variance: Variance = "pooled",
         inference: Inference = "memory",
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         """Check and set the options, and start with an empty memory."""
         if not isinstance(memory_size, int) or memory_size < 1:
@@ -72,6 +80,7 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         self.memory_values = memory_values
         self.decay = decay
         self.inference: Inference = "memory" if memory_values is None and inference == "memory" else "ema"
+        self._set_up_ranks(process_group, sync, backend)
         self._set_up_history(variance, backend)
 
     def _new_memory(self, like: Tensor) -> RecentBatches:
@@ -161,8 +170,14 @@ class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
         inference: what eval mode uses: "memory" as above (the paper's), or "ema", moving averages of
             the batches' moments.
         backend: as in `mbnorm.functional.blended_batch_norm`.
+        process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
+            a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
+        sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
+            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
+            whole batch's enter the memory at the next forward, for which no rank waits.
 
     Raises:
+        TypeError: ``process_group`` is none.
         ValueError: an option out of range.
 
     Source: Guo, Wu, Deng, Chen, Tan: Double Forward Propagation for Memorized Batch Normalization,
