@@ -134,14 +134,20 @@ class DoubleForward:
             mark.replay(self.model, calls)
 
     def _warn_of_no_forward(self) -> None:
-        could_store = any(layer.stores for layer in memorizing_layers(self.model))
-        if self.model.training and could_store and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "DoubleForward has seen no training forward of its model before this optimizer step, and "
-                "refreshes nothing: give it the module that the training loop calls",
-                stacklevel=2,
+        if self._warned or not self.model.training:
+            return
+        layers = memorizing_layers(self.model)
+        if not layers:
+            reason = f"its model has no layer with a memory any more: {why_none(self.model, 'matched')}"
+        elif any(layer.stores for layer in layers):
+            reason = (
+                "it has seen no training forward of its model before this optimizer step: give it the module "
+                "that the training loop calls"
             )
+        else:
+            return
+        self._warned = True
+        warnings.warn(f"DoubleForward refreshes nothing: {reason}", stacklevel=2)
 
     def _forget(self) -> None:
         self._mark = None
