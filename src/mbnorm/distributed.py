@@ -101,23 +101,19 @@ class Exchange:
 
 def sums_of(local: Statistics, n: int, m: int) -> Tensor:
     """Return the message of one rank: n mean, n (var + mean^2), n, m, shape (2C + 2,) in float64."""
-    mean, var = local
-    sums = torch.zeros(2 * mean.numel() + 2, dtype=torch.float64, device=mean.device)
-    if n:
-        first, second = sums[:-2].view(2, -1)
-        first.copy_(mean)
-        second.copy_(var).addcmul_(first, first)
-        sums[:-2].mul_(n)
-        sums[-2] = n
-        sums[-1] = m
-    return sums
+    mean = local[0].double()
+    if n == 0:
+        return mean.new_zeros(2 * mean.numel() + 2)
+    second = torch.addcmul(local[1].double(), mean, mean)
+    samples_per_value = mean.new_full((1,), m / n)
+    return torch.cat((mean, second, torch.ones_like(samples_per_value), samples_per_value)).mul_(n)
 
 
 def pooled_of(sums: Tensor, dtype: torch.dtype) -> Pooled:
     """Return what the ranks' messages add up to; NaN statistics if there are no values."""
-    n, m = (int(count) for count in sums[-2:].tolist())
+    n, m = (round(count) for count in sums[-2:].tolist())
     mean, second = (sums[:-2] / n).view(2, -1)
-    var = (second - mean * mean).clamp_min(0)
+    var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
     return Pooled(mean.to(dtype), var.to(dtype), n, m)
 
 

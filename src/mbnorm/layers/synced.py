@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -26,12 +26,20 @@ from mbnorm.recompute import Call
 Memory: TypeAlias = MovingAverage | RecentBatches
 
 
-class _Late(NamedTuple):
-    """A forward that has not entered the memory: its exchange, what it read, and the momentum it had."""
+class _Late:
+    """A forward that has not entered the memory: its exchange, what it read, and how it would have entered.
 
-    exchange: Exchange
-    past: Past
-    momentum: float | None
+    ``seen`` is the state that it leads to, once someone has looked at it.
+    """
+
+    __slots__ = ("exchange", "fused", "momentum", "past", "seen")
+
+    def __init__(self, exchange: Exchange, past: Past, momentum: float | None, fused: bool) -> None:
+        self.exchange = exchange
+        self.past = past
+        self.momentum = momentum
+        self.fused = fused
+        self.seen: tuple[Memory, InferenceAverages] | None = None
 
 
 class SyncedBatchNorm(HistoryBatchNorm):
@@ -71,8 +79,6 @@ class SyncedBatchNorm(HistoryBatchNorm):
 
     _ranks: Ranks
     _late: "_Late | None" = None
-    _seen: "tuple[Memory, InferenceAverages] | None" = None
-    """The state that the late batch leads to, once someone has looked at it."""
 
     @property
     def past_depends_on_count(self) -> bool:
@@ -90,13 +96,13 @@ class SyncedBatchNorm(HistoryBatchNorm):
             )
         self._ranks = Ranks(process_group)
         self.sync: Sync = sync
-        self._late = self._seen = None
+        self._late = None
 
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
         self.catch_up()
         super().tear_down()
-        for name in ("_ranks", "sync", "_late", "_seen"):
+        for name in ("_ranks", "sync", "_late"):
             delattr(self, name)
 
     @property
@@ -108,10 +114,15 @@ class SyncedBatchNorm(HistoryBatchNorm):
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with memory's and ranks' help."""
         if self._ranks.process_group is None or not (self.training and self.has_memory):
             return super().forward(input)
-        return cast(Tensor, self._forward_synced(input))
+        if torch.compiler.is_compiling():
+            return cast(Tensor, self._forward_untraced(input))
+        return self._forward_synced(input)
 
     # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
     @torch.compiler.disable(reason="process_group= needs eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
+    def _forward_untraced(self, input: Tensor) -> Tensor:
+        return self._forward_synced(input)
+
     def _forward_synced(self, input: Tensor) -> Tensor:
         # also where the ranks are gone since
         self.catch_up()
@@ -173,14 +184,16 @@ class SyncedBatchNorm(HistoryBatchNorm):
         backend = choose(input, self.backend)
         if repeated := self._repeat(input, n, backend):
             return repeated.y
-        past = self._read(n, fused=backend == "cpu")
+        fused = backend == "cpu"
+        past = self._read(n, fused=fused)
         result, node = self._blend_watched(input, past, backend)
         self._calls.remember(Call(n, result.batch_mean, result.batch_var, past), node)
         if self.stores:
             if self._undo is not None:
                 self._undo.append(self.snapshot())
             exchange = Exchange((result.batch_mean, result.batch_var), n, m, group)
-            self._late = _Late(exchange, past, self.momentum)
+            # past Module's own way, which looks for parameters and is slow
+            self.__dict__["_late"] = _Late(exchange, past, self.momentum, fused)
             if self.momentum is None or self.momentum == 1:
                 self.catch_up()
         return result.y
@@ -189,7 +202,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
         """Commit the batch that is late, if one is, waiting for the other ranks' part of it."""
         if self._late is not None:
             self._enter(self._late, self._memory(), self._averages())
-            self._late = self._seen = None
+            self.__dict__["_late"] = None
 
     @torch.compiler.disable(reason="an exchange ends in eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
     def _see(self, late: _Late) -> tuple[Memory, InferenceAverages]:
@@ -198,37 +211,35 @@ class SyncedBatchNorm(HistoryBatchNorm):
         Only a training forward may write: DDP copies the buffers of rank 0 over all others before each, and
         a rank that has evaluated or saved must not differ from one that has not.
         """
-        if self._seen is None:
+        if late.seen is None:
             memory, averages = self._memory(), self._averages()
             memory = type(memory)(*(t.clone() for t in memory))
             averages = InferenceAverages(*(t.clone() for t in averages))
             self._enter(late, memory, averages)
-            self._seen = memory, averages
-        return self._seen
+            late.seen = memory, averages
+        return late.seen
 
     @torch.no_grad()
     def _enter(self, late: _Late, memory: Memory, averages: InferenceAverages) -> None:
-        exchange, past, momentum = late
-        pooled = exchange.wait()
+        pooled = late.exchange.wait()
         if pooled.n == 0:
             return
-        fused = choose(pooled.mean, self.backend) == "cpu"
-        if self.past_depends_on_count:
-            past = self._read(pooled.n, fused=fused)
+        past = self._read(pooled.n, fused=late.fused) if self.past_depends_on_count else late.past
         mean, var = blend(pooled.mean, pooled.var, *past, self.variance)
         # the memory takes no output
         result = BlendedBatchNorm(mean.new_empty(0), pooled.mean, pooled.var, mean, var)
-        present, self.momentum = self.momentum, momentum
+        present = self.__dict__["momentum"]
+        self.__dict__["momentum"] = late.momentum
         try:
-            self._store(memory, averages, result, pooled.n, pooled.m, fused)
+            self._store(memory, averages, result, pooled.n, pooled.m, late.fused)
         finally:
-            self.momentum = present
+            self.__dict__["momentum"] = present
 
     def _drop_late(self) -> None:
         if self._late is not None:
             # the message's memory is the backend's until it has been received
             self._late.exchange.work.wait()
-            self._late = self._seen = None
+            self._late = None
 
     def _running(self) -> tuple[Tensor | None, Tensor | None]:
         if self._late is None:
@@ -276,7 +287,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         buffers = {**self._buffers, **{name: t.clone() for name, t in self._buffers_seen().items()}}
-        return {**state, "_buffers": buffers, "_late": None, "_seen": None}
+        return {**state, "_buffers": buffers, "_late": None}
 
     def extra_repr(self) -> str:
         """Return torch's description, the method's options, the size of the memory and who shares it."""
