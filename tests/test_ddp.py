@@ -315,3 +315,15 @@ def test_a_schedule_names_a_conversion_to_sync_batch_norm_after_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule.step()
+
+
+def test_a_checkpoint_of_ours_does_not_load_into_a_sync_batch_norm_unseen():
+    model = net("memorized")
+    saved = state(model)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*memory_mean"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model).load_state_dict(saved)
+
+
+def test_a_sync_batch_norm_is_not_converted_and_the_report_says_what_helps():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    assert "process_group" in mbnorm.convert(model, "matched").skipped["0"]

@@ -124,10 +124,10 @@ class SyncedBatchNorm(HistoryBatchNorm):
         return self._forward_synced(input)
 
     def _forward_synced(self, input: Tensor) -> Tensor:
-        # also where the ranks are gone since
-        self.catch_up()
         group = self._ranks.group()
         if group is None:
+            # the other ranks may be gone since the last forward
+            self.catch_up()
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.shape[1] != self.num_features:
@@ -179,11 +179,13 @@ class SyncedBatchNorm(HistoryBatchNorm):
         )
 
     def _forward_late(self, input: Tensor, n: int, m: int, group: ProcessGroup) -> Tensor:
-        if n == 1 and not self._has_past():
-            return self._plain_batch_norm(input)
         backend = choose(input, self.backend)
+        # a recompute writes nothing, not even what is late
         if repeated := self._repeat(input, n, backend):
             return repeated.y
+        self.catch_up()
+        if n == 1 and not self._has_past():
+            return self._plain_batch_norm(input)
         fused = backend == "cpu"
         past = self._read(n, fused=fused)
         result, node = self._blend_watched(input, past, backend)
