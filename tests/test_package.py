@@ -61,7 +61,7 @@ def test_the_reference_stands_alone():
 def test_arrows_point_down():
     order = [
         {"mbnorm.blend", "mbnorm.backends", "mbnorm.optimizer_steps"},
-        {"mbnorm.functional", "mbnorm.memory"},
+        {"mbnorm.functional", "mbnorm.memory", "mbnorm.distributed"},
         {"mbnorm.recompute"},
         {"mbnorm.layers"},
         {"mbnorm.state"},

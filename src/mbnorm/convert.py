@@ -194,7 +194,10 @@ def _why_not(
         same = type(layer) in table.values() and layer.has_options(options)
         return f"already a {kind}" + ("" if same else " with other options: revert it first")
     if isinstance(layer, nn.SyncBatchNorm):
-        return "SyncBatchNorm shares statistics across processes, which our layers do not"
+        return (
+            "SyncBatchNorm shares statistics across ranks: leave convert_sync_batchnorm out, and give our "
+            'layers process_group="world"'
+        )
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no channels yet: run a batch through the model first"
     return f"{kind} is a subclass that may do more than normalize"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
@@ -65,6 +66,7 @@ class DoubleForward:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         if not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"expected a torch optimizer with step hooks, got {type(optimizer).__name__}")
+        model = _inside(model)
         layers = _layers_to_refresh(model)
         self.model = model
         self.optimizer = optimizer
@@ -140,14 +142,20 @@ class DoubleForward:
             mark.replay(self.model, calls)
 
     def _warn_of_no_forward(self) -> None:
-        could_store = any(layer.stores for layer in memorizing_layers(self.model))
-        if self.model.training and could_store and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "DoubleForward has seen no training forward of its model before this optimizer step, and "
-                "refreshes nothing: give it the module that the training loop calls",
-                stacklevel=2,
+        if self._warned or not self.model.training:
+            return
+        layers = memorizing_layers(self.model)
+        if not layers:
+            reason = f"its model has no layer with a memory any more: {why_none(self.model, 'matched')}"
+        elif any(layer.stores for layer in layers):
+            reason = (
+                "it has seen no training forward of its model before this optimizer step: give it the module "
+                "that the training loop calls"
             )
+        else:
+            return
+        self._warned = True
+        warnings.warn(f"DoubleForward refreshes nothing: {reason}", stacklevel=2)
 
     def _forget(self) -> None:
         self._mark = None
@@ -180,6 +188,7 @@ def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     >>> layer.num_batches_tracked
     tensor(1)
     """
+    model = _inside(model)
     layers = _layers_to_refresh(model)
     if not model.training:
         raise ValueError("refresh needs a model in train mode: eval mode stores nothing")
@@ -250,6 +259,11 @@ def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    # the wrapper's forward copies the buffers of rank 0 over all others
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _layers_to_refresh(model: nn.Module) -> list[HistoryBatchNorm]:

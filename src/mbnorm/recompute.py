@@ -3,9 +3,9 @@
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,30 +103,27 @@ SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
 """Attribute of a context function that compiled checkpoints may be traced with."""
 
 
-Rows: TypeAlias = Tensor | Sequence[Tensor]
-"""Several tensors of shape (C,), as a tensor's rows or one by one."""
-
-
 class Call:
     """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs.
 
-    ``statistics`` begins with the mean and the variance of the batch, ``past`` with what was read.
+    ``statistics`` begins with the mean and the variance of the batch; ``past`` is what was read, or gives it.
     """
 
-    __slots__ = ("_past", "backwards", "batch_weight", "n", "node", "statistics")
+    __slots__ = ("_past", "backwards", "n", "node", "statistics")
 
-    def __init__(self, n: int, statistics: Rows, past: Rows, batch_weight: Tensor | float) -> None:
+    def __init__(
+        self, n: int, statistics: Tensor | Sequence[Tensor], past: Past | Callable[[], Past]
+    ) -> None:
         self.n = n
         self.statistics = statistics
         self._past = past
-        self.batch_weight = batch_weight
         self.backwards = 0
         self.node: weakref.ref[Node] | None = None
 
     @property
     def past(self) -> Past:
         """What the forward had read."""
-        return Past(self._past[0], self._past[1], self.batch_weight)
+        return self._past() if callable(self._past) else self._past
 
     def watch(self, node: Node | None) -> None:
         """Count the backward passes through this call, whose last step is ``node``."""

@@ -1,5 +1,6 @@
 """The dynamic momentum of Momentum batch normalization."""
 
+import warnings
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -79,6 +80,8 @@ class MomentumSchedule:
                 "those it has need no schedule" if memorizing_layers(model) else why_none(model, "momentum")
             )
             raise ValueError(f"the model has no Momentum layer to steer: {reason}")
+        self.model = model
+        self._checked = False
         self.total_steps = total_steps
         self.ratio = min(batch_size / ideal_batch_size, 1.0)
         self.schedule: Schedule = schedule
@@ -100,6 +103,8 @@ class MomentumSchedule:
 
     def step(self) -> None:
         """Advance by one optimizer step."""
+        if not self._checked:
+            self._check_layers()
         self.t += 1
         self._apply()
 
@@ -133,6 +138,15 @@ class MomentumSchedule:
         """Go on from a saved state."""
         self.t = int(state_dict["t"])
         self._apply()
+
+    def _check_layers(self) -> None:
+        self._checked = True
+        if not set(self.layers) & set(self.model.modules()):
+            warnings.warn(
+                "the Momentum layers that the schedule steers have left its model: "
+                f"{why_none(self.model, 'momentum')}",
+                stacklevel=3,
+            )
 
     def _apply(self) -> None:
         for layer in self.layers:

@@ -20,7 +20,14 @@ from mbnorm.functional import (
     normalize_by_kernels,
 )
 from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.memory import InferenceUpdate, Past, commit
+from mbnorm.memory import (
+    InferenceAverages,
+    InferenceUpdate,
+    MovingAverage,
+    Past,
+    RecentBatches,
+    commit,
+)
 from mbnorm.recompute import (
     Call,
     Node,
@@ -75,12 +82,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         elif repeated := self._repeat(input, n, backend):
             return repeated.y
         elif backend == "cpu" and self._fuses(input):
-            return self._remember_fused(input, n, m)
+            return self._run_fused(FusedForward(self, n, m, self.stores), input)
         else:
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
-            call = Call(n, result[1:], (past.mean, past.var), past.batch_weight)
-            self._calls.remember(call, node)
+            self._calls.remember(Call(n, result[1:], past), node)
         if n > 0 and self.stores:
             self._commit(result, n, m)
         return result.y
@@ -90,13 +96,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         state = self._buffers["running_mean"]
         return state is not None and state.dtype == statistics_dtype(input.dtype) and input.numel() > 0
 
-    def _remember_fused(self, input: Tensor, n: int, m: int) -> Tensor:
-        forward = _FusedForward(self, n, m)
+    def _run_fused(self, forward: "FusedForward", input: Tensor) -> Tensor:
         dtype = statistics_dtype(input.dtype)
         weight, bias = in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
         y = normalize_by_kernels(forward, input, weight, bias)
-        call = Call(n, forward.statistics, forward.past, forward.batch_weight)
-        self._calls.remember(call, y.grad_fn)
+        self._calls.remember(Call(forward.n, forward.statistics, forward.what_was_read), y.grad_fn)
         return y
 
     def _blend(
@@ -152,17 +156,22 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return result
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
-        dtype = statistics_dtype(input.dtype) if self.running_mean is None else self.running_mean.dtype
+        running_mean, running_var = self._running()
+        dtype = statistics_dtype(input.dtype) if running_mean is None else running_mean.dtype
         return F.batch_norm(
             input,
-            None if self.training else self.running_mean,
-            None if self.training else self.running_var,
+            None if self.training else running_mean,
+            None if self.training else running_var,
             None if self.weight is None else self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
-            self.training or self.running_mean is None,
+            self.training or running_mean is None,
             0.0,
             self.eps,
         )
+
+    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mean and variance of eval mode."""
+        return self.running_mean, self.running_var
 
     def _has_past(self) -> bool:
         """Whether the memory holds something to read; asks the device until the answer is yes."""
@@ -197,8 +206,18 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
         if not torch.compiler.is_compiling() and self._undo is not None:
             self._undo.append(self.snapshot())
+        self._store(self._memory(), self._averages(), result, n, m)
+
+    def _store(
+        self,
+        memory: MovingAverage | RecentBatches,
+        averages: InferenceAverages,
+        result: BlendedBatchNorm,
+        n: int,
+        m: int,
+    ) -> None:
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
-        commit(self._memory(), self._averages(), batch, blended, n, self._update(m))
+        commit(memory, averages, batch, blended, n, self._update(m))
 
 
 _forward_uncompiled: Callable[[HistoryBatchNorm, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
@@ -206,29 +225,34 @@ _forward_uncompiled: Callable[[HistoryBatchNorm, Tensor], Tensor] = torch.compil
 )
 
 
-class _FusedForward(KernelForward):
-    """A forward that reads the memory of a layer, normalizes, and stores, all in one operator."""
+class FusedForward(KernelForward):
+    """A forward that reads the memory of a layer, normalizes, and ``stores`` or not, all in one operator."""
 
-    __slots__ = ("layer", "m", "n")
+    __slots__ = ("layer", "m", "n", "stores")
 
-    def __init__(self, layer: HistoryBatchNorm, n: int, m: int) -> None:
+    def __init__(self, layer: HistoryBatchNorm, n: int, m: int, stores: bool) -> None:
         super().__init__(cpu, layer.variance, layer.eps)
         self.layer = layer
         self.n = n
         self.m = m
+        self.stores = stores
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the rest."""
         layer = self.layer
-        stores = layer.stores
-        undo = layer._undo if stores else None
+        undo = layer._undo if self.stores else None
         log = (None, None, 0) if undo is None else undo.to_write(layer._averages().mean)
         blended, unbiased, new_weight, rule = layer._update(self.m)
         y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
-            x, weight, bias, self.n, *log, stores, blended, unbiased, new_weight, rule == "pooled"
+            x, weight, bias, self.n, *log, self.stores, blended, unbiased, new_weight, rule == "pooled"
         )
         if undo is not None:
             undo.add_written()
         return y
+
+    def what_was_read(self) -> Past:
+        """Return the past that the batch was blended with."""
+        return Past(self.past[0], self.past[1], self.batch_weight)
 
 
 def moments_update(momentum: float, m: int) -> InferenceUpdate:

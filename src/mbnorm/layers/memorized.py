@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from mbnorm.backends import cpu
 from mbnorm.blend import Variance
+from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
-from mbnorm.layers.base import HistoryBatchNorm, moments_update
+from mbnorm.layers.base import moments_update
+from mbnorm.layers.synced import SyncedBatchNorm
 from mbnorm.memory import InferenceUpdate, Past, RecentBatches
 
 Inference: TypeAlias = Literal["memory", "ema"]
 
 
-class _MemorizedBatchNorm(HistoryBatchNorm):
+class _MemorizedBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_counts", "memory_position")
     options = ("memory_size", "memory_values", "decay", "inference")
     written_options = ("eps", "variance", "memory_values", "decay", "inference")
@@ -41,6 +43,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         variance: Variance = "pooled",
         inference: Inference = "memory",
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
         self.set_up(
@@ -50,6 +54,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
             variance=variance,
             inference=inference,
             backend=backend,
+            process_group=process_group,
+            sync=sync,
         )
 
     def set_up(
@@ -61,6 +67,8 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         variance: Variance = "pooled",
         inference: Inference = "memory",
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         """Check and set the options, and start with an empty memory."""
         if not isinstance(memory_size, int) or memory_size < 1:
@@ -75,6 +83,7 @@ class _MemorizedBatchNorm(HistoryBatchNorm):
         self.memory_values = memory_values
         self.decay = decay
         self.inference: Inference = "memory" if memory_values is None and inference == "memory" else "ema"
+        self._set_up_ranks(process_group, sync, backend)
         self._set_up_history(variance, backend)
 
     def _new_memory(self, like: Tensor) -> RecentBatches:
@@ -204,8 +213,14 @@ class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
         inference: what eval mode uses: "memory" as above (the paper's), or "ema", moving averages of
             the batches' moments.
         backend: as in `mbnorm.functional.blended_batch_norm`.
+        process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
+            a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
+        sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
+            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
+            whole batch's enter the memory at the next forward, for which no rank waits.
 
     Raises:
+        TypeError: ``process_group`` is none.
         ValueError: an option out of range.
 
     Source: Guo, Wu, Deng, Chen, Tan: Double Forward Propagation for Memorized Batch Normalization,

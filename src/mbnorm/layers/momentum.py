@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from mbnorm.backends import cpu
 from mbnorm.blend import Variance
+from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
-from mbnorm.layers.base import HistoryBatchNorm, moments_update
+from mbnorm.layers.base import moments_update
+from mbnorm.layers.synced import SyncedBatchNorm
 from mbnorm.memory import InferenceUpdate, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 
 
-class _MomentumBatchNorm(HistoryBatchNorm):
+class _MomentumBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_filled")
     options = (
         "history_weight",
@@ -48,10 +50,17 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         matched_values: int | None = None,
         variance: Variance | None = None,
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
         self.set_up(
-            history_weight=history_weight, matched_values=matched_values, variance=variance, backend=backend
+            history_weight=history_weight,
+            matched_values=matched_values,
+            variance=variance,
+            backend=backend,
+            process_group=process_group,
+            sync=sync,
         )
 
     def set_up(
@@ -61,6 +70,8 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         matched_values: int | None = None,
         variance: Variance | None = None,
         backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
     ) -> None:
         """Check and set the options, and start with an empty memory."""
         if not 0 <= history_weight < 1:
@@ -77,6 +88,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
                 raise ValueError('matched_values works with variance="pooled" only, got "averaged"')
         if variance is None:
             variance = "averaged" if matched_values is None else "pooled"
+        self._set_up_ranks(process_group, sync, backend)
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
         self._steps_as_plain_bn = 0
@@ -166,6 +178,11 @@ class _MomentumBatchNorm(HistoryBatchNorm):
 
     def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         return past_mean, past_var, counter
+
+    @property
+    def past_depends_on_count(self) -> bool:
+        """Whether `_read` gives batches of different numbers of values different answers."""
+        return self.matched_values is not None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
@@ -273,8 +290,14 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         variance: "averaged" as above (the paper's), or "pooled", which adds the variance between the
             two means; None is "pooled" with ``matched_values`` and "averaged" without.
         backend: as in `mbnorm.functional.blended_batch_norm`.
+        process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
+            a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
+        sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
+            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
+            whole batch's enter the memory at the next forward, for which no rank waits.
 
     Raises:
+        TypeError: ``process_group`` is none.
         ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``.
 
     Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small

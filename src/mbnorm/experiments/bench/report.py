@@ -57,8 +57,8 @@ def _layers(rows: list[Row]) -> list[str]:
     lines += [
         "",
         "Each shape, float32, one thread, contiguous: time over `nn.BatchNorm`, and GB/s of the layer "
-        "`momentum` (5 tensors moved at least) beside that of a copy; the bytes it saves for the backward, and "
-        "the most that its tensors take, over those of `nn.BatchNorm`.",
+        "`momentum` (5 tensors moved at least) beside that of a copy; the bytes it saves for the backward, "
+        "and the most that its tensors take, over those of `nn.BatchNorm`.",
         "",
         "| shape | " + " | ".join(providers) + " | GB/s | copy GB/s | saved | peak |",
         "| --- |" + " ---: |" * (len(providers) + 4),
