@@ -56,8 +56,10 @@ def images(seed=99, m=4):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_batch_norm_becomes_its_counterpart(method, rank):
     layer = STOCK[rank](4)
-    convert(layer, method)
+    report = convert(layer, method)
     assert type(layer) is OURS[method][rank]
+    change = f"{STOCK[rank].__name__} -> {OURS[method][rank].__name__}"
+    assert report.converted == {"(the model itself)": change}
     revert(layer)
     assert type(layer) is STOCK[rank]
 
@@ -232,6 +234,23 @@ def test_a_seeded_momentum_model_is_warned_of_the_papers_schedule():
     assert convert(net(trained=False), "momentum", batch_size=2).notes == []
 
 
+def test_one_trained_norm_is_enough_for_the_warning():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0](torch.randn(4, 3))
+    assert len(convert(model, "momentum").notes) == 1
+
+
+@on_every_method
+@pytest.mark.parametrize("change", [{"track_running_stats": False}, {"running_mean": None}], ids=str)
+def test_a_norm_that_lost_its_statistics_later_is_left_alone(method, change):
+    layer = nn.BatchNorm1d(3)
+    for name, value in change.items():
+        setattr(layer, name, value)
+    report = convert(layer, method)
+    assert type(layer) is nn.BatchNorm1d
+    assert list(report.skipped) == ["(the model itself)"]
+
+
 class NormWithActivation(nn.BatchNorm2d):
     def forward(self, x):
         return torch.relu(super().forward(x))
@@ -378,5 +397,16 @@ def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
 def test_converting_again_with_other_options_says_so():
     layer = nn.BatchNorm1d(3)
     convert(layer, "momentum", batch_size=2)
-    assert "with other options" in str(convert(layer, "matched"))
-    assert "with other options" not in str(convert(layer, "momentum", batch_size=2))
+    whys = [convert(layer, method, batch_size=2).skipped for method in ("matched", "momentum")]
+    assert [why["(the model itself)"] for why in whys] == [
+        "already a MomentumBatchNorm1d with other options: revert it first",
+        "already a MomentumBatchNorm1d",
+    ]
+
+
+def test_modules_inside_a_norm_keep_their_dtype_when_it_is_reverted():
+    layer = nn.BatchNorm1d(3).half()
+    layer.adapter = nn.Linear(3, 3).half()
+    convert(layer, "matched")
+    revert(layer)
+    assert (layer.weight.dtype, layer.adapter.weight.dtype) == (torch.float32, torch.float16)
