@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help compare test lint clean
+.PHONY: help compare test thorough contract lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
 	@echo "make test      run the tests"
+	@echo "make thorough  run the property tests with thousands of cases, minutes long"
+	@echo "make contract  write docs/contract.md from the tests' markers"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove the virtual environment"
 
@@ -15,6 +17,12 @@ compare: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/pytest -n auto
+
+thorough: $(VENV)/ready
+	$(BIN)/pytest -n auto -m thorough tests/test_properties.py
+
+contract: $(VENV)/ready
+	$(BIN)/python tests/contract.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -16,6 +16,7 @@ from mbnorm import (
     convert,
     revert,
 )
+from mbnorm.layers.momentum import STEPS_BEFORE_NOTICE
 
 METHODS = ["momentum", "memorized", "matched"]
 on_every_method = pytest.mark.parametrize("method", METHODS)
@@ -55,8 +56,10 @@ def images(seed=99, m=4):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_batch_norm_becomes_its_counterpart(method, rank):
     layer = STOCK[rank](4)
-    convert(layer, method)
+    report = convert(layer, method)
     assert type(layer) is OURS[method][rank]
+    change = f"{STOCK[rank].__name__} -> {OURS[method][rank].__name__}"
+    assert report.converted == {"(the model itself)": change}
     revert(layer)
     assert type(layer) is STOCK[rank]
 
@@ -232,6 +235,23 @@ def test_a_seeded_momentum_model_is_warned_of_the_papers_schedule():
     assert convert(net(trained=False), "momentum", batch_size=2).notes == []
 
 
+def test_one_trained_norm_is_enough_for_the_warning():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0](torch.randn(4, 3))
+    assert len(convert(model, "momentum").notes) == 1
+
+
+@on_every_method
+@pytest.mark.parametrize("change", [{"track_running_stats": False}, {"running_mean": None}], ids=str)
+def test_a_norm_that_lost_its_statistics_later_is_left_alone(method, change):
+    layer = nn.BatchNorm1d(3)
+    for name, value in change.items():
+        setattr(layer, name, value)
+    report = convert(layer, method)
+    assert type(layer) is nn.BatchNorm1d
+    assert list(report.skipped) == ["(the model itself)"]
+
+
 class NormWithActivation(nn.BatchNorm2d):
     def forward(self, x):
         return torch.relu(super().forward(x))
@@ -283,22 +303,48 @@ def test_another_method_needs_a_revert_first():
     assert "with other options: revert it first" in next(iter(convert(layer, "momentum").skipped.values()))
 
 
-def test_subclasses_of_ours_are_named_by_revert():
+def test_revert_says_what_it_did_and_passes_over_all_others():
     class Louder(MomentumBatchNorm2d):
         pass
 
-    report = revert(nn.Sequential(Louder(3)))
-    assert "Louder is a subclass" in report.skipped["0"]
+    model = nn.Sequential(nn.BatchNorm1d(3), Louder(3), MemorizedBatchNorm3d(3), MomentumBatchNorm1d(3))
+    assert str(revert(model)) == (
+        "2 converted, 1 skipped\n"
+        "  2: MemorizedBatchNorm3d -> BatchNorm3d\n"
+        "  3: MomentumBatchNorm1d -> BatchNorm1d\n"
+        "  1: skipped, Louder is a subclass that may do more than normalize"
+    )
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+def test_a_norm_with_statistics_that_are_not_finite_starts_empty(buffer):
+    model = net()
+    model[0].norm.get_buffer(buffer)[1] = torch.nan
+    report = convert(model, "matched")
+    assert report.notes == ["0.norm = 1.norm has statistics that are not finite: its memory starts empty"]
+    assert [bool(model[i].norm.memory_filled) for i in (0, 2)] == [False, True]
+
+
+def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
+    layer = nn.BatchNorm1d(3)
+    convert(layer, "momentum", batch_size=64)
+    for _ in range(STEPS_BEFORE_NOTICE + 1):
+        layer(torch.randn(4, 3))
+    assert list(recwarn) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"method": "group"}, ValueError, "method must be one of .*got 'group'"),
+        ({"method": "group"}, ValueError, r"one of \('momentum', 'memorized', 'matched'\), got 'group'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
         ({"method": "memorized", "matched_values": 3}, TypeError, "no option 'matched_values'"),
-        ({"method": "memorized", "momentum": 0.05}, TypeError, "no option 'momentum'; it has memory_size"),
+        (
+            {"method": "memorized", "momentum": 0.05},
+            TypeError,
+            "'momentum'; it has memory_size, memory_values,",
+        ),
         ({"method": "matched", "eps": 1e-3}, TypeError, "no option 'eps'"),
         ({"method": "matched", "history_weight": 0.5}, ValueError, "leave history_weight=0.5 out"),
     ],
@@ -353,5 +399,16 @@ def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
 def test_converting_again_with_other_options_says_so():
     layer = nn.BatchNorm1d(3)
     convert(layer, "momentum", batch_size=2)
-    assert "with other options" in str(convert(layer, "matched"))
-    assert "with other options" not in str(convert(layer, "momentum", batch_size=2))
+    whys = [convert(layer, method, batch_size=2).skipped for method in ("matched", "momentum")]
+    assert [why["(the model itself)"] for why in whys] == [
+        "already a MomentumBatchNorm1d with other options: revert it first",
+        "already a MomentumBatchNorm1d",
+    ]
+
+
+def test_modules_inside_a_norm_keep_their_dtype_when_it_is_reverted():
+    layer = nn.BatchNorm1d(3).half()
+    layer.adapter = nn.Linear(3, 3).half()
+    convert(layer, "matched")
+    revert(layer)
+    assert (layer.weight.dtype, layer.adapter.weight.dtype) == (torch.float32, torch.float16)

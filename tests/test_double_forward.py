@@ -244,6 +244,40 @@ def test_inputs_are_released_after_each_step():
     assert reference_to_x() is None
 
 
+@pytest.mark.contract("DF-2")
+def test_inputs_are_kept_without_their_graph_and_not_copied():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    made_by_another_net = batches(1)[0].requires_grad_() * 2
+    calls = steps_of_refresh(net, optimizer, lambda: train_step(net, optimizer, made_by_another_net))
+    assert [x.requires_grad for x in calls] == [True, False]
+    assert calls[0].data_ptr() == calls[1].data_ptr()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_hooks_of_the_users_see_the_inputs_once_in_each_forward(by_hand):
+    net = nn.Sequential(MemorizedBatchNorm1d(4))
+    net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x = batches(1)[0].float()
+    if not by_hand:
+        DoubleForward(net, optimizer)
+    train_step(net, optimizer, x)
+    if by_hand:
+        refresh(net, x)
+        refresh(net, x)
+    torch.testing.assert_close(net[0].running_mean, x.mean(0) + 1)
+
+
+def test_a_model_on_the_meta_device_can_be_stepped():
+    net = small_net("memorized").to("meta")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    net(batches(1)[0].to("meta")).square().mean().backward()
+    assert len(steps_of_refresh(net, optimizer, optimizer.step)) == 1
+
+
 @pytest.mark.contract("GA-1")
 def test_every_counts_optimizer_steps_and_replays_the_last_steps_batches():
     net = small_net("memorized")
@@ -335,6 +369,33 @@ def test_the_replay_runs_under_the_forwards_autocast():
 
 
 @pytest.mark.contract("AM-5")
+def test_the_replay_runs_in_a_dtype_that_is_not_autocasts_default():
+    net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = loss_of(net(torch.randn(4, 4)))
+    loss.backward()
+    outputs = []
+    net[1].register_forward_hook(lambda module, args, y: outputs.append(y.dtype))
+    optimizer.step()
+    assert outputs == [torch.float16]
+
+
+@pytest.mark.contract("AM-5")
+def test_a_step_under_autocast_replays_a_forward_outside_it_without():
+    net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net, optimizer)
+    loss_of(net(torch.randn(4, 4))).backward()
+    outputs = []
+    net[1].register_forward_hook(lambda module, args, y: outputs.append(y.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step()
+    assert outputs == [torch.float32]
+
+
+@pytest.mark.contract("AM-5")
 def test_a_replay_under_an_outer_autocast_uses_the_new_weights():
     net = nn.Sequential(nn.Linear(4, 4), MemorizedBatchNorm1d(4, inference="memory"))
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -366,6 +427,35 @@ def test_a_step_that_the_scaler_skips_refreshes_nothing(fused):
     assert len(steps_of_refresh(net, optimizer, lambda: step(torch.inf))) == 1
     net.zero_grad()
     assert len(steps_of_refresh(net, optimizer, lambda: step(1.0))) >= 2
+
+
+class TakesScaler(torch.optim.SGD):
+    """An optimizer of the kind that is given the scaler and looks for infinities itself."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, *, grad_scaler=None):
+        if not sum(grad_scaler._check_inf_per_device(self).values()):
+            super().step(closure)
+
+
+@pytest.mark.contract("AM-3")
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+def test_a_step_that_the_optimizer_itself_skips_for_the_scaler_refreshes_nothing():
+    net = small_net("momentum", torch.float32)
+    optimizer = TakesScaler(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    DoubleForward(net, optimizer, scaler=scaler)
+    schedule = MomentumSchedule(net, 10, batch_size=4)
+    schedule.follow(optimizer, scaler=scaler)
+    x = batches(1)[0].float()
+
+    def step():
+        scaler.scale(loss_of(net(x)) * torch.inf).backward()
+        scaler.step(optimizer)
+
+    assert len(steps_of_refresh(net, optimizer, step)) == 1
+    assert schedule.t == 1
 
 
 def test_frozen_layers_are_not_refreshed():
@@ -502,7 +592,7 @@ def test_refresh_in_eval_mode_is_refused():
 def test_a_model_without_memory_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="no layer with a memory"):
+    with pytest.raises(ValueError, match=r'no layer with a memory .*mbnorm\.convert\(model, "matched"\)'):
         DoubleForward(model, optimizer)
     convert(model, "memorized")
     DoubleForward(model, optimizer)
@@ -580,10 +670,13 @@ def test_a_closure_that_raises_does_not_disturb_the_accumulation_after_it():
     def closure():
         raise RuntimeError("out of luck")
 
+    def step():
+        # a frame that has the optimizer's method's name
+        train_step(net, optimizer, *batches(3))
+
     with pytest.raises(RuntimeError, match="out of luck"):
         optimizer.step(closure)
-    calls = steps_of_refresh(net, optimizer, lambda: train_step(net, optimizer, *batches(3)))
-    assert len(calls) == 6
+    assert len(steps_of_refresh(net, optimizer, step)) == 6
 
 
 def test_a_step_without_a_seen_forward_is_told_once():

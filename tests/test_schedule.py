@@ -104,7 +104,8 @@ def test_a_checkpointed_schedule_goes_on_where_it_was():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"ideal_batch_size": -1}, "ideal_batch_size must be at least 1, got -1"),
         ({"inference_momentum": 1.0}, r"inference_momentum must be in \(0, 1\), got 1.0"),
-        ({"schedule": "cosine"}, "schedule must be one of .*got 'cosine'"),
+        ({"inference_momentum": 0.0}, r"inference_momentum must be in \(0, 1\), got 0.0"),
+        ({"schedule": "cosine"}, r"schedule must be one of \('paper', 'constant'\), got 'cosine'"),
     ],
 )
 def test_wrong_options_are_named(change, words):
@@ -116,6 +117,11 @@ def test_wrong_options_are_named(change, words):
 def test_a_model_without_momentum_layers_is_refused():
     with pytest.raises(ValueError, match=r"no Momentum layer to steer: mbnorm\.convert\(model, .momentum"):
         MomentumSchedule(nn.BatchNorm1d(3), 5, batch_size=2)
+
+
+def test_a_model_whose_layers_need_no_schedule_is_told_so():
+    with pytest.raises(ValueError, match="to steer: those it has need no schedule"):
+        MomentumSchedule(MomentumBatchNorm1d(3, matched_values=64), 5, batch_size=2)
 
 
 def train(model, steps):
