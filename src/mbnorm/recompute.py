@@ -166,13 +166,16 @@ class CallLog:
         """Forget all forwards."""
         self.calls.clear()
 
+    def drop_done(self) -> None:
+        """Forget forwards whose backward has run; before the next, which can then use their memory."""
+        if torch.is_grad_enabled() and any(c.backwards for c in self.calls):
+            self.calls = deque((c for c in self.calls if not c.backwards), maxlen=CALLS_KEPT)
+
     def remember(self, call: Call, node: Node | None) -> None:
-        """Add a forward, and drop those whose backward has run."""
+        """Add a forward."""
         if not torch.is_grad_enabled() and not self.tapes and not in_torch_checkpoint(("forward",)):
             # nothing will repeat it
             return
-        if any(c.backwards for c in self.calls):
-            self.calls = deque((c for c in self.calls if not c.backwards), maxlen=CALLS_KEPT)
         self.calls.append(call)
         self.note(call, node)
 

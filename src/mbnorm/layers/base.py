@@ -79,11 +79,12 @@ class HistoryBatchNorm(StatefulBatchNorm):
                 torch._dynamo.graph_break(msg=reason)
                 return _forward_uncompiled(self, input)
             result = self._blend(input, saved_by_compiled_code(self._read(n)), backend)
-        elif repeated := self._repeat(input, n, backend):
-            return repeated.y
-        elif backend == "cpu" and self._fuses(input):
-            return self._run_fused(FusedForward(self, n, m, self.stores), input)
         else:
+            if repeated := self._repeat(input, n, backend):
+                return repeated.y
+            self._calls.drop_done()
+            if backend == "cpu" and self._fuses(input):
+                return self._run_fused(FusedForward(self, n, m, self.stores), input)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)

@@ -144,6 +144,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
         # it reads what its forward had read, the other ranks' statistics included
         if repeated := self._repeat(input, n, backend):
             return repeated.y
+        self._calls.drop_done()
         local = local_statistics(input.detach())
         pooled = Exchange(local, n, m, group).wait()
         if pooled.n == 1 and not self._has_past():
@@ -181,6 +182,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
         # a recompute writes nothing, not even what is late
         if repeated := self._repeat(input, n, backend):
             return repeated.y
+        self._calls.drop_done()
         self.catch_up()
         if n == 1 and not self._has_past():
             return self._plain_batch_norm(input)
