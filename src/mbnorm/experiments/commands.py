@@ -169,7 +169,7 @@ def bench(
     ] = ",".join(name for name in PROVIDERS if name != "compiled_batch_norm"),
     dtypes: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join(DTYPES)}.", metavar="LIST")
-    ] = ",".join(DTYPES),
+    ] = "float32,bfloat16",
     threads: Annotated[
         str, typer.Option(help="Numbers of threads, comma-separated.", metavar="LIST")
     ] = "1,2",

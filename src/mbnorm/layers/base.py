@@ -188,7 +188,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return (
             self.training
             and self.track_running_stats
-            and self.running_mean is not None
+            and self._buffers["running_mean"] is not None
             and self.momentum != 0
         )
 

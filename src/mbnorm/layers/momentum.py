@@ -187,7 +187,11 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
         y = super().forward(input)
-        if self.matched_values is None and not self.scheduled:
+        if (
+            self._steps_as_plain_bn < STEPS_BEFORE_NOTICE
+            and self.matched_values is None
+            and not self.scheduled
+        ):
             self._notice_missing_schedule()
         return y
 

@@ -1,8 +1,12 @@
 """The memory of what is measured: how freed pages are kept, and how many bytes tensors take at most."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
+
+# the profiler tells of each start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from torch.profiler import ProfilerActivity, profile
 
