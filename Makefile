@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help compare test thorough contract lint clean
+.PHONY: help compare test thorough mutants contract lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
 	@echo "make test      run the tests"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
+	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
 	@echo "make contract  write docs/contract.md from the tests' markers"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove the virtual environment"
@@ -20,6 +21,11 @@ test: $(VENV)/ready
 
 thorough: $(VENV)/ready
 	$(BIN)/pytest -n auto -m thorough tests/test_properties.py
+
+mutants: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt 'mutmut>=3.8'
+	rm -rf mutants
+	$(BIN)/mutmut run --max-children 1 $(MUTANTS)
 
 contract: $(VENV)/ready
 	$(BIN)/python tests/contract.py
