@@ -89,6 +89,9 @@ class Formulas(nn.Module):
         return (x - mean) / torch.sqrt(var + 1e-5) * self.weight + self.bias
 
 
+KERNELS = "kernels"
+"""Name of the provider that is no layer: the CPU kernels called bare."""
+
 Provider: TypeAlias = Callable[[Case], nn.Module]
 
 
@@ -123,6 +126,7 @@ PROVIDERS: dict[str, Provider] = {
     "compiled_batch_norm": _compiled,
     "momentum": _momentum("auto"),
     "memorized": _memorized,
+    KERNELS: _momentum("cpu"),
     "momentum-aten": _momentum("aten"),
     "momentum-traceable": _momentum("traceable"),
 }

@@ -8,6 +8,7 @@ from mbnorm.experiments.bench.rows import Row, geometric_mean, ratios
 ORDER = (
     "momentum",
     "memorized",
+    "kernels",
     "momentum-aten",
     "momentum-traceable",
     "compiled_batch_norm",
@@ -40,7 +41,8 @@ def _layers(rows: list[Row]) -> list[str]:
     providers = [p for p in ORDER if p in present]
     lines = [
         "Time of forward and backward over that of `nn.BatchNorm` in the same run: geometric mean over the "
-        "shapes of ResNet-50 at batch 2 (worst shape).",
+        "shapes of ResNet-50 at batch 2 (worst shape). `kernels` are those of `momentum`, without layer and "
+        "autograd.",
         "",
         "| dtype, layout, threads | " + " | ".join(providers) + " |",
         "| --- |" + " ---: |" * len(providers),

@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS, Case
+from mbnorm.backends import cpu
+from mbnorm.experiments.bench.cases import DTYPES, KERNELS, PROVIDERS, Case
 from mbnorm.experiments.bench.memory import peak_bytes
 
 Mode: TypeAlias = Literal["forward", "backward", "both"]
@@ -98,6 +99,31 @@ class Contestant:
         return sum(storages.values())
 
 
+class Kernels(Contestant):
+    """The CPU kernels of a Momentum layer's operator called bare: what is left without layer and autograd."""
+
+    def __init__(self, case: Case) -> None:
+        layer = PROVIDERS["momentum"](case)
+        super().__init__(case, layer)
+        self.values = self.x.detach()
+        self.weight, self.bias = (p.detach() for p in layer.parameters())
+        self.past = torch.zeros_like(self.bias), torch.ones_like(self.bias)
+
+    def run(self, calls: int) -> tuple[float, float]:
+        """Return the seconds of ``calls`` forwards, and of the backward after each of them."""
+        forward = backward = 0.0
+        x, weight, a = self.values, self.weight, torch.tensor(0.25)
+        for _ in range(calls):
+            start = time.perf_counter()
+            y, statistics = cpu.forward(x, weight, self.bias, *self.past, a, "averaged", 1e-5)
+            middle = time.perf_counter()
+            cpu.backward(self.cotangent, x, weight, a, statistics, "averaged", 1e-5, True)
+            forward += middle - start
+            backward += time.perf_counter() - middle
+            del y
+        return forward, backward
+
+
 def contestants(case: Case, names: list[str]) -> dict[str, Contestant]:
     """Return the layers by name.
 
@@ -106,7 +132,7 @@ def contestants(case: Case, names: list[str]) -> dict[str, Contestant]:
     """
     ready = {}
     for name in names:
-        contestant = Contestant(case, PROVIDERS[name](case))
+        contestant = Kernels(case) if name == KERNELS else Contestant(case, PROVIDERS[name](case))
         error = contestant.error()
         if not error <= TOLERANCE[case.dtype]:
             raise ArithmeticError(f"{name} on {case}: error {error:.1e} against float64, nothing timed")
