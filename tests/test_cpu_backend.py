@@ -223,6 +223,16 @@ def test_what_is_not_finite_stays_in_its_channel(shape, layout, dtype, bad):
     assert torch.isnan(y.select(1, channel)).all()
 
 
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=layout_id)
+@pytest.mark.parametrize("channels", [3, 9, 24])
+def test_a_nan_of_any_bits_stays_a_nan_in_bfloat16(channels, layout):
+    ones = torch.full((channels,), -1, dtype=torch.int32).view(torch.float32)
+    x = make_input((2, channels, 5, 7), torch.bfloat16, layout)
+    past = [t.float() for t in near_statistics(x)]
+    y, _ = cpu.forward(x, None, ones, *past, torch.tensor(0.5), "pooled", EPS)
+    assert y.isnan().all()
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -98,11 +98,23 @@ inline Vector<T, L> load(const T* p) {
   }
 }
 
-// Float bits whose upper halves are the nearest bfloat16, ties to even. Of a NaN the lower half must not be
-// full of ones: see quieted.
+// Float bits whose upper halves are the nearest bfloat16, ties to even; a NaN must be quieted.
 inline Bits32 rounded(Pair::Half v) {
   const Bits32 bits = (Bits32)v;
   return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// A factor or summand for values of type T: one NaN for all, since `rounded` turns some others into numbers, and
+// there are fewer factors than values.
+template <class T, class V>
+inline V quieted(V v) {
+  if constexpr (!std::is_same_v<T, BFloat16>) {
+    return v;
+  } else if constexpr (std::is_same_v<V, Pair>) {
+    return {quieted<T>(v.even), quieted<T>(v.odd)};
+  } else {
+    return v == v ? v : V{} + __builtin_nanf("");
+  }
 }
 
 template <class T, int L>
@@ -327,7 +339,7 @@ struct First {
     planes(at, in, [&](int64_t offset, int64_t c) {
       const T* xs = static_cast<const T*>(x) + offset;
       T* ys = static_cast<T*>(y) + offset;
-      const A m = mean[c], s = scale[c], b = bias[c];
+      const A m = quieted<T>(mean[c]), s = quieted<T>(scale[c]), b = quieted<T>(bias[c]);
       sweep<T, L>(at.plane,
                   [&](int64_t i, int, auto) { store<T, L>(ys + i, (load<T, L>(xs + i) - m) * s + b); });
     });
@@ -340,7 +352,8 @@ struct First {
       const T* gs = static_cast<const T*>(g) + start;
       const T* xs = static_cast<const T*>(x) + start;
       T* ds = static_cast<T*>(dx) + start;
-      const A m = center[c], s = scale[c], k = slope[c], o = offset[c];
+      const A m = quieted<T>(center[c]), s = quieted<T>(scale[c]), k = quieted<T>(slope[c]),
+              o = quieted<T>(offset[c]);
       sweep<T, L>(at.plane, [&](int64_t i, int, auto) {
         store<T, L>(ds + i, s * (load<T, L>(gs + i) + (k * (load<T, L>(xs + i) - m) + o)));
       });
@@ -460,9 +473,9 @@ struct Last {
       V m[W], s[W], b[W];
 #pragma GCC unroll 4
       for (int j = 0; j < W; ++j) {
-        m[j] = gathered<L>(mean + c + j * L);
-        s[j] = gathered<L>(scale + c + j * L);
-        b[j] = gathered<L>(bias + c + j * L);
+        m[j] = quieted<T>(gathered<L>(mean + c + j * L));
+        s[j] = quieted<T>(gathered<L>(scale + c + j * L));
+        b[j] = quieted<T>(gathered<L>(bias + c + j * L));
       }
       for (int64_t k = 0; k < rows; ++k, xs += at.channels, ys += at.channels)
 #pragma GCC unroll 4
@@ -481,10 +494,10 @@ struct Last {
       V m[W], s[W], k[W], o[W];
 #pragma GCC unroll 4
       for (int j = 0; j < W; ++j) {
-        m[j] = gathered<L>(center + c + j * L);
-        s[j] = gathered<L>(scale + c + j * L);
-        k[j] = gathered<L>(slope + c + j * L);
-        o[j] = gathered<L>(shift + c + j * L);
+        m[j] = quieted<T>(gathered<L>(center + c + j * L));
+        s[j] = quieted<T>(gathered<L>(scale + c + j * L));
+        k[j] = quieted<T>(gathered<L>(slope + c + j * L));
+        o[j] = quieted<T>(gathered<L>(shift + c + j * L));
       }
       for (int64_t r = 0; r < rows; ++r, gs += at.channels, xs += at.channels, ds += at.channels)
 #pragma GCC unroll 4
