@@ -11,7 +11,17 @@ import mbnorm
 from mbnorm.backends import cpu
 
 SOURCE = Path(mbnorm.__file__).parent
-OPTIONAL = ["lightning", "lightning_fabric", "typer", "rich", "matplotlib", "sklearn", "triton", "monai"]
+OPTIONAL = [
+    "torch._dynamo",
+    "lightning",
+    "lightning_fabric",
+    "typer",
+    "rich",
+    "matplotlib",
+    "sklearn",
+    "triton",
+    "monai",
+]
 
 
 def run(code):
@@ -63,6 +73,7 @@ def test_arrows_point_down():
         {"mbnorm.blend", "mbnorm.backends", "mbnorm.optimizer_steps"},
         {"mbnorm.functional", "mbnorm.memory", "mbnorm.distributed"},
         {"mbnorm.recompute"},
+        {"mbnorm.tracing"},
         {"mbnorm.layers"},
         {"mbnorm.state"},
         {"mbnorm.replay"},

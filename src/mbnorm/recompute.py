@@ -5,7 +5,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def _graph_task_runs() -> bool:
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
     """Return whether one of these functions of torch's checkpointing is on the stack."""
     return any(
-        f.f_code.co_filename.endswith("checkpoint.py") and f.f_code.co_name in functions for f in _callers()
+        f.f_code.co_filename.endswith("checkpoint.py") and f.f_code.co_name in functions for f in callers()
     )
 
 
@@ -47,44 +46,12 @@ if not hasattr(torch._C, "_current_graph_task_id"):
     _graph_task_runs = _recompute_runs
 
 
-def _callers() -> Iterator[FrameType]:
+def callers() -> Iterator[FrameType]:
+    """Return the frames on the stack, from the caller's caller on."""
     frame = sys._getframe(1).f_back
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def unsafe_to_compile() -> str | None:
-    """Return, while torch.compile traces, why its backward would not read what the forward had read."""
-    if _in_compiled_checkpoint_without_ours():
-        return "pass context_fn=mbnorm.checkpoint_context_fn(model) to checkpoint"
-    if in_torch_checkpoint(("checkpoint", "forward", "backward", "unpack_hook")):
-        return "compile the function that calls checkpoint, not the one that checkpoint calls"
-    from torch._functorch import config
-
-    if config.aggressive_recomputation or config.activation_memory_budget < 1:
-        return "set neither aggressive_recomputation nor activation_memory_budget of torch._functorch.config"
-    return None
-
-
-def _in_compiled_checkpoint_without_ours() -> bool:
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
-    except (ImportError, AttributeError):
-        return False
-    while tracer is not None and "checkpoint" not in str(getattr(tracer, "source_target", "")):
-        tracer = tracer.parent
-    if tracer is None:
-        return False
-    # the tracing of the block is called from where torch.compile holds the context function
-    return not any(
-        hasattr(frame.f_locals.get("context_fn"), SAVES_WHAT_WAS_READ)
-        for frame in _callers()
-        if frame.f_code.co_name == "_call_function"
-    )
 
 
 def saved_by_compiled_code(past: Past) -> Past:

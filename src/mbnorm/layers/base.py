@@ -1,7 +1,6 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from mbnorm.recompute import (
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
-    unsafe_to_compile,
 )
 
 REFERENCE_BATCH = 32
@@ -74,10 +72,13 @@ class HistoryBatchNorm(StatefulBatchNorm):
             return self._plain_batch_norm(input)
         backend = choose(input, self.backend)
         if torch.compiler.is_compiling():
+            from mbnorm.tracing import in_eager_mode, unsafe_to_compile
+
             if reason := unsafe_to_compile():
                 # the backward would read the memory as it is after the forward
                 torch._dynamo.graph_break(msg=reason)
-                return _forward_uncompiled(self, input)
+                y: Tensor = in_eager_mode(HistoryBatchNorm.forward, self, input)
+                return y
             result = self._blend(input, saved_by_compiled_code(self._read(n)), backend)
         else:
             if repeated := self._repeat(input, n, backend):
@@ -219,11 +220,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
     ) -> None:
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         commit(memory, averages, batch, blended, n, self._update(m))
-
-
-_forward_uncompiled: Callable[[HistoryBatchNorm, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    HistoryBatchNorm.forward
-)
 
 
 class FusedForward(KernelForward):

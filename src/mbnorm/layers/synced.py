@@ -114,12 +114,10 @@ class SyncedBatchNorm(HistoryBatchNorm):
         if self._ranks.process_group is None or not (self.training and self.has_memory):
             return super().forward(input)
         if torch.compiler.is_compiling():
-            return cast(Tensor, self._forward_untraced(input))
-        return self._forward_synced(input)
+            # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
+            from mbnorm.tracing import in_eager_mode
 
-    # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
-    @torch.compiler.disable(reason="process_group= needs eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
-    def _forward_untraced(self, input: Tensor) -> Tensor:
+            return cast(Tensor, in_eager_mode(self._forward_synced, input))
         return self._forward_synced(input)
 
     def _forward_synced(self, input: Tensor) -> Tensor:
@@ -212,8 +210,14 @@ class SyncedBatchNorm(HistoryBatchNorm):
             self._enter(self._late, self._memory(), self._averages())
             self.__dict__["_late"] = None
 
-    @torch.compiler.disable(reason="an exchange ends in eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
     def _see(self, late: _Late) -> tuple[Memory, InferenceAverages]:
+        if torch.compiler.is_compiling():
+            from mbnorm.tracing import in_eager_mode
+
+            return cast("tuple[Memory, InferenceAverages]", in_eager_mode(self._see_now, late))
+        return self._see_now(late)
+
+    def _see_now(self, late: _Late) -> tuple[Memory, InferenceAverages]:
         """Return the state as it is with the late batch, and leave it as it is without.
 
         Only a training forward may write: DDP copies the buffers of rank 0 over all others before each, and
