@@ -3,6 +3,7 @@
 from mbnorm import functional
 from mbnorm.checkpoint import checkpoint_context_fn
 from mbnorm.convert import ConversionReport, convert, revert
+from mbnorm.diagnose import Diagnosis, LayerDiagnosis, diagnose
 from mbnorm.double_forward import DoubleForward, refresh
 from mbnorm.layers import (
     MemorizedBatchNorm1d,
@@ -20,7 +21,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConversionReport",
+    "Diagnosis",
     "DoubleForward",
+    "LayerDiagnosis",
     "MemorizedBatchNorm1d",
     "MemorizedBatchNorm2d",
     "MemorizedBatchNorm3d",
@@ -30,6 +33,7 @@ __all__ = [
     "MomentumSchedule",
     "checkpoint_context_fn",
     "convert",
+    "diagnose",
     "functional",
     "no_update",
     "recalibrate",
