@@ -83,10 +83,8 @@ def test_only_batches_of_their_own_kind_have_samples_that_are_alike(field, m):
     if m == 1:
         assert alikeness is None
     else:
-        independent = GaussianField(CHANNELS, field.sides, field.correlation, field.image_offset)
-        share = field.batch_offset
-        expected = 1 + share / (1 - share) * independent.effective_values(m)
-        assert alikeness == pytest.approx(expected, rel=0.15)
+        expected = m * field.effective_values(1) / field.effective_values(m)
+        assert alikeness == pytest.approx(expected, rel=4 * SPREAD)
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.9])
@@ -96,8 +94,8 @@ def test_drift_is_called_by_its_name_and_shuffling_is_the_ideal(persistence):
     assert found.noise.effective_values == pytest.approx(field.effective_values(4), rel=0.15)
     assert "its samples are alike" in found.reason
     assert found.verdict == "noisy"
-    # 4 of its images, of independent values, are worth 64
-    assert found.ideal_batch_size <= 4
+    # of shuffled images
+    assert found.ideal_batch_size == pytest.approx(32 / field.effective_values(1), rel=0.15)
 
 
 def test_shuffled_samples_are_not_called_alike():

@@ -70,6 +70,7 @@ def test_arrows_point_down():
             "mbnorm.checkpoint",
             "mbnorm.convert",
             "mbnorm.diagnose",
+            "mbnorm.diagnosis",
             "mbnorm.double_forward",
             "mbnorm.noise",
             "mbnorm.recalibrate",

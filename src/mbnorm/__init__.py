@@ -3,7 +3,8 @@
 from mbnorm import functional
 from mbnorm.checkpoint import checkpoint_context_fn
 from mbnorm.convert import ConversionReport, convert, revert
-from mbnorm.diagnose import Diagnosis, LayerDiagnosis, diagnose
+from mbnorm.diagnose import diagnose
+from mbnorm.diagnosis import Diagnosis, LayerDiagnosis
 from mbnorm.double_forward import DoubleForward, refresh
 from mbnorm.layers import (
     MemorizedBatchNorm1d,

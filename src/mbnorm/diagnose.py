@@ -1,96 +1,20 @@
 """What small batches do to each batch norm of a model, and what would help."""
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.convert import IDEAL_BATCH_SIZE, MATCHED_VALUES
+from mbnorm.diagnosis import Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
 
-Verdict: TypeAlias = Literal["fine", "noisy", "stale", "dead", "exploding"]
-Recommendation: TypeAlias = Literal["none", "matched", "memorized", "recalibrate"]
-
 ENOUGH_VALUES = IDEAL_BATCH_SIZE
 """Effective values per batch from which noise does no harm: the ECCV paper's ideal batch size."""
-
-
-@dataclass(frozen=True)
-class LayerDiagnosis:
-    """What was found of one layer.
-
-    Attributes:
-        name: the layer's name in the model.
-        kind: its type.
-        noise: what was measured.
-        verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
-            than 32 effective values; "stale" if the running statistics are further from the truth than those
-            of a batch of 32 values would be; else "fine". The first that applies.
-        recommendation: a method of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        memory_size: of "memorized", else None.
-        ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
-            needs none now.
-        reason: both in words.
-    """
-
-    name: str
-    kind: str
-    noise: Noise
-    verdict: Verdict
-    recommendation: Recommendation
-    memory_size: int | None
-    ideal_batch_size: int | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What was found of a model; ``print`` it.
-
-    Attributes:
-        layers: in the model's order.
-        unreached: names of the layers that no forward has reached.
-        recommendation: for the whole model: "memorized" if a layer needs it, else "matched", else
-            "recalibrate", else "none".
-        memory_size: of "memorized": the largest that a layer needs.
-        ideal_batch_size: the largest that a layer needs; None if none does.
-        reason: in words.
-    """
-
-    layers: tuple[LayerDiagnosis, ...]
-    unreached: tuple[str, ...]
-    recommendation: Recommendation
-    memory_size: int | None
-    ideal_batch_size: int | None
-    reason: str
-
-    def __str__(self) -> str:
-        cells = [_HEADINGS, *(_cells(layer) for layer in self.layers)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i in _TEXTS else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ]
-        reasons = [f"{layer.name}: {layer.reason}" for layer in self.layers if layer.verdict != "fine"]
-        if self.unreached:
-            reasons.append(f"not reached: {', '.join(self.unreached)}")
-        return "\n".join([*(line.rstrip() for line in lines), *reasons, self.reason])
-
-    def to_json(self) -> str:
-        """Return everything as a JSON object; what is unknown or infinite is null."""
-        record = asdict(self)
-        for layer, found in zip(record["layers"], self.layers, strict=True):
-            layer["noise"] = found.noise._asdict()
-        return json.dumps(_without_infinities(record), indent=1, allow_nan=False)
 
 
 def diagnose(
@@ -199,7 +123,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         words = "frozen: normalizes with its running statistics in training, too"
         reasons.append(words + ("; to recalibrate it put it in train mode first" if stale else ""))
     if verdict == "fine":
-        reasons.append(f"{_number(used)} effective values normalize a batch" if used else "nothing to mend")
+        reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
     return LayerDiagnosis(
         name, own, noise, verdict, recommendation, memory_size, ideal_batch_size, "; ".join(reasons)
     )
@@ -224,7 +148,7 @@ def _method(noise: Noise, effective: float) -> tuple[Recommendation, int | None]
 
 def _batches_alike(noise: Noise) -> bool:
     """Whether the samples of a batch are more alike than chance makes those of one channel."""
-    by_chance = 1 + 3 * math.sqrt(2 / (noise.batches - 1))
+    by_chance = 1 + 3 * math.sqrt(2 * (1 - 1 / noise.samples) / (noise.batches - 1))
     return noise.alikeness is not None and noise.alikeness > by_chance
 
 
@@ -237,11 +161,11 @@ def _ideal_batch_size(noise: Noise, effective: float) -> int:
 
 def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     words = (
-        f"a batch has {_number(noise.values)} values a channel that are worth {_number(effective)}, so its "
+        f"a batch has {number(noise.values)} values a channel that are worth {number(effective)}, so its "
         f"mean is off by {noise.mean_error:.2g} standard deviations and its variance by {noise.var_error:.0%}"
     )
     if noise.pooled_batches > 1:
-        words += f"; with its memory {own} normalizes with {_number(used)}, less than {ENOUGH_VALUES}"
+        words += f"; with its memory {own} normalizes with {number(used)}, less than {ENOUGH_VALUES}"
     if _batches_alike(noise):
         words += (
             f"; its samples are alike ({noise.alikeness:.1f} times the noise of independent ones): shuffle "
@@ -283,56 +207,6 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     return "none", None, None, reason
 
 
-_HEADINGS = (
-    "layer",
-    "type",
-    "n",
-    "n_eff",
-    "mean off by",
-    "var off by",
-    "train/eval",
-    "running mean",
-    "running var",
-    "dead",
-    "exploding",
-    "verdict",
-    "recommended",
-    "or batches of",
-)
-_TEXTS = (0, 1, 11, 12)
-
-
-def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
-    noise = layer.noise
-    recommended = layer.recommendation + (f" ({layer.memory_size})" if layer.memory_size else "")
-    return (
-        layer.name,
-        layer.kind,
-        _number(noise.values),
-        _number(noise.effective_values),
-        _number(noise.mean_error),
-        _percent(noise.var_error),
-        _number(noise.mismatch),
-        _number(noise.running_mean_error),
-        _percent(noise.running_var_error),
-        str(len(noise.dead)),
-        str(len(noise.exploding)),
-        layer.verdict,
-        recommended,
-        "-" if layer.ideal_batch_size is None else str(layer.ideal_batch_size),
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 and math.isfinite(value) else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
 def _channels(indices: tuple[int, ...]) -> str:
     shown = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
     return f"channel {shown} is" if len(indices) == 1 else f"{len(indices)} channels ({shown}) are"
@@ -340,11 +214,3 @@ def _channels(indices: tuple[int, ...]) -> str:
 
 def _largest(values: Iterable[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinities(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

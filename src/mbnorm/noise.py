@@ -69,7 +69,9 @@ class NoiseMeter:
         \sigma^2 = \tfrac1N \sum_b n_b v_b + \tau / n, \qquad
         n_\mathrm{eff} = n\,\sigma^2 / \tau
 
-    with n = N/B. :math:`\sigma^2` has no bias whatever the correlation of the values, and neither has
+    with n = N/B. The alikeness of m samples whose means have the variance u within a batch is
+    :math:`m\,(\tau/n) \,/\, (\tau/n + (m-1)\,u/m)`, at most m.
+    :math:`\sigma^2` has no bias whatever the correlation of the values, and neither has
     :math:`\tau/n` as the variance of the mean of n values. Of C independent channels and B batches
     :math:`1/n_\mathrm{eff}` has the relative standard error :math:`\sqrt{2/(C(B-1))}`.
 
@@ -91,7 +93,7 @@ class NoiseMeter:
         # not before: lazy layers have no channels yet
         self.finite = torch.ones_like(mean, dtype=torch.bool)
         self.count, self.pairs = torch.zeros_like(mean), torch.zeros_like(mean)
-        self.independent, self.mismatch = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.sample_scatter, self.mismatch = torch.zeros_like(mean), torch.zeros_like(mean)
         # of the batches' means and of their variances, in rows
         self.mean, self.spread = mean.new_zeros(2, len(mean)), mean.new_zeros(2, len(mean))
 
@@ -115,7 +117,7 @@ class NoiseMeter:
         if m > 1:
             between_samples = x.flatten(2).mean(2).var(0) if x.dim() > 2 else x.var(0)
             self.pairs = self.pairs + finite
-            self.independent = self.independent + torch.where(finite, n * between_samples / m, 0.0)
+            self.sample_scatter = self.sample_scatter + torch.where(finite, n * between_samples / m, 0.0)
         self._compare_modes(mean, var, n)
         return None if self.frozen else self._population()
 
@@ -156,9 +158,6 @@ class NoiseMeter:
         dead, exploding = self._dead_and_exploding(mean, var)
         live = ~(dead | exploding)
         mean_error = _rms(between / var, live)
-        # batches of one sample say nothing of how samples scatter within a batch
-        pairs = bool(self.pairs.any())
-        independent = _rms(self.independent / self.pairs / n / var, live) if pairs else None
         return Noise(
             batches=b,
             samples=self.samples / b,
@@ -166,13 +165,24 @@ class NoiseMeter:
             effective_values=None if mean_error is None else _inverse(mean_error**2),
             mean_error=mean_error,
             var_error=_rms((scatter + (within - var).square()) / var.square(), live),
-            alikeness=None if not (mean_error and independent) else (mean_error / independent) ** 2,
+            alikeness=self._alikeness(between, var, live),
             pooled_batches=self.pooled_batches / b,
             mismatch=_rms(self.mismatch / b, live) if self._has_trained() else None,
             **self._running_errors(live),
             dead=_indices(dead),
             exploding=_indices(exploding),
         )
+
+    def _alikeness(self, between: Tensor, var: Tensor, live: Tensor) -> float | None:
+        if not self.pairs.any():
+            # batches of one sample say nothing of how samples scatter within a batch
+            return None
+        m = self.samples / self.batches
+        within = self.sample_scatter / self.pairs * self.batches / self.values
+        # m times: the variance of the samples' means over all data, between and within batches
+        independent = _rms((between + (m - 1) * within) / m / var, live)
+        error = _rms(between / var, live)
+        return (error / independent) ** 2 if error and independent else None
 
     def _dead_and_exploding(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         finite = self.finite
