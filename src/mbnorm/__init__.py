@@ -3,6 +3,8 @@
 from mbnorm import functional
 from mbnorm.checkpoint import checkpoint_context_fn
 from mbnorm.convert import ConversionReport, convert, revert
+from mbnorm.diagnose import diagnose
+from mbnorm.diagnosis import Diagnosis, LayerDiagnosis
 from mbnorm.double_forward import DoubleForward, refresh
 from mbnorm.layers import (
     MemorizedBatchNorm1d,
@@ -20,7 +22,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConversionReport",
+    "Diagnosis",
     "DoubleForward",
+    "LayerDiagnosis",
     "MemorizedBatchNorm1d",
     "MemorizedBatchNorm2d",
     "MemorizedBatchNorm3d",
@@ -30,6 +34,7 @@ __all__ = [
     "MomentumSchedule",
     "checkpoint_context_fn",
     "convert",
+    "diagnose",
     "functional",
     "no_update",
     "recalibrate",

@@ -1,25 +1,23 @@
 """Exact statistics for inference, from a pass over data with the weights as they are."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from mbnorm.blend import blend
 from mbnorm.layers.state import all_finite
-from mbnorm.replay import without_trace
+from mbnorm.observe import Forward, observe
 
 
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    forward: Callable[[nn.Module, Any], object] | None = None,
+    forward: Forward | None = None,
     device: torch.device | str | int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> None:
@@ -67,16 +65,10 @@ def recalibrate(
     (tensor([2., 2.]), tensor([4., 3.]))
     """
     populations = {layer: _Population(name, layer) for name, layer in _layers_to_set(model)}
-    with _observed(populations), _eval_mode(model), without_trace(model):
-        for batch in batches:
-            if forward is not None:
-                forward(model, _moved(batch, device))
-            else:
-                args, kwargs = _moved(_arguments(batch), device)
-                model(*args, **kwargs)
-        if process_group is not None:
-            for population in populations.values():
-                population.pool(process_group)
+    observe(model, batches, populations, forward, device)
+    if process_group is not None:
+        for population in populations.values():
+            population.pool(process_group)
     _check(populations)
     for layer, population in populations.items():
         population.write(layer)
@@ -92,6 +84,12 @@ class _Population:
         self.count = 0
         self.mean = torch.zeros_like(like, dtype=torch.float64)
         self.var = torch.zeros_like(like, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add a layer's input, and let it be normalized with all so far."""
+        var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+        self.add(x.numel() // x.shape[1], mean, var)
+        return (self.mean, self.var) if self.count else None
 
     def add(self, count: int, mean: Tensor, var: Tensor) -> None:
         """Add values by their number, mean and biased variance."""
@@ -131,63 +129,6 @@ def _layers_to_set(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
     if not layers:
         raise ValueError("the model has no batch norm with running statistics that is not frozen")
     return layers
-
-
-@contextmanager
-def _observed(populations: dict[_BatchNorm, _Population]) -> Iterator[None]:
-    """Inside, add what each layer is given to its population, and let it normalize with that in eval mode."""
-
-    def observe(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        layer._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if x.numel() == 0:
-            return
-        population = populations[layer]
-        var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
-        population.add(x.numel() // x.shape[1], mean, var)
-        if population.count:
-            like = statistics[layer][0]
-            # others in their place: what they hold is there again if the pass fails
-            layer.running_mean, layer.running_var = population.mean.to(like), population.var.to(like)
-
-    statistics = {layer: (layer.running_mean, layer.running_var) for layer in populations}
-    handles = [layer.register_forward_pre_hook(observe, with_kwargs=True) for layer in populations]
-    try:
-        # code that is compiled already does not see the hooks
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, (mean, var) in statistics.items():
-            layer.running_mean, layer.running_var = mean, var
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # not by eval() and train(): some models do more in these
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        return (batch[0],), {}
-    return (batch,), {}
-
-
-def _moved(batch: Any, device: torch.device | str | int | None) -> Any:
-    if device is None:
-        return batch
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
 
 
 def _check(populations: dict[_BatchNorm, _Population]) -> None:

@@ -14,7 +14,9 @@ from mbnorm import __version__
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS
 from mbnorm.experiments.bench.run import bench as run_bench
 from mbnorm.experiments.compare import report, train_missing
-from mbnorm.experiments.data import SAMPLINGS, largest_batch
+from mbnorm.experiments.data import SAMPLINGS, Sampling, largest_batch
+from mbnorm.experiments.diagnose import DATA, batches_of, net
+from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.grid import (
     SEEDS,
     SUITES,
@@ -195,6 +197,65 @@ def bench(
         raise typer.Exit(1) from None
 
 
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Option(help="The net.", metavar="|".join(MODELS))] = "mlp",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its weights: a file of torch.save with a state_dict, or one under 'state_dict' or 'model'.",
+            metavar="FILE",
+            show_default="untrained",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help=f"What its norms are: {', '.join(METHODS)}.", metavar="NAME"),
+    ] = "batch",
+    data: Annotated[
+        str,
+        typer.Option(help="digits, or synthetic: Gaussian fields whose neighbors correlate by 0.8."),
+    ] = "digits",
+    batch_size: Annotated[int, typer.Option(help="The batch size that is trained with.", metavar="M")] = 2,
+    sampling: Annotated[
+        str, typer.Option(help="How digits are drawn.", metavar="|".join(SAMPLINGS))
+    ] = "shuffled",
+    batches: Annotated[int, typer.Option(help="Batches to look at.", metavar="N")] = 100,
+    out: Annotated[
+        Path, typer.Option(help="Folder for table.txt, diagnose.json and diagnose.png.", metavar="FOLDER")
+    ] = Path("runs/diagnose"),
+) -> None:
+    """Measure whether a net suffers from small batches, layer by layer, and say what would help.
+
+    For a net and data of your own call mbnorm.diagnose(model, batches).
+    """
+    if batches < 2:
+        raise typer.BadParameter(f"expected at least 2, got {batches}", param_hint="--batches")
+    chosen_data = _choice("--data", data, DATA)
+    chosen_model = _choice("--model", model, MODELS)
+    chosen_method = _choice("--method", method, METHODS)
+    if chosen_method in ("none", "group"):
+        raise typer.BadParameter(f"{method!r} leaves no batch norm to look at", param_hint="--method")
+    chosen_sampling = _choice("--sampling", sampling, SAMPLINGS)
+    _at_least_1("--batch-size", batch_size)
+    if chosen_data == "digits":
+        _check_fits(batch_size, chosen_sampling, "--batch-size")
+    try:
+        built = net(chosen_model, chosen_method, batch_size, checkpoint)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+    drawn = f"{data}, {sampling}" if chosen_data == "digits" else data
+    weights = "untrained" if checkpoint is None else str(checkpoint)
+    title = f"{model} with {method} layers, {weights}; {drawn}, {batches} batches of {batch_size}"
+    given = batches_of(chosen_data, chosen_sampling, batch_size, batches)
+    found, paths = write_diagnosis(built, given, title, out)
+    typer.echo(f"{title}\n\n{found}\n\nwritten: {', '.join(map(str, paths))}")
+
+
 def _compare(
     settings: Sequence[Setting], runs: Sequence[Run], results: Results, out: Path, jobs: int, accelerator: str
 ) -> None:
@@ -261,12 +322,15 @@ def _at_least_1(option: str, value: int) -> int:
 
 def _check_batches_fit(settings: Sequence[Setting]) -> None:
     for setting in settings:
-        most = largest_batch(setting.sampling)
-        if setting.batch_size > most:
-            raise typer.BadParameter(
-                f"{setting.sampling} batches have at most {most} images, got {setting.batch_size}",
-                param_hint="--batch-sizes",
-            )
+        _check_fits(setting.batch_size, setting.sampling, "--batch-sizes")
+
+
+def _check_fits(batch_size: int, sampling: Sampling, option: str) -> None:
+    most = largest_batch(sampling)
+    if batch_size > most:
+        raise typer.BadParameter(
+            f"{sampling} batches have at most {most} images, got {batch_size}", param_hint=option
+        )
 
 
 def _check_accelerator(accelerator: str) -> None:

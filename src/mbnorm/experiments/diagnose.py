@@ -1,0 +1,119 @@
+"""`mbnorm diagnose`: a net and data in, a table, a plot and JSON out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from mbnorm import Diagnosis, diagnose
+from mbnorm.diagnose import ENOUGH_VALUES
+from mbnorm.experiments.data import Sampling, digits, one_epoch
+from mbnorm.experiments.grid import Run, Setting, linear_rate
+from mbnorm.experiments.methods import Method
+from mbnorm.experiments.models import ModelName
+from mbnorm.experiments.synthetic import GaussianField
+from mbnorm.experiments.training import initial_model
+
+DataName: TypeAlias = Literal["digits", "synthetic"]
+DATA: tuple[DataName, ...] = get_args(DataName)
+
+SYNTHETIC = GaussianField(channels=1, sides=(8, 8), correlation=0.8)
+
+
+def net(model: ModelName, method: Method, batch_size: int, checkpoint: Path | None) -> nn.Module:
+    """Return a net, in train mode, untrained or with the weights in a file.
+
+    Raises:
+        ValueError: the file is missing, is no checkpoint, or one of another net; it is named in one line.
+    """
+    built = initial_model(Run(method, Setting(model, batch_size, "shuffled", linear_rate(batch_size), 1), 0))
+    if checkpoint is not None:
+        try:
+            built.load_state_dict(_state_dict(checkpoint))
+        except (RuntimeError, ValueError) as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise ValueError(f"{checkpoint} does not fit {model} with {method} layers: {reason}") from error
+    return built.train()
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    # damaged files raise nearly anything
+    except Exception as error:
+        line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"no checkpoint that holds tensors alone ({type(error).__name__}: {line})"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError("expected a state_dict, or one under 'state_dict' or 'model'")
+    return loaded
+
+
+def batches_of(data: DataName, sampling: Sampling, batch_size: int, count: int) -> Iterator[Tensor]:
+    """Draw so many batches of images, shape (batch_size, 1, 8, 8); ``sampling`` is for the digits."""
+    if data == "synthetic":
+        yield from SYNTHETIC.batches(batch_size, count, seed=0)
+        return
+    draws = torch.Generator().manual_seed(0)
+    drawn = 0
+    while drawn < count:
+        for indices in one_epoch(sampling, digits().train_classes, batch_size, draws)[: count - drawn]:
+            yield digits().train_images[indices]
+            drawn += 1
+
+
+def write(model: nn.Module, batches: Iterator[Tensor], title: str, out: Path) -> tuple[Diagnosis, list[Path]]:
+    """Diagnose a model and write table.txt, diagnose.json and diagnose.png into ``out``."""
+    found = diagnose(model, batches)
+    table, record, figure = (out / name for name in ("table.txt", "diagnose.json", "diagnose.png"))
+    table.write_text(f"{title}\n\n{found}\n", encoding="utf-8")
+    record.write_text(found.to_json() + "\n", encoding="utf-8")
+    draw(found, title, figure)
+    return found, [table, record, figure]
+
+
+def draw(found: Diagnosis, title: str, path: Path) -> None:
+    """Write the figure of a diagnosis: values and their worth, and what is off, layer by layer."""
+    layers = found.layers
+    figure = Figure(figsize=(11, 1.8 + 0.34 * len(layers)), layout="constrained")
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    worth, off = figure.subplots(1, 2, sharey=True)
+    rows = range(len(layers))
+    worth.set_xscale("log")
+    worth.axvline(ENOUGH_VALUES, color="#9e9e9e", linestyle="--", linewidth=1)
+    for row, layer in zip(rows, layers, strict=True):
+        noise, color = layer.noise, "#1769aa" if layer.verdict == "fine" else "#c62828"
+        worth.scatter([noise.values], [row], s=36, facecolor="none", edgecolor="#616161")
+        if noise.effective_values is not None:
+            worth.plot([noise.values, noise.effective_values], [row, row], color=color, linewidth=1)
+            worth.scatter([noise.effective_values], [row], s=36, color=color)
+    worth.set_xlabel(f"values per channel (ring) and their worth (dot); dashed: {ENOUGH_VALUES}", fontsize=9)
+    series = {
+        "batch mean": ("o", [layer.noise.mean_error for layer in layers]),
+        "train against eval mode": ("s", [layer.noise.mismatch for layer in layers]),
+        "running mean": ("x", [layer.noise.running_mean_error for layer in layers]),
+    }
+    for label, (marker, errors) in series.items():
+        known = [(error, row) for row, error in zip(rows, errors, strict=True) if error is not None]
+        if not known:
+            continue
+        off.scatter([e for e, _ in known], [row for _, row in known], marker=marker, s=30, label=label)
+    off.set_xlim(left=0)
+    off.set_xlabel("off by, in standard deviations of the channel", fontsize=9)
+    off.legend(fontsize=8, frameon=False)
+    worth.set_yticks(rows, [f"{layer.name}: {layer.verdict}" for layer in layers], fontsize=9)
+    worth.set_ylim(len(layers) - 0.5, -0.5)
+    for panel in (worth, off):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#eeeeee")
+        panel.set_axisbelow(True)
+    figure.savefig(path, dpi=150)

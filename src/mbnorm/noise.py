@@ -1,0 +1,229 @@
+"""How much the statistics of a layer's batches scatter, measured batch by batch in O(C) memory."""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mbnorm.blend import blend
+from mbnorm.layers import (
+    HistoryBatchNorm,
+    MemorizedBatchNorm2d,
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+)
+
+EXPLODED = 100
+"""A channel's root mean square, in those of its layer's median channel, from which it has exploded."""
+
+
+class Noise(NamedTuple):
+    """What was measured of a layer; None is what cannot be known from these batches.
+
+    Means over channels leave out those that are dead or exploding; roots are taken after the mean.
+
+    Attributes:
+        batches: how many batches the layer was given.
+        samples: their mean size m.
+        values: their mean number n of values per channel, positions included.
+        effective_values: how many independent values have a mean as noisy as the batches'.
+        mean_error: standard error of the batch mean, in standard deviations of the channel.
+        var_error: root mean square error of the biased batch variance, relative to the channel's.
+        alikeness: variance of the batch mean, in units of that of as many samples drawn independently:
+            1 for shuffled batches, more where the samples of a batch are alike.
+        pooled_batches: how many batches' noise is averaged out by the layer's memory; 1 without one.
+        mismatch: root mean square difference between the outputs that train and eval mode give for the same
+            input, before weight and bias; 0 for a frozen layer; None if the running statistics are still
+            the initial ones.
+        running_mean_error: distance of running_mean from the mean, in standard deviations of the channel;
+            None if the running statistics are still the initial ones.
+        running_var_error: distance of running_var from the variance, relative to it.
+        dead: channels whose variance is not above the layer's eps: they come out constant.
+        exploding: channels with values that are not finite, or that are 100 times those of the median one.
+    """
+
+    batches: int
+    samples: float
+    values: float
+    effective_values: float | None
+    mean_error: float | None
+    var_error: float | None
+    alikeness: float | None
+    pooled_batches: float
+    mismatch: float | None
+    running_mean_error: float | None
+    running_var_error: float | None
+    dead: tuple[int, ...]
+    exploding: tuple[int, ...]
+
+
+class NoiseMeter:
+    r"""Measures a layer from its inputs x_b, n_b values per channel each, with mean m_b and variance v_b.
+
+    .. math::
+        \mathrm{mean} = \tfrac1N \sum_b n_b m_b, \qquad
+        \tau = \tfrac1{B-1} \sum_b n_b (m_b - \mathrm{mean})^2, \qquad
+        \sigma^2 = \tfrac1N \sum_b n_b v_b + \tau / n, \qquad
+        n_\mathrm{eff} = n\,\sigma^2 / \tau
+
+    with n = N/B. The alikeness of m samples whose means have the variance u within a batch is
+    :math:`m\,(\tau/n) \,/\, (\tau/n + (m-1)\,u/m)`, at most m.
+    :math:`\sigma^2` has no bias whatever the correlation of the values, and neither has
+    :math:`\tau/n` as the variance of the mean of n values. Of C independent channels and B batches
+    :math:`1/n_\mathrm{eff}` has the relative standard error :math:`\sqrt{2/(C(B-1))}`.
+
+    Args:
+        layer: a batch norm.
+        frozen: whether it normalizes with its running statistics in train mode, too.
+    """
+
+    def __init__(self, layer: _BatchNorm, frozen: bool) -> None:
+        self.layer = layer
+        self.frozen = frozen
+        # others stand in for them during the pass
+        self.running = (layer.running_mean, layer.running_var)
+        self.batches = 0
+        self.samples = self.values = 0
+        self.pooled_batches = 0.0
+
+    def _start(self, mean: Tensor) -> None:
+        # not before: lazy layers have no channels yet
+        self.finite = torch.ones_like(mean, dtype=torch.bool)
+        self.count, self.pairs = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.sample_scatter, self.mismatch = torch.zeros_like(mean), torch.zeros_like(mean)
+        # of the batches' means and of their variances, in rows
+        self.mean, self.spread = mean.new_zeros(2, len(mean)), mean.new_zeros(2, len(mean))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Take a layer's input, and let it be normalized with all so far."""
+        m, n = x.shape[0], x.numel() // x.shape[1]
+        x = x.double()
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        if self.batches == 0:
+            self._start(mean)
+        batch = torch.stack((mean, var))
+        finite = batch.isfinite().all(0)
+        self.finite &= finite
+        self.batches += 1
+        self.samples += m
+        self.values += n
+        self.count = self.count + n * finite
+        step = torch.where(finite, batch - self.mean, 0.0)
+        self.mean = self.mean + step * n / self.count.clamp_min(1)
+        self.spread = self.spread + n * step * torch.where(finite, batch - self.mean, 0.0)
+        if m > 1:
+            between_samples = x.flatten(2).mean(2).var(0) if x.dim() > 2 else x.var(0)
+            self.pairs = self.pairs + finite
+            self.sample_scatter = self.sample_scatter + torch.where(finite, n * between_samples / m, 0.0)
+        self._compare_modes(mean, var, n)
+        return None if self.frozen else self._population()
+
+    def _population(self) -> tuple[Tensor, Tensor]:
+        mean, within = self.mean
+        return mean, within + self.spread[0] / self.count.clamp_min(1)
+
+    def _compare_modes(self, mean: Tensor, var: Tensor, n: int) -> None:
+        """Add the mean square difference of this batch's output in train and in eval mode."""
+        layer, train_mean, train_var = self.layer, mean, var
+        pooled_batches = 1.0
+        if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
+            past = layer._read(n)
+            train_mean, train_var = blend(mean, var, *past, layer.variance)
+            pooled_batches = _pooled_batches(layer, n)
+        self.pooled_batches += pooled_batches
+        running_mean, running_var = self.running
+        if running_mean is None or running_var is None:
+            return
+        if self.frozen:
+            train_mean, train_var = running_mean, running_var
+        in_train, in_eval = ((v.double() + layer.eps).rsqrt() for v in (train_var, running_var))
+        shift = (mean - train_mean) * in_train - (mean - running_mean) * in_eval
+        self.mismatch = self.mismatch + (in_train - in_eval).square() * var + shift.square()
+
+    def result(self) -> Noise:
+        """Return what the batches so far have shown.
+
+        Raises:
+            ValueError: less than two batches.
+        """
+        if self.batches < 2:
+            raise ValueError(f"expected at least 2 batches, got {self.batches}")
+        b, n = self.batches, self.values / self.batches
+        between, scatter = self.spread / (b - 1) / n
+        mean, within = self.mean
+        var = within + between
+        dead, exploding = self._dead_and_exploding(mean, var)
+        live = ~(dead | exploding)
+        mean_error = _rms(between / var, live)
+        return Noise(
+            batches=b,
+            samples=self.samples / b,
+            values=n,
+            effective_values=None if mean_error is None else _inverse(mean_error**2),
+            mean_error=mean_error,
+            var_error=_rms((scatter + (within - var).square()) / var.square(), live),
+            alikeness=self._alikeness(between, var, live),
+            pooled_batches=self.pooled_batches / b,
+            mismatch=_rms(self.mismatch / b, live) if self._has_trained() else None,
+            **self._running_errors(live),
+            dead=_indices(dead),
+            exploding=_indices(exploding),
+        )
+
+    def _alikeness(self, between: Tensor, var: Tensor, live: Tensor) -> float | None:
+        if not self.pairs.any():
+            # batches of one sample say nothing of how samples scatter within a batch
+            return None
+        m = self.samples / self.batches
+        within = self.sample_scatter / self.pairs * self.batches / self.values
+        # m times: the variance of the samples' means over all data, between and within batches
+        independent = _rms((between + (m - 1) * within) / m / var, live)
+        error = _rms(between / var, live)
+        return (error / independent) ** 2 if error and independent else None
+
+    def _dead_and_exploding(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        finite = self.finite
+        dead = finite & (var <= self.layer.eps)
+        size = (mean.square() + var).sqrt()
+        usual = size[finite & ~dead]
+        if len(usual) == 0:
+            return dead, ~finite
+        return dead, ~finite | (size > EXPLODED * usual.quantile(0.5))
+
+    def _has_trained(self) -> bool:
+        """Whether the running statistics are not those that torch starts with."""
+        mean, var = self.running
+        return mean is not None and var is not None and bool((mean != 0).any() or (var != 1).any())
+
+    def _running_errors(self, live: Tensor) -> dict[str, float | None]:
+        mean, var = self.running
+        keys = ("running_mean_error", "running_var_error")
+        if mean is None or var is None or not self._has_trained():
+            return dict.fromkeys(keys)
+        true_mean, true_var = self._population()
+        errors = ((mean - true_mean).square() / true_var, (var / true_var - 1).square())
+        return dict(zip(keys, (_rms(error, live) for error in errors), strict=True))
+
+
+def _pooled_batches(layer: HistoryBatchNorm, n: int) -> float:
+    if isinstance(layer, MomentumBatchNorm1d | MomentumBatchNorm2d | MomentumBatchNorm3d):
+        history = float(layer._weight_of_history(n))
+        return (1 + history) / (1 - history)
+    memorized = cast(MemorizedBatchNorm2d, layer)
+    weights = [float(memorized.decay) ** age for age in range(1 + memorized._entries_read(n))]
+    return sum(weights) ** 2 / sum(w * w for w in weights)
+
+
+def _rms(squares: Tensor, channels: Tensor) -> float | None:
+    return float(squares[channels].mean().sqrt()) if channels.any() else None
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value else math.inf
+
+
+def _indices(channels: Tensor) -> tuple[int, ...]:
+    return tuple(channels.nonzero()[:, 0].tolist())

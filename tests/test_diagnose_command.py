@@ -1,0 +1,120 @@
+import json
+
+import pytest
+import torch
+from test_cli import mbnorm_says
+
+from mbnorm import convert
+from mbnorm.experiments.diagnose import SYNTHETIC, batches_of, net
+from mbnorm.experiments.models import build
+
+FEW = ["--batches", "20"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(net("mlp", "batch", 2, None).state_dict(), path)
+    return path
+
+
+def test_a_table_a_plot_and_json_are_written_and_shown(tmp_path):
+    status, out, err = mbnorm_says("diagnose", *FEW, "--model", "cnn", "--batch-size", 4, "--out", tmp_path)
+    assert (status, err) == (0, "")
+    table = (tmp_path / "table.txt").read_text()
+    assert table.strip() in out
+    assert table.startswith("cnn with batch layers, untrained; digits, shuffled, 20 batches of 4")
+    record = json.loads((tmp_path / "diagnose.json").read_text())
+    assert len(record["layers"]) == 9
+    assert record["layers"][0]["noise"]["values"] == 4 * 64
+    assert record["reason"] in table
+    assert (tmp_path / "diagnose.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_synthetic_fields_have_their_effective_values_in_the_first_layer(tmp_path):
+    arguments = ["--model", "cnn", "--data", "synthetic", "--batch-size", 2, "--batches", 400]
+    assert mbnorm_says("diagnose", *arguments, "--out", tmp_path)[0] == 0
+    record = json.loads((tmp_path / "diagnose.json").read_text())
+    # a convolution keeps the field's lengths, so about its noise, but for the padded border
+    assert record["layers"][0]["noise"]["effective_values"] == pytest.approx(
+        SYNTHETIC.effective_values(2), rel=0.5
+    )
+    assert record["recommendation"] == "memorized"
+
+
+def test_the_method_says_what_the_layers_are(tmp_path):
+    assert mbnorm_says("diagnose", *FEW, "--method", "matched", "--out", tmp_path)[0] == 0
+    record = json.loads((tmp_path / "diagnose.json").read_text())
+    assert {layer["kind"] for layer in record["layers"]} == {"MomentumBatchNorm1d"}
+    assert record["recommendation"] == "none"
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_a_checkpoint_is_what_is_diagnosed(weights, tmp_path, key):
+    state = torch.load(weights, weights_only=True)
+    state["2.running_mean"] += 100
+    torch.save(state if key is None else {key: state, "epoch": 3}, weights)
+    assert mbnorm_says("diagnose", *FEW, "--checkpoint", weights, "--out", tmp_path)[0] == 0
+    first, second = json.loads((tmp_path / "diagnose.json").read_text())["layers"]
+    assert first["noise"]["running_mean_error"] > 10
+    assert second["noise"]["running_mean_error"] is None
+
+
+def test_a_checkpoint_of_converted_layers_loads_with_their_method(tmp_path):
+    model = build("mlp")
+    convert(model, "matched")
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    arguments = ["--checkpoint", tmp_path / "ours.pt", "--out", tmp_path]
+    assert mbnorm_says("diagnose", *FEW, "--method", "matched", *arguments)[0] == 0
+    status, _, err = mbnorm_says("diagnose", *FEW, *arguments)
+    assert status == 2
+    assert "ours.pt does not fit mlp with batch layers" in err
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this code was run",)
+
+
+def broken_files(folder):
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "cut.pt").write_bytes((folder / "weights.pt").read_bytes()[:500])
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"epoch": 3}, folder / "other.pt")
+    torch.save({"weight": Evil()}, folder / "evil.pt")
+    torch.save(net("cnn", "batch", 2, None).state_dict(), folder / "cnn.pt")
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "text", "cut", "list", "other", "evil", "cnn"])
+def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(weights, name):
+    broken_files(weights.parent)
+    path = weights.parent / f"{name}.pt"
+    status, out, err = mbnorm_says("diagnose", *FEW, "--checkpoint", path, "--out", weights.parent)
+    assert (status, out) == (2, "")
+    assert f"{path} does not fit mlp with batch layers: " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vgg"], "expected mlp, cnn; got 'vgg'"),
+        (["--data", "cifar"], "expected digits, synthetic; got 'cifar'"),
+        (["--method", "group"], "'group' leaves no batch norm to look at"),
+        (["--batches", "1"], "expected at least 2, got 1"),
+        (["--batch-size", "0"], "expected at least 1, got 0"),
+        (["--batch-size", "500", "--sampling", "one-class"], "one-class batches have at most"),
+    ],
+)
+def test_a_wrong_option_gives_one_line(arguments, message, tmp_path):
+    status, _, err = mbnorm_says("diagnose", *arguments, "--out", tmp_path)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [3, 700])
+def test_as_many_batches_are_drawn_as_asked_for_over_epochs(count):
+    batches = list(batches_of("digits", "one-class", 2, count))
+    assert [x.shape for x in batches] == [(2, 1, 8, 8)] * count
