@@ -32,12 +32,12 @@ def _moments(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Return the number of values, their mean and their squared deviations from it."""
+    """Return the number of values, their mean from a centre, squared deviations, and the channel's centre."""
     count = tl.zeros((1, BLOCK_O * BLOCK_I), STATE)
     mean = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     m2 = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     # the mean of some values: those from near it are exact, and so are sums of them, to rounding
-    offsets, mask, valid = tile(begin, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+    offsets, mask, valid = tile(0, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
     first = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
     centre = tl.sum(first, 1) / tl.sum(valid.to(STATE), 0)
     for step in range(begin, end):
@@ -49,7 +49,7 @@ def _moments(
         m2 += delta * (values - mean)
         count += valid.to(STATE)[None, :]
     total, mean, m2 = _pool(count, mean, m2, 1)
-    return total, centre + mean, m2
+    return total, mean, m2, centre
 
 
 @triton.jit
@@ -140,11 +140,11 @@ def forward_whole(
     """All of a forward, for channels that one program can go through twice."""
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    total, mean, m2 = _moments(
+    total, mean, m2, centre = _moments(
         x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
     mean, var = _blend(
-        mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED
+        centre + mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED
     )
     _normalize(
         x,
@@ -181,10 +181,10 @@ def moments_part(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Count, mean and squared deviations of a part of the values: rows of ``parts``, (3, splits, C)."""
+    """What `_moments` finds in a part of the values: rows of ``parts``, (4, splits, C)."""
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    total, mean, m2 = _moments(
+    total, mean, m2, centre = _moments(
         x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
     there = channel < channels
@@ -193,6 +193,7 @@ def moments_part(
     tl.store(parts + row, tl.zeros_like(mean) + total, mask=there)
     tl.store(parts + rows + row, mean, mask=there)
     tl.store(parts + 2 * rows + row, m2, mask=there)
+    tl.store(parts + 3 * rows + row, centre, mask=there)
 
 
 @triton.jit
@@ -218,6 +219,8 @@ def blend_parts(
     mean = tl.load(place + rows, mask=mask, other=0.0)
     m2 = tl.load(place + 2 * rows, mask=mask, other=0.0)
     total, mean, m2 = _pool(count, mean, m2, 0)
+    # all parts have the same centre
+    mean += tl.load(parts + 3 * rows + channel, mask=channel < channels, other=0.0)
     _blend(mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED)
 
 

@@ -120,7 +120,7 @@ def _forward(
                 x, y, weight, bias, *past, statistics, *sizes, eps, pooled, *tiles
             )
             return y, statistics
-        parts = x.new_empty((3, made.splits, channels), dtype=dtype)
+        parts = x.new_empty((4, made.splits, channels), dtype=dtype)
         s, c, blocks = _blocks_of_parts(made, channels)
         triton_forward.moments_part[grid](x, parts, *sizes, *tiles)
         triton_forward.blend_parts[(blocks,)](parts, *past, statistics, channels, made.splits, pooled, s, c)
