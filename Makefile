@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help compare test thorough mutants contract lint clean
+.PHONY: help compare test test-triton thorough mutants contract lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
 	@echo "make test      run the tests"
+	@echo "make test-triton  run the Triton kernels on the CPU, and compile them for several devices; minutes long"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
 	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
 	@echo "make contract  write docs/contract.md from the tests' markers"
@@ -18,6 +19,11 @@ compare: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/pytest -n auto
+
+test-triton: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]'
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/test_triton_backend.py
+	$(BIN)/pytest -n auto -m triton tests/test_triton_compile.py
 
 thorough: $(VENV)/ready
 	$(BIN)/pytest -n auto -m thorough tests/test_properties.py

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from mbnorm.backends import aten, cpu, traceable
+from mbnorm.backends import aten, cpu, traceable, triton
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 
-Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu"]
-Chosen: TypeAlias = Literal["traceable", "aten", "cpu"]
+Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
+Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
@@ -31,8 +31,9 @@ def backend_for(x: Tensor) -> Chosen:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
     On the CPU it is "cpu", the kernels of this package, which the first call compiles in some seconds,
-    or "aten" where there is no C++ compiler. Under torch.compile, function transforms and forward-mode
-    differentiation it is "traceable".
+    or "aten" where there is no C++ compiler; on CUDA and ROCm it is "aten". Under torch.compile, function
+    transforms and forward-mode differentiation it is "traceable". "triton" must be asked for: its kernels
+    have not run on a GPU yet.
 
     >>> backend_for(torch.empty(2, 3, device="meta"))
     'traceable'
@@ -54,7 +55,7 @@ def choose(x: Tensor, backend: Backend) -> Chosen:
 
     Raises:
         ValueError: the backend asked for cannot take ``x``.
-        RuntimeError: the backend "cpu" cannot be built.
+        RuntimeError: the backend "cpu" cannot be built, or the package triton is not installed.
     """
     if backend == "auto":
         return backend_for(x)
@@ -68,6 +69,14 @@ def choose(x: Tensor, backend: Backend) -> Chosen:
             )
         if reason := cpu.missing():
             raise RuntimeError(f"backend 'cpu' cannot be used: {reason}")
+    if backend == "triton":
+        if x.device.type not in triton.DEVICES or x.dtype not in triton.DTYPES:
+            raise ValueError(
+                f"backend 'triton' takes {', '.join(map(str, triton.DTYPES))} on CUDA and ROCm, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if reason := triton.missing():
+            raise RuntimeError(f"backend 'triton' cannot be used: {reason}")
     return backend
 
 
@@ -103,7 +112,7 @@ def blended_batch_norm(
         batch_weight: weight :math:`a` of the batch in (0, 1], a number or a 0-dim tensor.
         variance: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
         eps: added to the variance.
-        backend: "auto", or one of "traceable", "aten", "cpu", which then never falls back.
+        backend: "auto", or one of "traceable", "aten", "cpu", "triton", which then never falls back.
 
     Returns:
         ``(y, batch_mean, batch_var, mean, var)``: ``y`` like ``x``, the others of shape (C,) in
@@ -112,7 +121,7 @@ def blended_batch_norm(
     Raises:
         ValueError: a shape, ``variance`` or ``backend`` is not one of the above, or the backend cannot
             take ``x``.
-        RuntimeError: the backend "cpu" cannot be built.
+        RuntimeError: the backend "cpu" cannot be built, or the package triton is not installed.
         TypeError: ``x`` is not floating point.
 
     Example:
@@ -125,7 +134,8 @@ def blended_batch_norm(
     _check(x, weight, bias, past_mean, past_var, variance, backend)
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
-        batch_weight = torch.tensor(batch_weight, device=x.device, dtype=dtype)
+        # a fill: a copy from the host would wait for the device
+        batch_weight = torch.full((), batch_weight, device=x.device, dtype=dtype)
     weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
     past_mean, past_var = _constant(past_mean, dtype), _constant(past_var, dtype)
     if x.numel() == 0:
@@ -146,6 +156,8 @@ def blended_batch_norm(
             return _by_kernels(aten, *arguments)
         case "cpu":
             return _by_kernels(cpu, *arguments)
+        case "triton":
+            return _by_kernels(triton, *arguments)
         case "traceable":
             y, *statistics = traceable.blended_batch_norm(*arguments)
             return BlendedBatchNorm(y, *(s.detach() for s in statistics))

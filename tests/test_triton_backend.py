@@ -1,0 +1,293 @@
+"""The Triton kernels' numbers: on a GPU where there is one, else interpreted (`make test-triton`)."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from helpers import (
+    CONTIGUOUS,
+    DTYPES,
+    budget,
+    gradients,
+    layout_id,
+    make_input,
+    make_parameters,
+    native_errors,
+    near_statistics,
+    relative_error,
+)
+from torch.library import opcheck
+
+from mbnorm import reference
+from mbnorm.backends import aten
+from mbnorm.backends import triton as kernels
+from mbnorm.functional import _by_kernels
+
+if find_spec("triton") is None:
+    pytest.skip("the package triton is not installed", allow_module_level=True)
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton.language as tl
+
+from mbnorm.backends import triton_forward, triton_launch
+
+assert kernels.missing() is None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-3
+LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
+SHAPES = [
+    ((6, 5), CONTIGUOUS),
+    ((70, 40), CONTIGUOUS),
+    ((12, 1), CONTIGUOUS),
+    ((4, 3, 5), CONTIGUOUS),
+    ((90, 5, 3), CONTIGUOUS),
+    ((5, 9, 1), CONTIGUOUS),
+    ((2, 67, 7, 7), CONTIGUOUS),
+    ((2, 67, 7, 7), LAST),
+    ((3, 3, 4, 6), LAST),
+    ((2, 1, 9, 9), LAST),
+    ((2, 3, 33, 37), CONTIGUOUS),
+    ((3, 5, 16, 16), CONTIGUOUS),
+    ((2, 3, 33, 37), LAST),
+    ((2, 5, 3, 4, 3), CONTIGUOUS),
+    ((2, 11, 3, 4, 3), LAST_3D),
+]
+on_every_shape = pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=layout_id)
+
+
+@pytest.fixture(params=["tiles as they are", "small tiles"], autouse=True)
+def tiles(request, monkeypatch):
+    """Small tiles: small inputs, which are quick to interpret, cross all borders and are split."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(triton_launch, "TILE", 64)
+        monkeypatch.setattr(triton_launch, "STEPS_OF_ONE", 3)
+    triton_launch.cut.cache_clear()
+    yield
+    triton_launch.cut.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Outputs and buffers start as NaN, so that what is not written shows."""
+    if DEVICE == "cpu":
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+        new_empty = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+
+def state_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operate(backend, x, weight, bias, past, a, variance):
+    dtype = state_dtype(x.dtype)
+    past_mean, past_var = (p.to(x.device, dtype) for p in past)
+    a = torch.tensor(a, dtype=dtype, device=x.device)
+    return _by_kernels(backend, x, weight, bias, past_mean, past_var, a, variance, EPS)
+
+
+def run(x, dy, variance="averaged", a=0.3, need_dx=True):
+    """Everything that the two operators return for an input."""
+    dtype = state_dtype(x.dtype)
+    weight, bias = (p.to(DEVICE) for p in make_parameters(x.shape[1], dtype))
+    past = [t.to(DEVICE, dtype) for t in near_statistics(x.cpu())]
+    a = torch.tensor(a, dtype=dtype, device=DEVICE)
+    y, statistics = kernels.forward(x, weight, bias, *past, a, variance, EPS)
+    return y, *statistics, *kernels.backward(dy, x, weight, a, statistics, variance, EPS, need_dx)
+
+
+def made_for_device(*arguments, **options):
+    # on the CPU first: a copy to the device keeps strides
+    return make_input(*arguments, **options).to(DEVICE)
+
+
+@pytest.mark.parametrize(("a", "variance"), [(0.3, "averaged"), (0.3, "pooled"), (1.0, "averaged")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+@on_every_shape
+def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
+    x = make_input(shape, dtype, layout)
+    parameters = make_parameters(shape[1], state_dtype(dtype))
+    past = near_statistics(x)
+    cotangent = make_input(shape, dtype, layout, seed=5)
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    on_device = [t.clone().to(DEVICE).requires_grad_() for t in (x, *parameters)]
+    exact = [t.double().requires_grad_() for t in (x, *parameters)]
+
+    want, *wanted_statistics = reference.blended_batch_norm(*exact, *past, a, variance, EPS)
+    wanted = [w.detach() for w in (want, *gradients(want, tuple(exact), cotangent.double()))]
+    y, *statistics = operate(kernels, *on_device, past, a, variance)
+    got = (y, *gradients(y, tuple(on_device), cotangent.to(DEVICE)))
+    peer, *peer_statistics = operate(aten, *leaves, past, a, variance)
+    peers = (peer, *gradients(peer, tuple(leaves), cotangent))
+
+    # dw of blended statistics is worse off than native's by the rounding of the saved mean
+    native = native_errors(x, *parameters, cotangent, EPS)
+    composed = (relative_error(p.detach(), w) for p, w in zip(peers, wanted, strict=True))
+    allowed = [budget(dtype, max(pair)) for pair in zip(native, composed, strict=True)]
+    if dtype == torch.float64:
+        allowed = [most + 2 * error for most, error in zip(allowed, native, strict=True)]
+    errors = [relative_error(g.detach().cpu(), w) for g, w in zip(got, wanted, strict=True)]
+    assert all(e <= most for e, most in zip(errors, allowed, strict=True)), (errors, allowed)
+    # they are summed in their own precision, as native's on a GPU are: a few roundings
+    for found, peer, exactly in zip(statistics, peer_statistics, wanted_statistics, strict=True):
+        most = 2 * relative_error(peer, exactly.detach()) + 4 * torch.finfo(found.dtype).eps
+        assert relative_error(found.cpu(), exactly.detach()) <= most
+
+
+@pytest.mark.parametrize("variance", ["averaged", "pooled"])
+@on_every_shape
+def test_parameters_are_optional(shape, layout, variance):
+    x = make_input(shape, torch.float64, layout)
+    past = near_statistics(x)
+    cotangent = make_input(shape, torch.float64, layout, seed=5)
+    leaf, exact = x.to(DEVICE).requires_grad_(), x.clone().requires_grad_()
+    want = reference.blended_batch_norm(exact, None, None, *past, 0.3, variance, EPS)[0]
+    y = operate(kernels, leaf, None, None, past, 0.3, variance)[0]
+    assert relative_error(y.detach().cpu(), want.detach()) < 1e-12
+    (dx,) = gradients(y, (leaf,), cotangent.to(DEVICE))
+    (wanted,) = gradients(want, (exact,), cotangent)
+    assert relative_error(dx.cpu(), wanted) < 1e-12
+
+
+@on_every_shape
+def test_parameters_get_the_same_gradients_without_one_of_the_input(shape, layout):
+    x, dy = (
+        made_for_device(shape, torch.float32, layout),
+        made_for_device(shape, torch.float32, layout, seed=6),
+    )
+    *_, dw, db = run(x, dy)
+    *_, dx, same_dw, same_db = run(x, dy, need_dx=False)
+    assert dx is None
+    assert torch.equal(dw, same_dw)
+    assert torch.equal(db, same_db)
+
+
+@on_every_shape
+def test_a_second_run_gives_the_same_bits(shape, layout):
+    x, dy = (
+        made_for_device(shape, torch.float32, layout),
+        made_for_device(shape, torch.float32, layout, seed=6),
+    )
+    assert all(map(torch.equal, run(x, dy), run(x, dy)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+@on_every_shape
+def test_equal_values_have_no_variance(shape, layout, dtype):
+    x = torch.full(shape, 0.1, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
+    batch_mean, batch_var = run(x, x)[1:3]
+    assert torch.equal(batch_var, torch.zeros_like(batch_var))
+    assert torch.equal(batch_mean, x.flatten()[0].to(batch_mean.dtype).expand_as(batch_mean))
+
+
+ADVERSARIES = {
+    "far off centre": lambda noise: 1e4 + noise,
+    "an outlier first": lambda noise: noise.index_fill(-1, torch.tensor(0), 1e5),
+    "two halves": lambda noise: noise + 1e3 * (torch.arange(noise.shape[-1]) % 64 < 32),
+    "a ramp": lambda noise: noise + torch.arange(float(noise.shape[-1])),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=layout_id)
+def test_statistics_are_as_accurate_as_native(name, layout):
+    if name == "an outlier first" and triton_launch.TILE == 64:
+        pytest.skip("native sums in double on the CPU, and an outlier among 64 values moves their mean far")
+    noise = make_input((2, 4, 3, 900), torch.float64)
+    x = ADVERSARIES[name](noise).float().contiguous(memory_format=layout)
+    exact_mean, exact_var, _ = reference.batch_statistics(x.double())
+    _, mean, var, *_ = run(x.to(DEVICE), x.to(DEVICE))
+    native_mean, native_var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    one_rounding = torch.finfo(torch.float32).eps
+    for got, native, exact in ((mean, native_mean, exact_mean), (var, native_var, exact_var)):
+        error = (got.cpu().double() - exact).abs() / exact.abs()
+        allowed = 2 * ((native.double() - exact).abs() / exact.abs()).max() + one_rounding
+        assert error.max() <= allowed
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@on_every_shape
+def test_what_is_not_finite_stays_in_its_channel(shape, layout, bad):
+    clean = made_for_device(shape, torch.float32, layout)
+    dy = made_for_device(shape, torch.float32, layout, seed=6)
+    wanted = run(clean, dy)
+    channel = shape[1] // 2
+    x = clean.clone()
+    x.select(1, channel)[(-1,) * (len(shape) - 1)] = bad
+    weight, bias = (p.to(DEVICE) for p in make_parameters(shape[1], torch.float32))
+    past = [t.float().to(DEVICE) for t in near_statistics(clean.cpu())]
+    a = torch.tensor(0.3, device=DEVICE)
+    y, statistics = kernels.forward(x, weight, bias, *past, a, "averaged", EPS)
+    gradient = kernels.backward(dy, x, weight, a, statistics, "averaged", EPS, True)
+    others = torch.arange(shape[1]) != channel
+    for got, want in zip((y, *statistics, *gradient), wanted, strict=True):
+        along = 1 if got.dim() > 1 else 0
+        assert torch.equal(got.cpu().movedim(along, 0)[others], want.cpu().movedim(along, 0)[others])
+    assert not torch.isfinite(statistics[1][channel])
+    assert torch.isnan(y.select(1, channel)).all()
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=layout_id)
+def test_the_output_and_the_gradient_keep_the_layout(layout):
+    x = made_for_device((2, 5, 4, 6), torch.float32, layout)
+    y, *_, dx, _, _ = run(x, x)
+    assert y.is_contiguous(memory_format=layout)
+    assert dx.is_contiguous(memory_format=layout)
+
+
+def test_any_strides_will_do():
+    x = made_for_device((4, 6, 5, 8), torch.float64)
+    dy = made_for_device((4, 6, 5, 8), torch.float64, seed=6)
+    wanted = run(x, dy)
+    strange = torch.stack((x, x), -1)[..., 0]
+    for values, gradient in (
+        (strange, dy),
+        (x.transpose(2, 3).contiguous().transpose(2, 3), dy),
+        (x, torch.stack((dy, dy), 2)[:, :, 0]),
+        (x.contiguous(memory_format=LAST), dy),
+    ):
+        for got, want in zip(run(values, gradient), wanted, strict=True):
+            assert relative_error(got.cpu(), want.cpu()) < 1e-12
+
+
+def test_offsets_beyond_two_billion():
+    # the second sample of the first channel lies there; pages that nobody touches cost nothing
+    channels, inner = 2**17, 2**14
+    x, y = (torch.empty(channels * inner + inner, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    values = make_input((2, 1, inner), torch.float16)
+    x[:inner], x[-inner:] = values.to(DEVICE)[:, 0]
+    statistics = torch.empty(4, channels, device=DEVICE)
+    past = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    a = torch.tensor(1.0, device=DEVICE)
+    sizes = channels, 2, inner, 16
+    triton_forward.forward_whole[(1, 1)](
+        x, y, None, None, *past, a, statistics, *sizes, EPS, False, tl.float32, False, 1, 1, 2048
+    )
+    want, mean, var, *_ = reference.blended_batch_norm(
+        values.double(), None, None, torch.zeros(1), torch.ones(1), 1.0, "averaged", EPS
+    )
+    assert relative_error(torch.stack((y[:inner], y[-inner:])).cpu(), want[:, 0]) < 1e-3
+    assert relative_error(statistics[:2, 0].cpu(), torch.cat((mean, var))) < 1e-6
+
+
+@pytest.mark.parametrize("need_dx", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((6, 5), CONTIGUOUS), ((3, 9, 9, 9), CONTIGUOUS), ((3, 9, 9, 9), LAST)],
+    ids=layout_id,
+)
+def test_the_operators_are_well_formed(shape, layout, need_dx):
+    operators = torch.ops.mbnorm_triton
+    for dtype in DTYPES:
+        x = made_for_device(shape, dtype, layout)
+        weight, bias = (p.to(DEVICE) for p in make_parameters(shape[1], state_dtype(dtype)))
+        past = [t.to(DEVICE, state_dtype(dtype)) for t in near_statistics(x.cpu())]
+        a = torch.tensor(0.3, dtype=state_dtype(dtype), device=DEVICE)
+        opcheck(operators.forward.default, (x, weight, bias, *past, a, True, EPS))
+        opcheck(operators.forward.default, (x, None, None, *past, a, False, EPS))
+        statistics = torch.stack((*past, *past))
+        opcheck(operators.backward.default, (x, x, weight, a, statistics, True, EPS, need_dx))

@@ -1,0 +1,99 @@
+"""Every Triton kernel, compiled for the devices that people have: no device is needed for that."""
+
+import itertools
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mbnorm.backends import triton_backward, triton_forward
+
+pytestmark = pytest.mark.triton
+
+TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BINARIES = {"cuda": "cubin", "hip": "hsaco"}
+KERNELS = {
+    k.fn.__name__: k
+    for k in (
+        triton_forward.forward_whole,
+        triton_forward.moments_part,
+        triton_forward.blend_parts,
+        triton_forward.normalize_part,
+        triton_backward.backward_whole,
+        triton_backward.sums_part,
+        triton_backward.add_parts,
+        triton_backward.input_gradient_part,
+    )
+}
+VALUES = ("x", "y", "dy", "dx")
+SIZES = ("channels", "outer", "inner", "per_split", "splits")
+
+
+def compile_for(target, kernel, dtype, rows, size="i32", **others):
+    state = "fp64" if dtype == "fp64" else "fp32"
+    constants = {
+        "EPS": 1e-5,
+        "POOLED": True,
+        "STATE": getattr(tl, {"fp32": "float32", "fp64": "float64"}[state]),
+        "ROWS": rows,
+        "BLOCK_C": 32 if rows else 4,
+        "BLOCK_O": 1 if rows else 8,
+        "BLOCK_I": 64,
+        "BLOCK_S": 16,
+    }
+    constants |= {"outer": 1} if rows else {}
+    constants = {k: v for k, v in (constants | others).items() if k in kernel.arg_names}
+    types = {
+        name: f"*{dtype}" if name in VALUES else size if name in SIZES else f"*{state}"
+        for name in kernel.arg_names
+    }
+    types |= dict.fromkeys(constants, "constexpr")
+    made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target)
+    return made.asm[BINARIES[target.backend]]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_every_device(name, target):
+    for dtype, rows in (("fp32", False), ("bf16", True)):
+        assert len(compile_for(target, KERNELS[name], dtype, rows)) > 1000
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_every_type_and_layout(name):
+    for dtype, rows in itertools.product(("fp64", "fp32", "bf16", "fp16"), (False, True)):
+        assert len(compile_for(TARGETS["sm_90"], KERNELS[name], dtype, rows)) > 1000
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_without_what_is_optional(name):
+    kernel = KERNELS[name]
+    optional = {"weight": None, "bias": None, "POOLED": False}
+    assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **optional)) > 1000
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_sizes_of_one_and_for_huge_ones(name):
+    kernel = KERNELS[name]
+    ones = {"channels": 1, "outer": 1, "inner": 1, "per_split": 1, "BLOCK_C": 1, "BLOCK_O": 1, "BLOCK_I": 1}
+    assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", False, **ones)) > 1000
+    assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", True, **ones)) > 1000
+    assert len(compile_for(TARGETS["sm_90"], kernel, "bf16", False, size="i64")) > 1000
+
+
+def test_the_backward_compiles_without_an_input_gradient():
+    assert len(compile_for(TARGETS["sm_90"], KERNELS["backward_whole"], "bf16", True, dx=None)) > 1000
