@@ -1,5 +1,6 @@
 import pytest
 import torch
+from ranks import TwoRanks
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,3 +12,11 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two processes that share a gloo group, started when first asked for."""
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()

@@ -180,8 +180,15 @@ def test_a_crashed_run_is_reported_and_does_not_lose_the_others(results, monkeyp
     assert results.read_text() == first
 
 
+# a suite that runs in the background ignores Ctrl-C, and so would what it starts
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import sys; from mbnorm.cli import main; sys.exit(main())"
+)
+
+
 def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
-    command = [sys.executable, "-m", "mbnorm", "compare", "--batch-sizes", "1", "--epochs", "1000"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "compare", "--batch-sizes", "1", "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--jobs", "1", "--out", tmp_path],
         stdout=subprocess.PIPE,
@@ -189,15 +196,19 @@ def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
         text=True,
         start_new_session=True,
     )
-    process.stdout.readline()
-    # the workers are started right after that line
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.startswith(f"interrupted: 0 of 16 runs are in {tmp_path}")
-    assert err.count("\n") == 1
-    assert ends_within(10, process.pid)
+    try:
+        process.stdout.readline()
+        # the workers are started right after that line
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.startswith(f"interrupted: 0 of 16 runs are in {tmp_path}")
+        assert err.count("\n") == 1
+        assert ends_within(10, process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def ends_within(seconds, group):

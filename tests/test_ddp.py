@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import make_input
-from ranks import TwoRanks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -21,13 +20,6 @@ OPTIONS = {
 }
 on_every_method = pytest.mark.parametrize("method", OPTIONS)
 SAMPLES = 4
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = TwoRanks()
-    yield ranks
-    ranks.stop()
 
 
 def net(method, **options):

@@ -537,30 +537,16 @@ def test_averaged_weights_get_their_own_statistics(method, use_buffers):
     assert equal(running(averaged.module), running(alone))
 
 
-def pool_in_process(rank, file, method, parts, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    model = net(method, torch.float64)
+def statistics_of_part(rank, parts):
+    model = net("memorized", torch.float64)
     recalibrate(model, parts[rank], process_group=torch.distributed.group.WORLD)
-    queue.put((rank, [t.tolist() for t in running(model)]))
-    torch.distributed.destroy_process_group()
+    return [t.tolist() for t in running(model)]
 
 
 @pytest.mark.contract("EM-3")
-def test_processes_with_unequal_parts_agree_on_the_statistics_of_the_whole(tmp_path):
+def test_processes_with_unequal_parts_agree_on_the_statistics_of_the_whole(two_ranks):
     x = data(dtype=torch.float64)
-    parts = [list(x[:7].split(3)), [x[7:]]]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=pool_in_process, args=(rank, tmp_path / "store", "memorized", parts, queue))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join()
-    assert results[0] == results[1]
+    first, second = two_ranks(statistics_of_part, [list(x[:7].split(3)), [x[7:]]])
+    assert first == second
     want = [t.tolist() for t in statistics(x)]
-    torch.testing.assert_close(results[0][:2], want)
+    torch.testing.assert_close(first[:2], want)

@@ -141,11 +141,14 @@ def test_training_100_steps_as_plain_batch_norm_is_told_once():
     assert len(told) == 1
 
 
-def test_each_model_is_told():
-    for _ in range(2):
-        model = two_layers()
-        with pytest.warns(UserWarning, match="MomentumSchedule"):
-            train(model, 101)
+def test_each_model_is_told_once():
+    models = []
+    for _ in range(3):
+        # the earlier ones are still there
+        models.append(two_layers())
+        with pytest.warns(UserWarning, match="MomentumSchedule") as told:
+            train(models[-1], 101)
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("options", [{"history_weight": 0.5}, {"matched_values": 64}])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import budget, make_input, make_parameters, native_errors, relative_error
-from ranks import TwoRanks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,13 +26,6 @@ SHAPES = {1: (), 2: (3, 2), 3: (2, 1, 2)}
 PARTS = [(3, 3), (5, 2), (0, 4), (1, 1), (4, 0), (2, 6)]
 """Samples of both ranks, step by step: even, uneven, none."""
 CHANNELS = 5
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = TwoRanks()
-    yield ranks
-    ranks.stop()
 
 
 def make_layer(name, dims=2, **options):

@@ -1,7 +1,6 @@
 """Momentum batch normalization, with the paper's history weight or matched to a noise level."""
 
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         "matched_values",
         "scheduled",
         "_steps_as_plain_bn",
-        "_steps_told_of",
+        "_notices_before",
     )
     written_options = ("eps", "variance", "matched_values")
     memory_mean: Tensor
@@ -92,7 +91,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
         self._steps_as_plain_bn = 0
-        self._steps_told_of: int | None = None
+        self._notices_before = 0
         self.scheduled = False
         self.initial_history_weight = float(history_weight)
         weight = None
@@ -216,7 +215,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         # around torch's __setattr__, which is slow
         self.__dict__["_steps_as_plain_bn"] += 1
         if self._steps_as_plain_bn == 1:
-            self._steps_told_of = _Notice.steps_of_last()
+            self._notices_before = _Notice.given
         if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and float(self.history_weight) == 0:
             _Notice.give(self)
 
@@ -231,21 +230,14 @@ class _MomentumBatchNorm(SyncedBatchNorm):
 class _Notice:
     """The warning that Momentum layers trained as plain batch norm, given once for a whole model."""
 
-    last: "weakref.ref[_MomentumBatchNorm] | None" = None
-
-    @classmethod
-    def steps_of_last(cls) -> int | None:
-        """Return how many steps the layer that was told last has trained, if it is still there."""
-        told = cls.last() if cls.last is not None else None
-        return None if told is None else told._steps_as_plain_bn
+    given = 0
 
     @classmethod
     def give(cls, layer: _MomentumBatchNorm) -> None:
-        """Warn, unless a layer was told that has trained at the same time: it is of the same model."""
-        steps = cls.steps_of_last()
-        if steps is not None and steps != layer._steps_told_of:
+        """Warn, unless a layer was told since this one began to train: it is of the same model."""
+        if cls.given > layer._notices_before:
             return
-        cls.last = weakref.ref(layer)
+        cls.given += 1
         warnings.warn(
             f"Momentum layers have trained {STEPS_BEFORE_NOTICE} steps with history_weight=0, which is "
             "plain batch normalization: use MomentumSchedule(model, ...), or give history_weight or "
