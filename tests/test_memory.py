@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from mbnorm.memory import AS_MANY_AS_THE_BATCH, InferenceAverages, MovingAverage, RecentBatches
+from mbnorm.memory import (
+    AS_MANY_AS_THE_BATCH,
+    InferenceAverages,
+    InferenceUpdate,
+    MovingAverage,
+    RecentBatches,
+    commit,
+)
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 BATCH = torch.tensor([77.0]), torch.tensor([77.0])
@@ -201,3 +208,22 @@ def test_a_failed_rewind_can_be_taken_back():
     memory.rewind(then)
     memory.restore(now)
     assert read_mean(memory)[0] == 2.5
+
+
+@pytest.mark.parametrize(("n", "correction"), [(1, 1.0), (2, 2.0), (5, 1.25)])
+def test_the_variance_for_inference_is_unbiased_where_there_is_more_than_one_value(n, correction):
+    state = averages()
+    update = InferenceUpdate(blended=False, unbiased=True, weight=1.0, variance="averaged")
+    statistics = torch.tensor([3.0]), torch.tensor([4.0])
+    commit(moving(), state, statistics, statistics, n, update)
+    assert (state.mean.item(), state.var.item()) == (3.0, 4 * correction)
+
+
+def test_a_failed_rewind_of_a_moving_average_can_be_taken_back():
+    memory = moving()
+    then = memory.snapshot()
+    store(memory, 5)
+    now = memory.snapshot()
+    memory.rewind(then)
+    memory.restore(now)
+    assert (memory.mean.item(), int(memory.filled)) == (5.0, 1)
