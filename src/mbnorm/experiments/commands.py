@@ -14,7 +14,7 @@ from mbnorm import __version__
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS
 from mbnorm.experiments.bench.run import bench as run_bench
 from mbnorm.experiments.compare import report, train_missing
-from mbnorm.experiments.data import SAMPLINGS, Sampling, largest_batch
+from mbnorm.experiments.data import EMBEDDED, load
 from mbnorm.experiments.diagnose import DATA, batches_of, net
 from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.grid import (
@@ -28,8 +28,9 @@ from mbnorm.experiments.grid import (
     suite_settings,
 )
 from mbnorm.experiments.methods import METHODS
-from mbnorm.experiments.models import MODELS
+from mbnorm.experiments.models import MODELS, TIMM, known, why_not
 from mbnorm.experiments.results import Results
+from mbnorm.experiments.sampling import SAMPLINGS, Sampling, largest_batch
 
 Choice = TypeVar("Choice", bound=str)
 Number = TypeVar("Number", int, float)
@@ -93,11 +94,23 @@ def compare(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Grid: nets, comma-separated: mlp, cnn.", metavar="LIST", show_default="mlp"),
+        typer.Option(
+            help=f"Grid: nets, comma-separated: {', '.join(MODELS)}, timm:NAME.",
+            metavar="LIST",
+            show_default="mlp",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Grid: data sets, comma-separated: {', '.join(EMBEDDED)}.",
+            metavar="LIST",
+            show_default="digits",
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Grid: epochs of training.", metavar="N", show_default="mlp 10, cnn 8"),
+        typer.Option(help="Grid: epochs of training.", metavar="N", show_default="mlp 10, others 8"),
     ] = None,
     lr: Annotated[
         str | None,
@@ -132,18 +145,19 @@ def compare(
     seeds = _at_least_1("--seeds", SEEDS[chosen_suite] if seeds is None else seeds)
     jobs = _at_least_1("--jobs", (os.cpu_count() or 1) if jobs is None else jobs)
     _check_accelerator(accelerator)
-    if (batch_sizes, sampling, model, epochs, lr) == (None,) * 5:
+    if (batch_sizes, sampling, model, data, epochs, lr) == (None,) * 6:
         settings = suite_settings(chosen_suite)
         runs = suite_runs(chosen_suite, chosen_methods, seeds)
     else:
         settings = grid_settings(
-            _choices("--model", "mlp" if model is None else model, MODELS),
+            _models("--model", "mlp" if model is None else model),
             _numbers("--batch-sizes", "2" if batch_sizes is None else batch_sizes, int),
             _choices("--sampling", "shuffled" if sampling is None else sampling, SAMPLINGS),
             None if lr is None else _numbers("--lr", lr, float),
             None if epochs is None else _at_least_1("--epochs", epochs),
+            _choices("--data", "digits" if data is None else data, EMBEDDED),
         )
-        _check_batches_fit(settings)
+        _check_fit(settings)
         runs = runs_of(settings, chosen_methods, seeds)
     results = _results_in(out)
     try:
@@ -239,7 +253,7 @@ def diagnose(
     chosen_sampling = _choice("--sampling", sampling, SAMPLINGS)
     _at_least_1("--batch-size", batch_size)
     if chosen_data == "digits":
-        _check_fits(batch_size, chosen_sampling, "--batch-size")
+        _check_batch_fits(batch_size, chosen_sampling, "digits", "--batch-size")
     try:
         built = net(chosen_model, chosen_method, batch_size, checkpoint)
     except ValueError as error:
@@ -296,6 +310,15 @@ def _choices(option: str, text: str, allowed: Sequence[Choice]) -> list[Choice]:
     return [_choice(option, part, allowed) for part in _parts(text)]
 
 
+def _models(option: str, text: str) -> list[str]:
+    for part in _parts(text):
+        if not known(part):
+            raise typer.BadParameter(
+                f"expected {', '.join(MODELS)} or {TIMM}NAME; got {part!r}", param_hint=option
+            )
+    return _parts(text)
+
+
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     numbers = []
     for part in _parts(text):
@@ -320,13 +343,16 @@ def _at_least_1(option: str, value: int) -> int:
     return value
 
 
-def _check_batches_fit(settings: Sequence[Setting]) -> None:
+def _check_fit(settings: Sequence[Setting]) -> None:
     for setting in settings:
-        _check_fits(setting.batch_size, setting.sampling, "--batch-sizes")
+        why = why_not(setting.model, load(setting.data))
+        if why is not None:
+            raise typer.BadParameter(f"{why}: {setting.data}", param_hint="--model")
+        _check_batch_fits(setting.batch_size, setting.sampling, setting.data, "--batch-sizes")
 
 
-def _check_fits(batch_size: int, sampling: Sampling, option: str) -> None:
-    most = largest_batch(sampling)
+def _check_batch_fits(batch_size: int, sampling: Sampling, data: str, option: str) -> None:
+    most = largest_batch(sampling, load(data).train_targets)
     if batch_size > most:
         raise typer.BadParameter(
             f"{sampling} batches have at most {most} images, got {batch_size}", param_hint=option
