@@ -36,7 +36,7 @@ WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "
 REFERENCE_BATCH_SIZE = 64
 """Where batch norm is at ease, and how many samples an accumulated step takes."""
 
-IMAGES_AT_ONCE = 100
+INPUTS_AT_ONCE = 100
 _BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -133,22 +133,22 @@ def batches_a_step(method: Method, batch_size: int) -> int:
     return max(1, REFERENCE_BATCH_SIZE // batch_size) if method == "batch+accumulate" else 1
 
 
-def before_training(method: Method, model: nn.Module, images: Tensor) -> None:
-    """Give frozen layers the statistics of the training images under the initial weights."""
+def before_training(method: Method, model: nn.Module, inputs: Tensor) -> None:
+    """Give frozen layers the statistics of the training data under the initial weights."""
     if method == "frozen":
-        recalibrate(model.eval(), _in_random_order(images))
+        recalibrate(model.eval(), _in_random_order(inputs))
         model.train()
 
 
-def after_training(method: Method, model: nn.Module, images: Tensor) -> None:
-    """Give the layers the statistics of the training images under the final weights, if the method does."""
+def after_training(method: Method, model: nn.Module, inputs: Tensor) -> None:
+    """Give the layers the statistics of the training data under the final weights, if the method does."""
     if method == "batch+recalibrate":
-        recalibrate(model, _in_random_order(images))
+        recalibrate(model, _in_random_order(inputs))
 
 
-def _in_random_order(images: Tensor) -> tuple[Tensor, ...]:
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return torch.split(images[order.to(images.device)], IMAGES_AT_ONCE)
+def _in_random_order(inputs: Tensor) -> tuple[Tensor, ...]:
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    return torch.split(inputs[order.to(inputs.device)], INPUTS_AT_ONCE)
 
 
 def _groups(layer: _BatchNorm) -> int:
