@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from mbnorm.experiments.data import load
-from mbnorm.experiments.methods import METHODS, Method
+from mbnorm.experiments.methods import DOUBLE_FORWARD, OURS, REFERENCE_BATCH_SIZE, Method
 from mbnorm.experiments.sampling import Sampling
 
 SuiteName: TypeAlias = Literal["quick", "full"]
@@ -58,7 +58,8 @@ def default_epochs(model: str) -> int:
 
 def reference_of(setting: Setting) -> Setting:
     """Return where batch norm is at ease: what it reaches there is what small batches can cost."""
-    return Setting(setting.model, 64, "shuffled", linear_rate(64), setting.epochs, setting.data)
+    m = REFERENCE_BATCH_SIZE
+    return Setting(setting.model, m, "shuffled", linear_rate(m), setting.epochs, setting.data)
 
 
 def suite_settings(suite: SuiteName) -> list[Setting]:
@@ -101,14 +102,14 @@ def suite_runs(suite: SuiteName, methods: Sequence[Method], seeds: int) -> list[
     return list(dict.fromkeys(runs_of(settings, methods, seeds) + reference))
 
 
-# rough milliseconds a step on one core: they order the runs and foretell the time left, nothing else
-_STEP: dict[str, dict[Method, float]] = {
-    "mlp": dict(zip(METHODS, (0.6, 0.7, 0.7, 1.5, 1.5, 1.8, 3.7, 1.6), strict=True)),
-    "cnn": dict(zip(METHODS, (2.0, 3.0, 3.0, 9.0, 9.0, 11.0, 19.0, 9.0), strict=True)),
-}
+# rough milliseconds a step of batch norm on one core: they order the runs and foretell the time left
+_STEP = {"mlp": 0.7, "mlp6": 2.0}
+_OTHER_STEP = 3.0
 
 
 def cost(run: Run) -> float:
-    """Return about how many milliseconds a run takes; nets other than the MLP count as the CNN."""
-    steps = run.setting.epochs * (len(load(run.setting.data).train_targets) // run.setting.batch_size)
-    return steps * _STEP.get(run.setting.model, _STEP["cnn"])[run.method]
+    """Return about how many milliseconds a run takes; nets other than the MLPs count as the CNN."""
+    setting = run.setting
+    steps = setting.epochs * (len(load(setting.data).train_targets) // setting.batch_size)
+    ours, twice = run.method in OURS, run.method in DOUBLE_FORWARD
+    return steps * _STEP.get(setting.model, _OTHER_STEP) * (1 + 1.5 * ours) * (1 + twice)

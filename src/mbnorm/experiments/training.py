@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from mbnorm import DoubleForward, no_update
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.grid import Run, Setting
-from mbnorm.experiments.methods import OURS, schedule_for, set_method
+from mbnorm.experiments.methods import (
+    DOUBLE_FORWARD,
+    OURS,
+    after_training,
+    batches_a_step,
+    before_training,
+    schedule_for,
+    set_method,
+)
 from mbnorm.experiments.models import build
 from mbnorm.experiments.sampling import one_epoch
 
@@ -75,13 +83,19 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Data, float]:
     setting = run.setting
     data = load(setting.data).to(fabric.device)
     model = initial_model(run)
+    accumulated = batches_a_step(run.method, setting.batch_size)
     plain_optimizer = torch.optim.SGD(
-        model.parameters(), lr=setting.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+        model.parameters(),
+        lr=setting.lr * accumulated,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        fused=True,
     )
-    if run.method == "memorized+df":
+    if run.method in DOUBLE_FORWARD:
         DoubleForward(model, plain_optimizer)
     net, optimizer = fabric.setup(model, plain_optimizer)
 
+    before_training(run.method, model, data.train_inputs)
     if setting.batch_size == 1 and run.method in OURS:
         # a single value has no variance: there must be a past to blend it with
         with torch.no_grad():
@@ -102,14 +116,16 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Data, float]:
             if step in drops:
                 for group in plain_optimizer.param_groups:
                     group["lr"] *= 0.1
-            optimizer.zero_grad()
             loss = F.cross_entropy(net(inputs), targets)
-            fabric.backward(loss)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            fabric.backward(loss / accumulated)
             epoch_loss += loss.detach()
             step += 1
+            if step % accumulated == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                if schedule is not None:
+                    schedule.step()
+    after_training(run.method, model, data.train_inputs)
     return model, data, epoch_loss.item() / len(batches)
 
 

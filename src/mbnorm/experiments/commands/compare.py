@@ -158,7 +158,7 @@ def _compare(
     console.print(
         f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
     )
-    crashed = train_missing(runs, results, jobs, accelerator, console)
+    crashed = train_missing(runs, results, console, jobs=jobs, accelerator=accelerator)
     report(settings, runs, results, out, console)
     for line in crashed:
         typer.echo(f"crashed, to be repeated by the same command: {line}", err=True)

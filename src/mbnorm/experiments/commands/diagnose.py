@@ -8,7 +8,7 @@ import typer
 from mbnorm.experiments.commands.options import at_least_1, check_batch_fits, choice
 from mbnorm.experiments.diagnose import DATA, batches_of, net
 from mbnorm.experiments.diagnose import write as write_diagnosis
-from mbnorm.experiments.methods import METHODS
+from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
 from mbnorm.experiments.models import MODELS
 from mbnorm.experiments.sampling import SAMPLINGS
 
@@ -49,7 +49,7 @@ def diagnose(
     chosen_data = choice("--data", data, DATA)
     chosen_model = choice("--model", model, MODELS)
     chosen_method = choice("--method", method, METHODS)
-    if chosen_method in ("none", "group"):
+    if chosen_method in WITHOUT_BATCH_NORM:
         raise typer.BadParameter(f"{method!r} leaves no batch norm to look at", param_hint="--method")
     chosen_sampling = choice("--sampling", sampling, SAMPLINGS)
     at_least_1("--batch-size", batch_size)
