@@ -84,7 +84,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
     ("options", "complaint"),
     [
         (["--suite", "all"], "--suite: expected quick, full; got 'all'"),
-        (["--methods", "batch,layer"], "--methods: expected none, batch,"),
+        (["--methods", "batch,spectral"], "--methods: expected none, batch,"),
         (["--methods", ""], "--methods: expected none, batch,"),
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--seeds", "two"], "--seeds"),
@@ -92,8 +92,20 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
         (["--batch-sizes", "2.5"], "got '2.5'"),
         (["--batch-sizes", "1001"], "--batch-sizes: shuffled batches have at most 1000 images, got 1001"),
         (["--batch-sizes", "128", "--sampling", "one-class"], "one-class batches have at most"),
-        (["--sampling", "sorted"], "--sampling: expected shuffled, one-class; got 'sorted'"),
-        (["--model", "vit"], "--model: expected mlp, cnn; got 'vit'"),
+        (
+            ["--sampling", "sorted"],
+            "--sampling: expected shuffled, one-class, drifting, long-tailed; got 'sorted'",
+        ),
+        (["--model", "vit"], "unet3d or timm:NAME; got 'vit'"),
+        (
+            ["--model", "segment"],
+            "--model: segment gives a class per pixel, and these data have one",
+        ),
+        (["--data", "segments"], "--model: mlp gives a class per image, and these data have one per pixel"),
+        (
+            ["--data", "faces"],
+            "--data: expected digits, textures, photos, segments, volumes, folder:PATH",
+        ),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--lr", "0.1,-1"], "--lr: expected numbers above 0, comma-separated; got '-1'"),
         (["--lr", "nan"], "--lr: expected numbers above 0"),
@@ -169,7 +181,7 @@ def test_a_crashed_run_is_reported_and_does_not_lose_the_others(results, monkeyp
 
     def crash(runs, *_):
         for run in runs:
-            yield run, MemoryError("no room")
+            yield run, "MemoryError: no room"
 
     monkeypatch.setattr(compare, "train_all", crash)
     status, out, err = mbnorm_says("compare", *TINY, "--out", results.parent)
@@ -203,7 +215,7 @@ def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.startswith(f"interrupted: 0 of 16 runs are in {tmp_path}")
+        assert err.startswith(f"interrupted: 0 of 32 runs are in {tmp_path}")
         assert err.count("\n") == 1
         assert ends_within(10, process.pid)
     finally:

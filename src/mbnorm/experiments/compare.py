@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -15,7 +14,7 @@ from mbnorm.experiments.plot import draw
 from mbnorm.experiments.report import as_markdown, rows_of, show
 from mbnorm.experiments.results import Results
 from mbnorm.experiments.training import Outcome
-from mbnorm.experiments.workers import train_all
+from mbnorm.experiments.workers import Scheduler, train_all
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,7 +22,14 @@ Advance: TypeAlias = Callable[[Run, str], None]
 
 
 def train_missing(
-    runs: Sequence[Run], results: Results, jobs: int, accelerator: str, console: Console
+    runs: Sequence[Run],
+    results: Results,
+    console: Console,
+    *,
+    jobs: int | None,
+    accelerator: str,
+    scheduler: Scheduler = "local",
+    address: str | None = None,
 ) -> list[str]:
     """Train the runs that have no result yet, add their results, and return a line for each that crashed.
 
@@ -35,17 +41,15 @@ def train_missing(
     if not missing:
         return crashed
     with (
-        closing(train_all(missing, jobs, accelerator)) as finished,
+        closing(train_all(missing, jobs, accelerator, scheduler, address)) as finished,
         _progress(missing, console) as advance,
     ):
         for run, outcome in finished:
-            if isinstance(outcome, BrokenProcessPool):
-                raise outcome
             if isinstance(outcome, Outcome):
                 results.add(run, outcome, accelerator)
                 advance(run, _in_short(outcome))
             else:
-                crashed.append(f"{run}: {type(outcome).__name__}: {outcome}")
+                crashed.append(f"{run}: {outcome}")
                 advance(run, "crashed")
     return crashed
 

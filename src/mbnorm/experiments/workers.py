@@ -1,56 +1,126 @@
-"""Runs trained side by side, a process each."""
+"""Runs trained side by side: in processes here, or on a cluster."""
 
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
+from joblib.externals.loky import get_reusable_executor  # type: ignore[import-untyped]
 
 from mbnorm.experiments.grid import Run, cost
 from mbnorm.experiments.training import Outcome, train
 
+Scheduler: TypeAlias = Literal["local", "dask", "ray"]
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+
+Crash: TypeAlias = str
+"""What a run raised, in a line."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
 
 def train_all(
-    runs: Sequence[Run], jobs: int, accelerator: str
-) -> Generator[tuple[Run, Outcome | BaseException]]:
-    """Train ``runs`` in ``jobs`` processes, longest first, and yield each as it ends, or what it raised.
+    runs: Sequence[Run],
+    jobs: int | None,
+    accelerator: str,
+    scheduler: Scheduler = "local",
+    address: str | None = None,
+) -> Generator[tuple[Run, Outcome | Crash]]:
+    """Train ``runs``, longest first, and yield each as it ends.
 
-    Leaving the iteration early, by an exception too, ends the processes at once.
+    Leaving the iteration early, by an exception too, ends local processes at once.
+
+    Args:
+        runs: what to train.
+        jobs: runs at a time; None is one for each core, here or of the cluster.
+        accelerator: where to train.
+        scheduler: "local" for processes of this machine, or the cluster that gets the runs.
+        address: of the cluster; None starts one here, or takes the one that is configured.
+
+    Raises:
+        BrokenProcessPool: a local process died without a word.
+        ImportError, OSError: there is no such cluster; in one line.
     """
-    pool = ProcessPoolExecutor(
-        min(jobs, len(runs)), mp_context=multiprocessing.get_context("spawn"), initializer=_set_up_worker
-    )
-    try:
-        futures: dict[Future[Outcome], Run] = {}
+    with _cluster(scheduler, address) as backend, parallel_config(backend, n_jobs=jobs or -1):
+        parent = os.getpid() if scheduler == "local" else None
+        tasks = [delayed(_train)(run, accelerator, parent) for run in sorted(runs, key=cost, reverse=True)]
+        # a batch of several runs would be handed back, and stored, only when all of them have ended
+        parallel = Parallel(return_as="generator_unordered", batch_size=1)
         # ignored signals are inherited: Ctrl-C reaches every process, and only this one is to answer
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for run in sorted(runs, key=cost, reverse=True):
-                futures[pool.submit(train, run, accelerator)] = run
+            finished = parallel(tasks)
         finally:
             signal.signal(signal.SIGINT, handler)
-        for future in as_completed(futures):
-            yield futures[future], future.exception() or future.result()
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield from finished
 
 
-def _set_up_worker() -> None:
+def _train(run: Run, accelerator: str, parent: int | None) -> tuple[Run, Outcome | Crash]:
+    # joblib does a single job at a time in the parent itself
+    if parent not in (None, os.getpid()):
+        _leave_with(parent)
+    threads, mkldnn = torch.get_num_threads(), torch.backends.mkldnn
+    prepares = mkldnn.enabled
     torch.set_num_threads(1)
     # its preparation costs more than it saves on nets this small
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        return run, train(run, accelerator)
+    except Exception as error:
+        # some exceptions cannot be sent
+        return run, f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_num_threads(threads)
+        mkldnn.enabled = prepares
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+@cache
+def _leave_with(parent: int | None) -> None:
+    """Leave Ctrl-C to the parent, and end when it has ended."""
+    # a process that took the place of another one has not inherited this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+@contextmanager
+def _cluster(scheduler: Scheduler, address: str | None) -> Iterator[str]:
+    """Connect to a cluster, and give the name of joblib's backend for it."""
+    match scheduler:
+        case "local":
+            try:
+                yield "loky"
+            finally:
+                get_reusable_executor().shutdown(kill_workers=True)
+        case "dask":
+            client: Any = _needs("dask.distributed", "distributed").Client(address)
+            with client:
+                yield "dask"
+        case "ray":
+            ray: Any = _needs("ray", "ray")
+            ray.init(address=address, log_to_driver=False)
+            try:
+                _needs("ray.util.joblib", "ray").register_ray()
+                yield "ray"
+            finally:
+                ray.shutdown()
+
+
+def _needs(module: str, package: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this scheduler needs {package}: pip install {package} ({error})") from error
