@@ -10,7 +10,6 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from mbnorm import __version__
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS
 from mbnorm.experiments.bench.run import bench as run_bench
 from mbnorm.experiments.compare import report, train_missing
@@ -30,18 +29,19 @@ from mbnorm.experiments.grid import (
 from mbnorm.experiments.methods import METHODS
 from mbnorm.experiments.models import MODELS
 from mbnorm.experiments.results import Results
+from mbnorm.versions import describe
 
 Choice = TypeVar("Choice", bound=str)
 Number = TypeVar("Number", int, float)
 
 ACCELERATORS = ("cpu", "cuda", "mps")
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mbnorm {__version__}")
+        typer.echo(describe())
         raise typer.Exit
 
 
@@ -49,7 +49,7 @@ def _print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and available backends.")
     ] = False,
 ) -> None:
     """Batch normalization that works at batch sizes 1 to 8: see it at work."""
