@@ -49,7 +49,10 @@ def _print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and available backends.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print versions and usable backends."
+        ),
     ] = False,
 ) -> None:
     """Batch normalization that works at batch sizes 1 to 8: see it at work."""
