@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help compare test test-triton thorough mutants contract lint clean
+.PHONY: help compare test test-triton thorough mutants contract docs figures package oldest lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
@@ -11,6 +11,10 @@ help:
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
 	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
 	@echo "make contract  write docs/contract.md from the tests' markers"
+	@echo "make docs      build the documentation into docs/build, warnings are errors"
+	@echo "make figures   draw the documentation's figures anew, minutes long"
+	@echo "make package   build wheel and sdist, check them, and try the wheel beside torch alone"
+	@echo "make oldest    check types and kernels against the oldest torch, from its wheel on PyPI"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove the virtual environment"
 
@@ -35,6 +39,25 @@ mutants: $(VENV)/ready
 
 contract: $(VENV)/ready
 	$(BIN)/python tests/contract.py
+
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/build
+
+figures: $(VENV)/ready
+	$(BIN)/python docs/figures.py
+
+package: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt 'twine>=6'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear dist/venv
+	dist/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && venv/bin/python ../tests/first_step.py && venv/bin/mbnorm --version
+
+oldest: $(VENV)/ready
+	$(BIN)/python tests/oldest.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 import mbnorm
-from mbnorm import cli
+from mbnorm import cli, versions
+from mbnorm.backends import cpu
 from mbnorm.experiments import compare
 
 TINY = ["--epochs", "1", "--methods", "batch,matched", "--seeds", "1", "--batch-sizes", "32", "--jobs", "1"]
@@ -49,13 +51,38 @@ def no_training(monkeypatch):
     monkeypatch.setattr(compare, "train_all", fail)
 
 
-def test_the_version_is_printed():
-    assert mbnorm_says("--version") == (0, f"mbnorm {mbnorm.__version__}\n", "")
+def test_versions_and_backends_are_printed():
+    status, out, err = mbnorm_says("--version")
+    assert (status, err) == (0, "")
+    assert out == f"{versions.describe()}\n"
+    assert out.splitlines()[:2] == [f"mbnorm {mbnorm.__version__}", f"torch {torch.__version__}"]
+
+
+def test_a_backend_that_cannot_be_used_says_why(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert versions.describe().splitlines()[3:] == [
+        "backend cpu: not available, no C++ compiler: c++ was not found",
+        "backend aten: available",
+        "backend triton: not available, no CUDA or ROCm device",
+    ]
+
+
+def test_the_version_needs_no_extra(monkeypatch):
+    monkeypatch.setattr(cli, "NEEDED", ("no_such_package",))
+    assert mbnorm_says("--version")[0] == 0
 
 
 def test_python_m_mbnorm_is_the_command():
     result = subprocess.run([sys.executable, "-m", "mbnorm", "--version"], capture_output=True, text=True)
-    assert result.stdout == f"mbnorm {mbnorm.__version__}\n"
+    assert result.stdout.startswith(f"mbnorm {mbnorm.__version__}\n")
+
+
+def test_the_shell_completes_commands():
+    request = {"_MBNORM_COMPLETE": "complete_bash", "COMP_WORDS": "mbnorm dia", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "mbnorm"]
+    result = subprocess.run(command, env=os.environ | request, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["diagnose"]
 
 
 def test_without_a_command_the_help_is_printed():

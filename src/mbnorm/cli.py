@@ -9,6 +9,12 @@ NEEDED = ("lightning_fabric", "matplotlib", "numpy", "rich", "skimage", "sklearn
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments``, or those of the process, name; return the exit status."""
+    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        # what a bug report needs, also where torch alone is installed
+        from mbnorm.versions import describe
+
+        print(describe())
+        return 0
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         return _fail(f"mbnorm compare needs {', '.join(missing)}: pip install 'mbnorm[experiments]'", 1)

@@ -4,15 +4,15 @@ from typing import Annotated
 
 import typer
 
-from mbnorm import __version__
 from mbnorm.experiments.commands import bench, compare, diagnose
+from mbnorm.versions import describe
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mbnorm {__version__}")
+        typer.echo(describe())
         raise typer.Exit
 
 
@@ -20,7 +20,10 @@ def _print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print versions and usable backends."
+        ),
     ] = False,
 ) -> None:
     """Batch normalization that works at batch sizes 1 to 8: see it at work."""

@@ -1,0 +1,149 @@
+"""Draws the figures of the documentation: `python docs/figures.py` writes docs/figures/*.svg.
+
+What is measured, `mbnorm compare` and `mbnorm diagnose` measure, into runs/figures; runs that are there
+already are not repeated.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mbnorm.cli import main
+
+FOLDER = Path(__file__).parent / "figures"
+RUNS = Path("runs/figures")
+COLORS = {"batch": "#c62828", "matched": "#1769aa", "group": "#616161"}
+LABELS = {"batch": "batch norm", "matched": 'ours, "matched"', "group": "group norm"}
+SIZES = (2, 4, 8, 16, 32, 64)
+WEIGHTS = (1, 2, 4, 8, 16)
+
+
+def noise() -> None:
+    """How far the mean and the variance of a batch are from the truth, in the first layer of an MLP."""
+    figure, (means, variances) = _panels(2, (9, 3.4))
+    for sampling, color in (("shuffled", "#1769aa"), ("one-class", "#c62828")):
+        measured = [_first_layer(sampling, m) for m in SIZES]
+        means.plot(SIZES, [n["mean_error"] for n in measured], "o-", color=color, label=f"{sampling} batches")
+        variances.plot(SIZES, [n["var_error"] for n in measured], "o-", color=color)
+    means.plot(SIZES, [m**-0.5 for m in SIZES], "k:", linewidth=1, label="1 / √m")
+    means.set_ylabel("batch mean off by, in standard deviations")
+    variances.set_ylabel("batch variance off by, relative")
+    means.legend(frameon=False, fontsize=9)
+    for panel in (means, variances):
+        panel.set_ylim(bottom=0)
+        _batch_size_axis(panel)
+    _save(figure, "noise")
+
+
+def accuracy() -> None:
+    """Test accuracy of an MLP against the batch size it was trained with."""
+    sizes = ",".join(map(str, SIZES))
+    found = _compare("accuracy", "--batch-sizes", sizes, "--methods", ",".join(LABELS), "--seeds", "3")
+    figure, (panel,) = _panels(1, (6, 3.6))
+    for method, label in LABELS.items():
+        by_size = [[r["accuracy"] for r in found[method] if r["batch_size"] == m] for m in SIZES]
+        for m, values in zip(SIZES, by_size, strict=True):
+            panel.scatter([m] * len(values), values, s=12, color=COLORS[method], alpha=0.5)
+        means = [sum(values) / len(values) for values in by_size]
+        panel.plot(SIZES, means, color=COLORS[method], label=label)
+    panel.set_ylabel("test accuracy, %")
+    panel.legend(frameon=False, fontsize=9, loc="lower right")
+    _batch_size_axis(panel)
+    _save(figure, "accuracy")
+
+
+def modes() -> None:
+    """Loss on the training images in both modes, after training a CNN on one-class batches of 4."""
+    options = ("--model", "cnn", "--batch-sizes", "4", "--sampling", "one-class", "--seeds", "2")
+    found = _compare("modes", *options, "--methods", ",".join(LABELS))
+    figure, (panel,) = _panels(1, (6, 3))
+    for row, (method, label) in enumerate(LABELS.items()):
+        for key, marker in (("train_mode_loss", "o"), ("eval_mode_loss", "s")):
+            losses = [r[key] for r in found[method]]
+            fill = "none" if marker == "o" else COLORS[method]
+            panel.scatter(
+                losses, [row] * len(losses), marker=marker, facecolor=fill, edgecolor=COLORS[method]
+            )
+        panel.text(2.5, row, label, color=COLORS[method], va="center", fontsize=9)
+    panel.set_xscale("log")
+    panel.set_xlabel("loss on the training images; circles: train mode, squares: eval mode")
+    panel.set_yticks([])
+    panel.set_ylim(2.6, -0.6)
+    _save(figure, "modes")
+
+
+def history_weight() -> None:
+    """The weight of the past: over training by the paper's schedule, and over n by ours."""
+    figure, (schedule, matched) = _panels(2, (9, 3.4))
+    steps = [i / 200 for i in range(201)]
+    for m in WEIGHTS:
+        r = m / 32
+        schedule.plot(steps, [r ** (1 - p) - r for p in steps], label=f"m = {m}")
+    schedule.set_xlabel("part of the training that is done")
+    schedule.set_ylabel("weight λ of the past")
+    schedule.set_title('"momentum" with the paper\'s schedule', fontsize=10, loc="left")
+    schedule.legend(frameon=False, fontsize=9)
+    values = [2 ** (i / 8) for i in range(8 * 9 + 1)]
+    for target in (64, 128, 256):
+        weights = [max(0.0, (target - n) / (target + n)) for n in values]
+        matched.plot(values, weights, label=f"matched_values = {target}")
+    matched.set_xscale("log", base=2)
+    matched.set_xlabel("values per channel in the batch, n")
+    matched.set_title('"matched"', fontsize=10, loc="left")
+    matched.legend(frameon=False, fontsize=9)
+    _save(figure, "history-weight")
+
+
+def _first_layer(sampling: str, batch_size: int) -> dict[str, Any]:
+    out = RUNS / f"noise-{sampling}-{batch_size}"
+    if not (out / "diagnose.json").exists():
+        options = ("--sampling", sampling, "--batch-size", str(batch_size), "--batches", "300")
+        _run("diagnose", *options, "--out", str(out))
+    noise: dict[str, Any] = json.loads((out / "diagnose.json").read_text())["layers"][0]["noise"]
+    return noise
+
+
+def _compare(name: str, *options: str) -> dict[str, list[dict[str, Any]]]:
+    _run("compare", *options, "--jobs", "1", "--out", str(RUNS / name))
+    by_method = defaultdict(list)
+    for line in (RUNS / name / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        by_method[record["method"]].append(record)
+    return by_method
+
+
+def _run(*arguments: str) -> None:
+    if status := main(arguments):
+        sys.exit(status)
+
+
+def _panels(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False).flat)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _batch_size_axis(panel: Axes) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(SIZES, [str(m) for m in SIZES])
+    panel.set_xlabel("batch size m")
+
+
+def _save(figure: Figure, name: str) -> None:
+    # the same figure is the same file: no date, no random identifiers, no outlines of letters
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for draw in (noise, accuracy, modes, history_weight):
+        draw()
