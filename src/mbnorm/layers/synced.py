@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from mbnorm.blend import blend
 from mbnorm.distributed import (
@@ -111,7 +112,11 @@ class SyncedBatchNorm(HistoryBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with memory's and ranks' help."""
-        if self._ranks.process_group is None or not (self.training and self.has_memory):
+        if (
+            self._ranks.process_group is None
+            or not (self.training and self.has_memory)
+            or isinstance(input, Proxy)
+        ):
             return super().forward(input)
         if torch.compiler.is_compiling():
             # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
