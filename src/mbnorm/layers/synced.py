@@ -98,6 +98,11 @@ class SyncedBatchNorm(HistoryBatchNorm):
         self.sync: Sync = sync
         self._late = None
 
+    def share_with(self, process_group: ProcessGroup, sync: Sync = True) -> None:
+        """Share the memory with other ranks from now on, or with none; all must hold the same one."""
+        self.catch_up()
+        self._set_up_ranks(process_group, sync, self.backend)
+
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
         self.catch_up()
