@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-SECONDS = 90
+SECONDS = 180
 """How long a check may take, the start of the processes included."""
 
 

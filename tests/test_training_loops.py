@@ -205,3 +205,26 @@ def test_lbfgs_stores_the_last_evaluation_once_a_step(method):
         # the entry stored last is that of the weights after the step
         newest = int((net[1].memory_position - 1) % net[1].memory_size)
         torch.testing.assert_close(net[1].memory_mean[newest], reread.mean(0))
+
+
+@pytest.mark.contract("DF-5", "MF-1")
+@pytest.mark.parametrize("evaluations", [1, 5])
+@on_every_method
+def test_all_forwards_of_the_last_evaluation_of_a_closure_are_replayed(method, evaluations):
+    net = encoder(method)
+    # strong convexity: no evaluation is the last by chance
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=evaluations, lr=0.1)
+    DoubleForward(net, optimizer)
+    calls = counting(net)
+    left, right = data(2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(left) - net(right)).square().mean() + net[0].weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) == 2 * evaluations + 2
+    assert all(torch.equal(a, b) for a, b in zip(calls[-2:], [left, right], strict=True))
+    assert int(net[1].num_batches_tracked) == 2

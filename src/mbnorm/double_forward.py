@@ -34,8 +34,9 @@ class DoubleForward:
 
     Args:
         model: the module that the training loop calls. Its calls in train mode with gradients enabled
-            are captured: all since the last step (several micro-batches), the last one of those inside
-            one ``optimizer.step(closure)``, at most as many as the longest memory holds.
+            are captured: all since the last step (several micro-batches), of those inside one
+            ``optimizer.step(closure)`` the ones of its last evaluation, at most as many as the longest
+            memory holds.
         optimizer: its steps trigger the refresh.
         scaler: the `torch.amp.GradScaler` in use, if any: a step that it skips triggers nothing.
         every: refresh after every so many optimizer steps only, with the last step's batches.
@@ -118,10 +119,15 @@ class DoubleForward:
             self._mark = Mark.of(self.model)
         # a step whose closure raised has ended without a hook
         self._in_closure = self._in_closure and _is_stepping(self.optimizer)
-        if self._in_closure and self._calls and self._calls[-1].in_closure:
-            # a closure is evaluated again and again: its last evaluation is the step's batch
+        evaluation = self._evaluation() if self._in_closure else None
+        # a closure is evaluated again and again: its last evaluation has the step's batches
+        while evaluation is not None and self._calls and self._calls[-1].evaluation not in (None, evaluation):
             self._calls.pop()
-        self._calls.append(Call.of(self.model, args, kwargs, in_closure=self._in_closure))
+        self._calls.append(Call.of(self.model, args, kwargs, evaluation=evaluation))
+
+    def _evaluation(self) -> int:
+        # the optimizer moves the parameters between two evaluations, and within one nobody does
+        return sum(p._version for group in self.optimizer.param_groups for p in group["params"])
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -55,23 +55,31 @@ class Mark:
 
 
 class Call(NamedTuple):
-    """One call of a model: its inputs, detached, and the autocast settings it ran under."""
+    """One call of a model: its inputs, detached, and the autocast settings it ran under.
+
+    ``evaluation`` is the same for all calls in one evaluation of a step's closure, and None outside.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
     autocast: list[tuple[str, torch.dtype, bool]]
-    in_closure: bool
+    evaluation: int | None
 
     @classmethod
     def of(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_closure: bool = False
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        evaluation: int | None = None,
     ) -> "Call":
         """Return a call of a model with these inputs, under the autocast settings of now."""
         args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
         devices = {"cpu", *(layer.memory_device.type for layer in memorizing_layers(model))} - {"meta"}
         autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in sorted(devices)]
-        return cls(args, kwargs, _versions(args, kwargs), autocast, in_closure)
+        return cls(args, kwargs, _versions(args, kwargs), autocast, evaluation)
 
     def forward(self, model: nn.Module) -> None:
         """Call the model again."""

@@ -1,10 +1,11 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from mbnorm.backends import cpu
@@ -58,9 +59,16 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the memory's help."""
+        if isinstance(input, Proxy):
+            return self._leaf_of(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if not (self.training and self.has_memory):
             return self._plain_batch_norm(input)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                f"{type(self).__name__} is exported in eval mode: a graph of train mode would have today's "
+                "memory in it for ever. Call model.eval() first"
+            )
         if input.shape[1] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels, got an input of shape {tuple(input.shape)}"
@@ -92,6 +100,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         if n > 0 and self.stores:
             self._commit(result, n, m)
         return result.y
+
+    def _leaf_of(self, input: Proxy) -> Tensor:
+        """Return what torch.fx notes of torch's own layers: one call of a module, in both modes."""
+        name = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
 
     def _fuses(self, input: Tensor) -> bool:
         """Whether the kernels that read and commit take this input and the state as it is."""

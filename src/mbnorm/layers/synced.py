@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from mbnorm.blend import blend
 from mbnorm.distributed import (
@@ -97,6 +98,11 @@ class SyncedBatchNorm(HistoryBatchNorm):
         self.sync: Sync = sync
         self._late = None
 
+    def share_with(self, process_group: ProcessGroup, sync: Sync = True) -> None:
+        """Share the memory with other ranks from now on, or with none; all must hold the same one."""
+        self.catch_up()
+        self._set_up_ranks(process_group, sync, self.backend)
+
     def tear_down(self) -> None:
         """Remove all that `set_up` added."""
         self.catch_up()
@@ -111,7 +117,11 @@ class SyncedBatchNorm(HistoryBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with memory's and ranks' help."""
-        if self._ranks.process_group is None or not (self.training and self.has_memory):
+        if (
+            self._ranks.process_group is None
+            or not (self.training and self.has_memory)
+            or isinstance(input, Proxy)
+        ):
             return super().forward(input)
         if torch.compiler.is_compiling():
             # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True

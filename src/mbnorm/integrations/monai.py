@@ -1,0 +1,48 @@
+"""MONAI: the layers as norms of its factory."""
+
+from functools import partial
+from typing import Any
+
+from mbnorm.convert import MATCHED_VALUES
+from mbnorm.layers import (
+    MemorizedBatchNorm1d,
+    MemorizedBatchNorm2d,
+    MemorizedBatchNorm3d,
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+)
+
+MOMENTUM = (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d)
+MEMORIZED = (MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d)
+
+
+def register() -> None:
+    """Add the norms "momentum", "memorized" and "matched" to MONAI's factory.
+
+    Then ``UNet(..., norm="matched")`` or ``UNet(..., norm=("memorized", {"memory_size": 64}))``, with the
+    options of the layers; "matched" is "momentum" with ``matched_values=128``. May be called again.
+
+    Raises:
+        ImportError: MONAI is not installed.
+    """
+    try:
+        from monai.networks.layers.factories import Norm
+    except ImportError as error:
+        raise ImportError("mbnorm.integrations.monai needs MONAI: pip install monai") from error
+
+    def momentum(dim: int) -> Any:
+        """Momentum batch normalization in ``dim`` dimensions."""
+        return MOMENTUM[dim - 1]
+
+    def memorized(dim: int) -> Any:
+        """Memorized batch normalization in ``dim`` dimensions."""
+        return MEMORIZED[dim - 1]
+
+    def matched(dim: int) -> Any:
+        """Noise-matched Momentum batch normalization in ``dim`` dimensions."""
+        return partial(MOMENTUM[dim - 1], matched_values=MATCHED_VALUES)
+
+    for function in (momentum, memorized, matched):
+        if function.__name__.upper() not in Norm.names:
+            Norm.add_factory_callable(function.__name__, function)
