@@ -52,7 +52,8 @@ def _moments(
         mean += delta * (1.0 / tl.cast(step - begin + 1, STATE))
         m2 += delta * (values - mean)
         count += valid.to(STATE)[None, :]
-    return *_pool(count, mean, 0.0, m2, 1), centre
+    total, mean, rest, m2 = _pool(count, mean, 0.0, m2, 1)
+    return total, mean, rest, m2, centre
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _normalize(
         tl.store(y + offsets, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def forward_whole(
     x,
     y,
@@ -172,7 +173,7 @@ def forward_whole(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def moments_part(
     x,
     parts,
@@ -202,7 +203,7 @@ def moments_part(
     tl.store(parts + 4 * rows + row, centre, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def blend_parts(
     parts,
     past_mean,
@@ -232,7 +233,7 @@ def blend_parts(
     _blend(mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def normalize_part(
     x,
     y,
