@@ -39,22 +39,33 @@ EPS = 1e-3
 LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
 SHAPES = [
     ((6, 5), CONTIGUOUS),
-    ((70, 40), CONTIGUOUS),
+    ((40, 20), CONTIGUOUS),
     ((12, 1), CONTIGUOUS),
     ((4, 3, 5), CONTIGUOUS),
-    ((90, 5, 3), CONTIGUOUS),
+    ((40, 5, 3), CONTIGUOUS),
     ((5, 9, 1), CONTIGUOUS),
-    ((2, 67, 7, 7), CONTIGUOUS),
-    ((2, 67, 7, 7), LAST),
+    ((2, 19, 7, 7), CONTIGUOUS),
+    ((2, 19, 7, 7), LAST),
     ((3, 3, 4, 6), LAST),
     ((2, 1, 9, 9), LAST),
-    ((2, 3, 33, 37), CONTIGUOUS),
-    ((3, 5, 16, 16), CONTIGUOUS),
-    ((2, 3, 33, 37), LAST),
+    ((2, 3, 13, 17), CONTIGUOUS),
+    ((2, 3, 13, 17), LAST),
     ((2, 5, 3, 4, 3), CONTIGUOUS),
     ((2, 11, 3, 4, 3), LAST_3D),
 ]
 on_every_shape = pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=layout_id)
+# no map, a small map with many channels, a split map, with channels first and last
+on_each_kind = pytest.mark.parametrize(
+    ("shape", "layout"), [SHAPES[1], SHAPES[6], SHAPES[7], SHAPES[10], SHAPES[11]], ids=layout_id
+)
+NUMBERS = [
+    (torch.float64, 0.3, "averaged"),
+    (torch.float64, 0.3, "pooled"),
+    (torch.float32, 0.3, "averaged"),
+    (torch.float32, 1.0, "averaged"),
+    (torch.bfloat16, 0.3, "pooled"),
+    (torch.float16, 0.3, "averaged"),
+]
 
 
 @pytest.fixture(params=["tiles as they are", "small tiles"], autouse=True)
@@ -104,8 +115,7 @@ def made_for_device(*arguments, **options):
     return make_input(*arguments, **options).to(DEVICE)
 
 
-@pytest.mark.parametrize(("a", "variance"), [(0.3, "averaged"), (0.3, "pooled"), (1.0, "averaged")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+@pytest.mark.parametrize(("dtype", "a", "variance"), NUMBERS, ids=layout_id)
 @on_every_shape
 def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
     x = make_input(shape, dtype, layout)
@@ -138,7 +148,7 @@ def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
 
 
 @pytest.mark.parametrize("variance", ["averaged", "pooled"])
-@on_every_shape
+@on_each_kind
 def test_parameters_are_optional(shape, layout, variance):
     x = make_input(shape, torch.float64, layout)
     past = near_statistics(x)
@@ -152,7 +162,7 @@ def test_parameters_are_optional(shape, layout, variance):
     assert relative_error(dx.cpu(), wanted) < 1e-12
 
 
-@on_every_shape
+@on_each_kind
 def test_parameters_get_the_same_gradients_without_one_of_the_input(shape, layout):
     x, dy = (
         made_for_device(shape, torch.float32, layout),
@@ -165,7 +175,7 @@ def test_parameters_get_the_same_gradients_without_one_of_the_input(shape, layou
     assert torch.equal(db, same_db)
 
 
-@on_every_shape
+@on_each_kind
 def test_a_second_run_gives_the_same_bits(shape, layout):
     x, dy = (
         made_for_device(shape, torch.float32, layout),
@@ -174,8 +184,8 @@ def test_a_second_run_gives_the_same_bits(shape, layout):
     assert all(map(torch.equal, run(x, dy), run(x, dy)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
-@on_every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=layout_id)
+@on_each_kind
 def test_equal_values_have_no_variance(shape, layout, dtype):
     x = torch.full(shape, 0.1, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
     batch_mean, batch_var = run(x, x)[1:3]
@@ -183,34 +193,34 @@ def test_equal_values_have_no_variance(shape, layout, dtype):
     assert torch.equal(batch_mean, x.flatten()[0].to(batch_mean.dtype).expand_as(batch_mean))
 
 
+# and the roundings allowed: an outlier's whole variance may go through one lane of small tiles
 ADVERSARIES = {
-    "far off centre": lambda noise: 1e4 + noise,
-    "an outlier first": lambda noise: noise.index_fill(-1, torch.tensor(0), 1e5),
-    "two halves": lambda noise: noise + 1e3 * (torch.arange(noise.shape[-1]) % 64 < 32),
-    "a ramp": lambda noise: noise + torch.arange(float(noise.shape[-1])),
+    "far off centre": (lambda noise: 1e4 + noise, 1),
+    "an outlier first": (lambda noise: noise.index_fill(-1, torch.tensor(0), 1e5), 2),
+    "two halves": (lambda noise: noise + 1e3 * (torch.arange(noise.shape[-1]) % 64 < 32), 1),
+    "a ramp": (lambda noise: noise + torch.arange(float(noise.shape[-1])), 1),
 }
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=layout_id)
 def test_statistics_are_as_accurate_as_native(name, layout):
-    if name == "an outlier first" and triton_launch.TILE == 64:
-        pytest.skip("native sums in double on the CPU, and an outlier among 64 values moves their mean far")
-    noise = make_input((2, 4, 3, 900), torch.float64)
-    x = ADVERSARIES[name](noise).float().contiguous(memory_format=layout)
+    spoil, roundings = ADVERSARIES[name]
+    x = spoil(make_input((2, 2, 2, 900), torch.float64)).float().contiguous(memory_format=layout)
     exact_mean, exact_var, _ = reference.batch_statistics(x.double())
-    _, mean, var, *_ = run(x.to(DEVICE), x.to(DEVICE))
+    past = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    _, (mean, var, *_) = kernels.forward(x.to(DEVICE), None, None, *past, "averaged", EPS)
+    # on the CPU native sums in double
     native_mean, native_var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    one_rounding = torch.finfo(torch.float32).eps
     for got, native, exact in ((mean, native_mean, exact_mean), (var, native_var, exact_var)):
         error = (got.cpu().double() - exact).abs() / exact.abs()
-        allowed = 2 * ((native.double() - exact).abs() / exact.abs()).max() + one_rounding
-        assert error.max() <= allowed
+        native_error = ((native.double() - exact).abs() / exact.abs()).max()
+        assert error.max() <= 2 * native_error + roundings * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@on_every_shape
+@on_each_kind
 def test_what_is_not_finite_stays_in_its_channel(shape, layout, bad):
     clean = made_for_device(shape, torch.float32, layout)
     dy = made_for_device(shape, torch.float32, layout, seed=6)

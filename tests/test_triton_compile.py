@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mbnorm.backends import triton_backward, triton_forward
+from mbnorm.backends import triton_backward, triton_forward, triton_memory
 
 pytestmark = pytest.mark.triton
 
@@ -37,10 +37,16 @@ KERNELS = {
         triton_backward.sums_part,
         triton_backward.add_parts,
         triton_backward.input_gradient_part,
+        triton_memory.read_average,
+        triton_memory.read_ring,
+        triton_memory.commit,
     )
 }
 VALUES = ("x", "y", "dy", "dx")
-SIZES = ("channels", "outer", "inner", "per_split", "splits")
+SIZES = ("channels", "outer", "inner", "per_split", "splits", "n", "size", "limit", "slot")
+COUNTERS = ("filled", "position", "counter", "batches", "skipped", "log_counters")
+SCALARS = ("fixed_weight", "new_weight")
+OPTIONAL = {"weight": None, "bias": None, "history": None, "counts": None, "log": None, "log_counters": None}
 
 
 def compile_for(target, kernel, dtype, rows, size="i32", **others):
@@ -54,13 +60,17 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
         "BLOCK_O": 1 if rows else 8,
         "BLOCK_I": 64,
         "BLOCK_S": 16,
+        "LOG2_DECAY": -0.5,
+        "BLENDED": True,
+        "UNBIASED": True,
+        "CUMULATIVE": False,
+        "REPLACES": False,
     }
     constants |= {"outer": 1} if rows else {}
     constants = {k: v for k, v in (constants | others).items() if k in kernel.arg_names}
-    types = {
-        name: f"*{dtype}" if name in VALUES else size if name in SIZES else f"*{state}"
-        for name in kernel.arg_names
-    }
+    of = dict.fromkeys(VALUES, f"*{dtype}") | dict.fromkeys(SIZES, size)
+    of |= dict.fromkeys(COUNTERS, "*i64") | dict.fromkeys(SCALARS, "fp64")
+    types = {name: of.get(name, f"*{state}") for name in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target)
     return made.asm[BINARIES[target.backend]]
@@ -82,8 +92,9 @@ def test_every_kernel_compiles_for_every_type_and_layout(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_compiles_without_what_is_optional(name):
     kernel = KERNELS[name]
-    optional = {"weight": None, "bias": None, "POOLED": False}
-    assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **optional)) > 1000
+    without = {k: v for k, v in OPTIONAL.items() if name != "read_ring" or k != "counts"}
+    without |= {"POOLED": False, "LOG2_DECAY": 0.0, "CUMULATIVE": True, "REPLACES": True}
+    assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **without)) > 1000
 
 
 @pytest.mark.parametrize("name", KERNELS)

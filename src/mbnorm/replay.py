@@ -129,6 +129,9 @@ def _forked_rng(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in {d.type for d in devices} - {"cpu", "meta"}:
+            if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+                # a CUDA graph moves the stream on by itself, and refuses to be asked for it
+                continue
             indices = [d.index for d in devices if d.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         yield

@@ -19,6 +19,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forward: Any = None
 _backward: Any = None
+_forward_with_average: Any = None
+forward_with_ring: Any = None
+"""As `mbnorm.backends.cpu.forward_with_ring`."""
 
 
 @cache
@@ -26,11 +29,14 @@ def missing() -> str | None:
     """Return why these kernels cannot be used here, in one line, or None; the first call imports Triton."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    global _forward, _backward
-    from mbnorm.backends import triton_launch  # noqa: F401
+    global _forward, _backward, _forward_with_average, forward_with_ring
+    from mbnorm.backends import triton_launch, triton_remember  # noqa: F401
 
-    _forward = torch.ops.mbnorm_triton.forward.default
-    _backward = torch.ops.mbnorm_triton.backward.default
+    operators = torch.ops.mbnorm_triton
+    _forward = operators.forward.default
+    _backward = operators.backward.default
+    _forward_with_average = operators.forward_with_average.default
+    forward_with_ring = operators.forward_with_ring.default
     return None
 
 
@@ -47,6 +53,28 @@ def forward(
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
     y, statistics = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
     return y, statistics
+
+
+def forward_with_average(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pooled: bool,
+    eps: float,
+    memory_mean: Tensor,
+    memory_var: Tensor,
+    filled: Tensor,
+    history_weight: Tensor | float,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do as `mbnorm.backends.cpu.forward_with_average`; a history weight on the device stays there."""
+    given = history_weight if isinstance(history_weight, Tensor) else None
+    fixed = 0.0 if isinstance(history_weight, Tensor) else history_weight
+    memory = memory_mean, memory_var, filled
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _forward_with_average(
+        x, weight, bias, pooled, eps, *memory, given, fixed, *rest
+    )
+    return result
 
 
 def backward(

@@ -78,7 +78,7 @@ def _input_gradient(
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def backward_whole(
     dy,
     x,
@@ -136,7 +136,7 @@ def backward_whole(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def sums_part(
     dy,
     x,
@@ -165,7 +165,7 @@ def sums_part(
     tl.store(parts + tl.num_programs(1).to(tl.int64) * channels + row, plain, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def add_parts(
     parts,
     statistics,
@@ -189,7 +189,7 @@ def add_parts(
     tl.store(parameters + channels + channel, plain, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def input_gradient_part(
     dy,
     x,

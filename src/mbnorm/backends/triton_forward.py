@@ -7,14 +7,18 @@ from mbnorm.backends.triton_tiles import my_channels, my_tiles, tile
 
 
 @triton.jit
-def _pool(count, mean, m2, AXIS: tl.constexpr):
-    """Return mean and squared deviations of groups together; equal means stay as they are."""
+def _pool(count, mean, rest, m2, AXIS: tl.constexpr):
+    """Return groups together: values, mean and what rounding took from it, squared deviations.
+
+    Equal means stay as they are.
+    """
     # channels that are not there have no values
     total = tl.maximum(tl.sum(count, AXIS), 1.0)
     rough = tl.sum(count * mean, AXIS) / total
-    pooled = rough + tl.sum(count * (mean - tl.expand_dims(rough, AXIS)), AXIS) / total
-    away = mean - tl.expand_dims(pooled, AXIS)
-    return total, pooled, tl.sum(m2 + count * away * away, AXIS)
+    away = mean - tl.expand_dims(rough, AXIS) + rest
+    finer = tl.sum(count * away, AXIS) / total
+    away -= tl.expand_dims(finer, AXIS)
+    return total, rough, finer, tl.sum(m2 + count * away * away, AXIS)
 
 
 @triton.jit
@@ -32,7 +36,7 @@ def _moments(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Return the number of values, their mean from a centre, squared deviations, and the channel's centre."""
+    """Return what `_pool` does, means from a centre near the channel's values, and that centre."""
     count = tl.zeros((1, BLOCK_O * BLOCK_I), STATE)
     mean = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     m2 = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
@@ -48,8 +52,8 @@ def _moments(
         mean += delta * (1.0 / tl.cast(step - begin + 1, STATE))
         m2 += delta * (values - mean)
         count += valid.to(STATE)[None, :]
-    total, mean, m2 = _pool(count, mean, m2, 1)
-    return total, mean, m2, centre
+    total, mean, rest, m2 = _pool(count, mean, 0.0, m2, 1)
+    return total, mean, rest, m2, centre
 
 
 @triton.jit
@@ -115,7 +119,7 @@ def _normalize(
         tl.store(y + offsets, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def forward_whole(
     x,
     y,
@@ -140,11 +144,13 @@ def forward_whole(
     """All of a forward, for channels that one program can go through twice."""
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    total, mean, m2, centre = _moments(
+    total, mean, rest, m2, centre = _moments(
         x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
+    # where an outlier has pulled the centre away, the first sum cancels, and the rest counts
+    mean = centre + mean + rest
     mean, var = _blend(
-        centre + mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED
+        mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED
     )
     _normalize(
         x,
@@ -167,7 +173,7 @@ def forward_whole(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def moments_part(
     x,
     parts,
@@ -181,10 +187,10 @@ def moments_part(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """What `_moments` finds in a part of the values: rows of ``parts``, (4, splits, C)."""
+    """What `_moments` finds in a part of the values: rows of ``parts``, (5, splits, C)."""
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    total, mean, m2, centre = _moments(
+    total, mean, rest, m2, centre = _moments(
         x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
     there = channel < channels
@@ -192,11 +198,12 @@ def moments_part(
     rows = tl.num_programs(1).to(tl.int64) * channels
     tl.store(parts + row, tl.zeros_like(mean) + total, mask=there)
     tl.store(parts + rows + row, mean, mask=there)
-    tl.store(parts + 2 * rows + row, m2, mask=there)
-    tl.store(parts + 3 * rows + row, centre, mask=there)
+    tl.store(parts + 2 * rows + row, rest, mask=there)
+    tl.store(parts + 3 * rows + row, m2, mask=there)
+    tl.store(parts + 4 * rows + row, centre, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def blend_parts(
     parts,
     past_mean,
@@ -217,14 +224,16 @@ def blend_parts(
     rows = tl.cast(splits, tl.int64) * channels
     count = tl.load(place, mask=mask, other=0.0)
     mean = tl.load(place + rows, mask=mask, other=0.0)
-    m2 = tl.load(place + 2 * rows, mask=mask, other=0.0)
-    total, mean, m2 = _pool(count, mean, m2, 0)
+    rest = tl.load(place + 2 * rows, mask=mask, other=0.0)
+    m2 = tl.load(place + 3 * rows, mask=mask, other=0.0)
+    total, mean, rest, m2 = _pool(count, mean, rest, m2, 0)
     # all parts have the same centre
-    mean += tl.load(parts + 3 * rows + channel, mask=channel < channels, other=0.0)
+    centre = tl.load(parts + 4 * rows + channel, mask=channel < channels, other=0.0)
+    mean = centre + mean + rest
     _blend(mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "per_split"])
 def normalize_part(
     x,
     y,

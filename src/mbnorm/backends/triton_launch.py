@@ -36,7 +36,8 @@ class Cut(NamedTuple):
     per_split: int
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the next power of two."""
     return 1 << (number - 1).bit_length()
 
 
@@ -44,12 +45,12 @@ def _power_of_two(number: int) -> int:
 def cut(channels: int, outer: int, inner: int, rows: bool, processors: int) -> Cut:
     """Return the division for ``outer`` runs of ``inner`` values, where ``rows`` have one of each channel."""
     if rows:
-        c = min(_power_of_two(channels), 64)
-        o, i = 1, min(_power_of_two(inner), TILE // c)
+        c = min(power_of_two(channels), 64)
+        o, i = 1, min(power_of_two(inner), TILE // c)
     else:
-        i = min(_power_of_two(inner), TILE)
-        o = min(_power_of_two(outer), TILE // i)
-        c = min(_power_of_two(channels), TILE // (o * i))
+        i = min(power_of_two(inner), TILE)
+        o = min(power_of_two(outer), TILE // i)
+        c = min(power_of_two(channels), TILE // (o * i))
     blocks = -(-channels // c)
     steps = -(-outer // o) * -(-inner // i)
     wanted = PROGRAMS_A_PROCESSOR * processors
@@ -80,19 +81,19 @@ def _runs(x: Tensor) -> tuple[int, int, bool]:
     return 1, x.shape[0] * values, True
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    # triton launches on the current device
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Return what makes Triton launch on the device of ``x``: it does on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _blocks_of_parts(made: Cut, channels: int) -> tuple[int, int, int]:
     """Return how many splits and channels a program puts together, and how many programs that takes."""
-    splits = _power_of_two(made.splits)
+    splits = power_of_two(made.splits)
     c = max(1, TILE // splits // 2)
     return splits, c, -(-channels // c)
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -102,6 +103,7 @@ def _forward(
     pooled: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
     x = _dense(x)
     y = torch.empty_like(x)
     channels = x.shape[1]
@@ -114,13 +116,13 @@ def _forward(
     past = past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device)
     weight, bias = _contiguous(weight), _contiguous(bias)
     tiles = state, rows, made.c, made.o, made.i
-    with _on(x):
+    with on_device_of(x):
         if made.splits == 1:
             triton_forward.forward_whole[grid](
                 x, y, weight, bias, *past, statistics, *sizes, eps, pooled, *tiles
             )
             return y, statistics
-        parts = x.new_empty((4, made.splits, channels), dtype=dtype)
+        parts = x.new_empty((5, made.splits, channels), dtype=dtype)
         s, c, blocks = _blocks_of_parts(made, channels)
         triton_forward.moments_part[grid](x, parts, *sizes, *tiles)
         triton_forward.blend_parts[(blocks,)](parts, *past, statistics, channels, made.splits, pooled, s, c)
@@ -128,7 +130,7 @@ def _forward(
     return y, statistics
 
 
-def _backward(
+def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -138,6 +140,7 @@ def _backward(
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return ``dx``, empty if it is not needed, and the rows ``(dw, db)``."""
     x = _dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
@@ -153,7 +156,7 @@ def _backward(
     statistics = statistics.contiguous()
     given = weight, batch_weight, statistics, parameters
     tiles = state, rows, made.c, made.o, made.i
-    with _on(x):
+    with on_device_of(x):
         if made.splits == 1:
             triton_backward.backward_whole[grid](dy, x, dx, *given, *sizes, eps, pooled, *tiles)
         else:
@@ -172,7 +175,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Return what `forward` does, without the values."""
     return torch.empty_like(_dense(x)), x.new_empty((4, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
@@ -193,7 +197,7 @@ _library.define(
 )
 # on the CPU they run under TRITON_INTERPRET=1
 for _key in ("CUDA", "CPU"):
-    _library.impl("forward", _forward, _key)
-    _library.impl("backward", _backward, _key)
-torch.library.register_fake("mbnorm_triton::forward", _forward_shapes, lib=_library)
+    _library.impl("forward", forward, _key)
+    _library.impl("backward", backward, _key)
+torch.library.register_fake("mbnorm_triton::forward", forward_shapes, lib=_library)
 torch.library.register_fake("mbnorm_triton::backward", _backward_shapes, lib=_library)

@@ -2,8 +2,10 @@
 
 The values of a channel lie in ``outer`` runs of ``inner`` values; with ``ROWS`` a channel's neighbours in
 memory are the other channels (channels_last, or no map), and there is one run. Tiles are walked block by
-block of a run, through all runs each, so that a lane that falls out stays out. A program takes all tiles of
-its channels or ``per_split`` of them.
+block of a run, through all runs each; as a tile is of one run or a run one block, a lane that falls out stays
+out. A program takes all tiles of its channels or ``per_split`` of them.
+
+Numbers of runs, samples and parts are not compiled into the kernels: a new batch size compiles nothing.
 """
 
 import triton

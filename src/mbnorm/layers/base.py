@@ -1,6 +1,7 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mbnorm.backends import cpu
+from mbnorm.backends import cpu, triton
 from mbnorm.blend import statistics_dtype
 from mbnorm.functional import (
     Backend,
@@ -38,6 +39,8 @@ from mbnorm.recompute import (
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
+FUSING: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
+"""The backends with kernels that read and commit, too."""
 
 
 class HistoryBatchNorm(StatefulBatchNorm):
@@ -52,9 +55,15 @@ class HistoryBatchNorm(StatefulBatchNorm):
         raise NotImplementedError
 
     def _forward_fused(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+        self,
+        kernels: ModuleType,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        n: int,
+        *commit: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read, normalize and ``commit`` in one operator of the CPU kernels."""
+        """Read, normalize and ``commit`` in one operator of ``kernels``."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -92,8 +101,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
             if repeated := self._repeat(input, n, backend):
                 return repeated.y
             self._calls.drop_done()
-            if backend == "cpu" and self._fuses(input):
-                return self._run_fused(FusedForward(self, n, m, self.stores), input)
+            if backend in FUSING and self._fuses(input):
+                return self._run_fused(FusedForward(self, FUSING[backend], n, m, self.stores), input)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
@@ -240,8 +249,8 @@ class FusedForward(KernelForward):
 
     __slots__ = ("layer", "m", "n", "stores")
 
-    def __init__(self, layer: HistoryBatchNorm, n: int, m: int, stores: bool) -> None:
-        super().__init__(cpu, layer.variance, layer.eps)
+    def __init__(self, layer: HistoryBatchNorm, kernels: ModuleType, n: int, m: int, stores: bool) -> None:
+        super().__init__(kernels, layer.variance, layer.eps)
         self.layer = layer
         self.n = n
         self.m = m
@@ -254,7 +263,17 @@ class FusedForward(KernelForward):
         log = (None, None, 0) if undo is None else undo.to_write(layer._averages().mean)
         blended, unbiased, new_weight, rule = layer._update(self.m)
         y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
-            x, weight, bias, self.n, *log, self.stores, blended, unbiased, new_weight, rule == "pooled"
+            self.kernels,
+            x,
+            weight,
+            bias,
+            self.n,
+            *log,
+            self.stores,
+            blended,
+            unbiased,
+            new_weight,
+            rule == "pooled",
         )
         if undo is not None:
             undo.add_written()

@@ -1,12 +1,12 @@
 """Memorized batch normalization."""
 
 import warnings
+from types import ModuleType
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from mbnorm.backends import cpu
 from mbnorm.blend import Variance
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
@@ -139,9 +139,15 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
         return self._memory().read(n, limit, self.decay, self.variance)
 
     def _forward_fused(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+        self,
+        kernels: ModuleType,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        n: int,
+        *commit: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_ring(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward_with_ring(
             x,
             weight,
             bias,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -160,16 +161,24 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         return self._memory().read(self._weight_of_history(n))
 
     def _forward_fused(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
+        self,
+        kernels: ModuleType,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        n: int,
+        *commit: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_average(
+        history = self._weight_of_history(n)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward_with_average(
             x,
             weight,
             bias,
             self.variance == "pooled",
             self.eps,
             *self._memory(),
-            float(self._weight_of_history(n)),
+            # to ask another device for its value is to wait for it
+            float(history) if kernels is cpu else history,
             *self._averages(),
             *commit,
         )

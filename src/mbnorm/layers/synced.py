@@ -19,7 +19,7 @@ from mbnorm.distributed import (
     pooled_batch_norm,
 )
 from mbnorm.functional import Backend, BlendedBatchNorm, choose
-from mbnorm.layers.base import FusedForward, HistoryBatchNorm
+from mbnorm.layers.base import FUSING, FusedForward, HistoryBatchNorm
 from mbnorm.layers.undo import Snapshot
 from mbnorm.memory import InferenceAverages, MovingAverage, Past, RecentBatches, Statistics
 from mbnorm.recompute import Call
@@ -195,8 +195,8 @@ class SyncedBatchNorm(HistoryBatchNorm):
         if n == 1 and not self._has_past():
             return self._plain_batch_norm(input)
         local: Statistics
-        if backend == "cpu" and self._fuses(input):
-            forward = FusedForward(self, n, m, stores=False)
+        if backend in FUSING and self._fuses(input):
+            forward = FusedForward(self, FUSING[backend], n, m, stores=False)
             y = self._run_fused(forward, input)
             past, local = forward.what_was_read(), (forward.statistics[0], forward.statistics[1])
         else:

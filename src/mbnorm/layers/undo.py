@@ -19,7 +19,7 @@ class Snapshot(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What the CPU kernels note of a state.
+    """What kernels note of a state.
 
     ``rows``, (4, C): past mean and variance, running mean and variance. ``counters``, (3,): batches, skipped
     and the memory's own.
@@ -51,10 +51,11 @@ class UndoLog:
     def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return where kernels may write a state with averages like these, and the place in there."""
         written = self._written
-        if written is None or written.rows.dtype != averages.dtype:
+        if written is None or (written.rows.dtype, written.rows.device) != (averages.dtype, averages.device):
             self.clear()
             rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
-            written = self._written = Written(rows, torch.empty((UNDO_DEPTH, 3), dtype=torch.int64))
+            counters = torch.empty((UNDO_DEPTH, 3), dtype=torch.int64, device=averages.device)
+            written = self._written = Written(rows, counters)
         return *written, self._slot
 
     def add_written(self) -> None:

@@ -17,7 +17,8 @@ def table(rows: list[Row]) -> str:
         f"mbnorm {row['mbnorm']}. Written by `python -m mbnorm.experiments.bench.gpu`.",
         "",
     ]
-    for kind, part in (("error", _errors), ("layer", _layers), ("step", _steps), ("failure", _failures)):
+    parts = {"error": _errors, "layer": _layers, "step": _steps, "cut": _cuts, "failure": _failures}
+    for kind, part in parts.items():
         if chosen := [r for r in rows if r["kind"] == kind]:
             lines += [*part(chosen), ""]
     return "\n".join(lines)
@@ -76,6 +77,22 @@ def _steps(rows: list[Row]) -> list[str]:
         time = f"{row['median_s'] / other['median_s']:.2f}" if other else "-"
         peak = f"{row['peak_bytes'] / other['peak_bytes']:.3f}" if other else "-"
         lines.append(f"| {row['threads']}, {row['method']} | {1e3 * row['median_s']:.2f} | {time} | {peak} |")
+    return lines
+
+
+def _cuts(rows: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(r["cut"] for r in rows))
+    lines = [
+        "Microseconds of `momentum`, forward and backward in a CUDA graph, with tiles of other sizes, and "
+        "other numbers of them that one program takes.",
+        "",
+        "| shape, layout | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for shape, layout in dict.fromkeys((tuple(r["shape"]), r["layout"]) for r in rows):
+        here = {r["cut"]: r["median_s"] for r in rows if (tuple(r["shape"]), r["layout"]) == (shape, layout)}
+        cells = (f"{1e6 * here[name]:.1f}" if name in here else "-" for name in names)
+        lines.append(f"| {'x'.join(map(str, shape))}, {layout} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 
 import mbnorm
-from mbnorm.experiments.bench.rows import Row
+from mbnorm.experiments.bench.rows import Row, failure
 from mbnorm.experiments.bench.timing import Timing
 from mbnorm.experiments.nets import resnet50
 
-METHODS = ("batch", "momentum", "memorized", "momentum+df", "memorized+df")
+Launched: TypeAlias = Literal["eager", "graph"]
+METHODS = ("batch", "momentum", "momentum-aten", "memorized", "momentum+df", "memorized+df")
 BATCH = 2
 ROUNDS = 5
 STEPS_A_ROUND = 5
@@ -40,10 +42,10 @@ class GpuTrainer:
         self.model: nn.Module = resnet50().to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         norm, _, double_forward = method.partition("+")
-        if norm == "momentum":
-            mbnorm.convert(self.model, "momentum", batch_size=BATCH)
-        elif norm == "memorized":
-            mbnorm.convert(self.model, "memorized", batch_size=BATCH)
+        norm, _, backend = norm.partition("-")
+        if norm != "batch":
+            on_gpu = "triton" if device == "cuda" else "auto"
+            mbnorm.convert(self.model, norm, batch_size=BATCH, backend=backend or on_gpu)  # type: ignore[arg-type]
         if double_forward:
             mbnorm.DoubleForward(self.model, self.optimizer)
         self.x = torch.randn(BATCH, 3, side, side, device=device)
@@ -55,56 +57,52 @@ class GpuTrainer:
         nn.functional.cross_entropy(self.model(self.x), self.classes).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
-
-def step_rows(until: float) -> Iterator[Row]:
-    """Yield times and peak memory of the steps, all methods in turns."""
-    trainers = {method: GpuTrainer(method, "cuda") for method in METHODS}
-    peaks = {}
-    for method, trainer in trainers.items():
+    def peak_bytes(self) -> int:
+        """Return the most bytes that a step takes beside what is there before, once it is warm."""
         for _ in range(WARM_UP):
-            trainer.step()
+            self.step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        trainer.step()
+        self.step()
         torch.cuda.synchronize()
-        peaks[method] = torch.cuda.max_memory_allocated() - before
-    for launched in ("eager", "graph"):
-        calls: dict[str, Callable[[], None]] = {}
-        for method, trainer in trainers.items():
-            try:
-                calls[method] = trainer.step if launched == "eager" else captured(trainer.step)
-            except RuntimeError as error:
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                yield {"kind": "failure", "of": "step", "what": f"{method}, {launched}", "why": why}
-        seconds: dict[str, list[float]] = {method: [] for method in calls}
-        for _ in range(ROUNDS):
-            if time.monotonic() > until:
-                break
-            for method, call in calls.items():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(STEPS_A_ROUND):
-                    call()
-                torch.cuda.synchronize()
-                seconds[method].append((time.perf_counter() - start) / STEPS_A_ROUND)
-        for method, found in seconds.items():
-            if len(found) < 2:
-                yield {
-                    "kind": "failure",
-                    "of": "step",
-                    "what": f"{method}, {launched}",
-                    "why": "no time left",
-                }
-                continue
-            timing = Timing.of(found)
-            yield {
-                "kind": "step",
-                "net": "resnet50",
-                "method": method,
-                "threads": launched,
-                "median_s": timing.median,
-                "low_s": timing.low,
-                "high_s": timing.high,
-                "peak_bytes": peaks[method],
-            }
+        return torch.cuda.max_memory_allocated() - before
+
+
+def step_rows(until: float, launched: Launched) -> Iterator[Row]:
+    """Yield times and peak memory of the steps, all methods in turns."""
+    calls: dict[str, Callable[[], None]] = {}
+    peaks = {}
+    for method in METHODS:
+        try:
+            trainer = GpuTrainer(method, "cuda")
+            peaks[method] = trainer.peak_bytes()
+            calls[method] = trainer.step if launched == "eager" else captured(trainer.step)
+        except Exception as error:
+            yield failure("step", f"{method}, {launched}", error)
+    seconds: dict[str, list[float]] = {method: [] for method in calls}
+    for _ in range(ROUNDS):
+        if time.monotonic() > until:
+            break
+        for method, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(STEPS_A_ROUND):
+                call()
+            torch.cuda.synchronize()
+            seconds[method].append((time.perf_counter() - start) / STEPS_A_ROUND)
+    for method, found in seconds.items():
+        if len(found) < 2:
+            yield failure("step", f"{method}, {launched}", TimeoutError("no time left"))
+            continue
+        timing = Timing.of(found)
+        yield {
+            "kind": "step",
+            "net": "resnet50",
+            "method": method,
+            "threads": launched,
+            "median_s": timing.median,
+            "low_s": timing.low,
+            "high_s": timing.high,
+            "peak_bytes": peaks[method],
+        }

@@ -46,6 +46,12 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def failure(kind: str, what: str, error: Exception) -> Row:
+    """Return the row of what did not run."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return {"kind": "failure", "of": kind, "what": what, "why": f"{type(error).__name__}: {reason}"}
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Return the geometric mean."""
     logarithms = [math.log(v) for v in values]

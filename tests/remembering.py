@@ -1,0 +1,92 @@
+"""The operators that read a memory, normalize and commit at once, and the same step by step."""
+
+import pytest
+import torch
+from helpers import layout_id
+
+from mbnorm.memory import InferenceAverages, InferenceUpdate, MovingAverage, RecentBatches, commit
+
+EPS = 1e-3
+SHAPE = (6, 11, 3)
+in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=layout_id)
+of_both_kinds = pytest.mark.parametrize("kind", ["ring", "average"])
+
+
+def filled(channels, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(channels, generator=generator, dtype=torch.float64)
+    return mean.to(dtype), torch.rand(channels, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def memory_of(kind, dtype, channels=SHAPE[1], size=5, device="cpu"):
+    integer = torch.zeros((), dtype=torch.int64)
+    if kind == "average":
+        memory = MovingAverage(*(torch.empty(channels, dtype=dtype) for _ in range(2)), integer)
+    else:
+        rings = (torch.empty(size, channels, dtype=dtype) for _ in range(2))
+        memory = RecentBatches(*rings, torch.empty(size, dtype=dtype), integer)
+    memory.clear()
+    return copy_of(memory, device)
+
+
+def averages_of(dtype, channels=SHAPE[1], device="cpu"):
+    zeros, ones = torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
+    return copy_of(InferenceAverages(zeros, ones, torch.tensor(0), torch.tensor(0)), device)
+
+
+def copy_of(state, device=None):
+    return type(state)(*(t.to(device or t.device, copy=True) for t in state))
+
+
+def assert_close(got, wanted):
+    for g, w in zip(got, wanted, strict=True):
+        tolerance = 1e-13 if g.dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+NO_LOG = (None, None, 0)
+
+
+def fused(kernels, x, parameters, state, how_read, variance, update, *, store=True, log=NO_LOG):
+    memory, averages = state
+    ring = isinstance(memory, RecentBatches)
+    operator = kernels.forward_with_ring if ring else kernels.forward_with_average
+    blended, unbiased, weight, rule = update
+    return operator(
+        x,
+        *parameters,
+        variance == "pooled",
+        EPS,
+        *memory,
+        *how_read,
+        *averages,
+        *log,
+        store,
+        blended,
+        unbiased,
+        weight,
+        rule == "pooled",
+    )
+
+
+def step_by_step(kernels, x, parameters, state, how_read, variance, update):
+    memory, averages = state
+    n = x.numel() // x.shape[1]
+    if isinstance(memory, RecentBatches):
+        past = memory.read(n, *how_read, variance)
+    else:
+        past = memory.read(*how_read)
+    a = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
+    y, statistics = kernels.forward(x, *parameters, past.mean, past.var, a, variance, EPS)
+    commit(memory, averages, tuple(statistics[:2]), tuple(statistics[2:]), n, update)
+    return y, statistics, past.mean, past.var, a
+
+
+BAD = (torch.nan, torch.inf, -torch.inf)
+UPDATES = [
+    InferenceUpdate(False, False, 0.1, "averaged"),
+    InferenceUpdate(False, True, None, "averaged"),
+    InferenceUpdate(False, True, 1.0, "averaged"),
+    InferenceUpdate(True, False, 1.0, "averaged"),
+    InferenceUpdate(False, False, 0.2, "pooled"),
+]
