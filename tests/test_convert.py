@@ -396,14 +396,21 @@ def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
     assert other.momentum == 0.01
 
 
-def test_converting_again_with_other_options_says_so():
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (("momentum", {"batch_size": 2}), ("momentum", {"batch_size": 2}), True),
+        (("momentum", {"batch_size": 2}), ("matched", {}), False),
+        (("matched", {}), ("matched", {}), True),
+        (("matched", {}), ("matched", {"matched_values": 64}), False),
+        (("matched", {}), ("momentum", {"batch_size": 2}), False),
+    ],
+)
+def test_converting_again_with_other_options_says_so(first, second, same):
     layer = nn.BatchNorm1d(3)
-    convert(layer, "momentum", batch_size=2)
-    whys = [convert(layer, method, batch_size=2).skipped for method in ("matched", "momentum")]
-    assert [why["(the model itself)"] for why in whys] == [
-        "already a MomentumBatchNorm1d with other options: revert it first",
-        "already a MomentumBatchNorm1d",
-    ]
+    convert(layer, first[0], **first[1])
+    why = convert(layer, second[0], **second[1]).skipped["(the model itself)"]
+    assert why == "already a MomentumBatchNorm1d" + ("" if same else " with other options: revert it first")
 
 
 def test_modules_inside_a_norm_keep_their_dtype_when_it_is_reverted():
