@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers import HistoryBatchNorm
-from mbnorm.optimizer_steps import was_skipped
+from mbnorm.optimizer_steps import check_hooks, was_skipped
 from mbnorm.replay import Call, Mark, replaying, without_trace
 from mbnorm.state import memorizing_layers, no_update, why_none
 
@@ -65,8 +65,7 @@ class DoubleForward:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise TypeError(f"expected a torch optimizer with step hooks, got {type(optimizer).__name__}")
+        check_hooks(optimizer)
         model = _inside(model)
         layers = _layers_to_refresh(model)
         self.model = model

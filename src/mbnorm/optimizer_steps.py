@@ -1,6 +1,19 @@
-"""Whether an optimizer step that has just ended changed anything."""
+"""Whether an optimizer tells of its steps, and whether one that has just ended changed anything."""
 
 import torch
+
+
+def check_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what has no step hooks, or inherits those that it never runs.
+
+    Raises:
+        TypeError: ``optimizer`` is such.
+    """
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"expected a torch optimizer with step hooks, got {type(optimizer).__name__}: give the one "
+            "inside, as optimizer.optimizer for Accelerate's, or call refresh and step by hand"
+        )
 
 
 def was_skipped(optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None") -> bool:

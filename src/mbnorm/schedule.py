@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mbnorm.layers.momentum import _MomentumBatchNorm
-from mbnorm.optimizer_steps import was_skipped
+from mbnorm.optimizer_steps import check_hooks, was_skipped
 from mbnorm.state import memorizing_layers, why_none
 
 Schedule: TypeAlias = Literal["paper", "constant"]
@@ -122,7 +122,11 @@ class MomentumSchedule:
 
         Returns:
             A handle whose ``remove()`` ends it.
+
+        Raises:
+            TypeError: ``optimizer`` has no step hooks.
         """
+        check_hooks(optimizer)
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
             if not was_skipped(stepped, scaler):
