@@ -118,6 +118,15 @@ def test_an_exploding_channel_is_named_and_does_not_count(count):
     assert found.reason.startswith("2 channels (2, 5) are not finite or 100 times as large")
 
 
+@pytest.mark.parametrize(("scale", "dead"), [(2e-3, False), (2e-4, True)])
+def test_a_channel_is_dead_where_eps_swallows_it_and_not_where_its_values_are_small(scale, dead):
+    x = scale * torch.randn(200, 4, 6)
+    layer = nn.BatchNorm1d(6)
+    outputs = layer(x.flatten(0, 1))
+    assert (float(outputs.std()) < 0.1) is dead
+    assert (only(layer, x).verdict == "dead") is dead
+
+
 def test_a_layer_of_dead_channels_alone_has_no_noise():
     found = only(nn.BatchNorm1d(2), torch.ones(10, 4, 2))
     assert found.verdict == "dead"

@@ -16,6 +16,8 @@ from mbnorm.layers import (
     MomentumBatchNorm3d,
 )
 
+DEAD = 0.01
+"""A channel's variance, in eps, up to which it is dead: the deviation of its outputs is 0.1 at most."""
 EXPLODED = 100
 """A channel's root mean square, in those of its layer's median channel, from which it has exploded."""
 
@@ -41,7 +43,8 @@ class Noise(NamedTuple):
         running_mean_error: distance of running_mean from the mean, in standard deviations of the channel;
             None if the running statistics are still the initial ones.
         running_var_error: distance of running_var from the variance, relative to it.
-        dead: channels whose variance is not above the layer's eps: they come out constant.
+        dead: channels whose variance is a hundredth of the layer's eps or less: they come out constant, or
+            nearly so.
         exploding: channels with values that are not finite, or that are 100 times those of the median one.
     """
 
@@ -186,7 +189,7 @@ class NoiseMeter:
 
     def _dead_and_exploding(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         finite = self.finite
-        dead = finite & (var <= self.layer.eps)
+        dead = finite & (var <= DEAD * self.layer.eps)
         size = (mean.square() + var).sqrt()
         usual = size[finite & ~dead]
         if len(usual) == 0:
