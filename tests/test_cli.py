@@ -92,14 +92,20 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
         (["--batch-sizes", "2.5"], "got '2.5'"),
         (["--batch-sizes", "1001"], "--batch-sizes: shuffled batches have at most 1000 images, got 1001"),
         (["--batch-sizes", "128", "--sampling", "one-class"], "one-class batches have at most"),
-        (["--sampling", "sorted"], "--sampling: expected shuffled, one-class; got 'sorted'"),
+        (
+            ["--sampling", "sorted"],
+            "--sampling: expected shuffled, one-class, drifting, long-tailed; got 'sorted'",
+        ),
         (["--model", "vit"], "unet3d or timm:NAME; got 'vit'"),
         (
             ["--model", "segment"],
             "--model: segment gives a class per pixel, and these data have one",
         ),
         (["--data", "segments"], "--model: mlp gives a class per image, and these data have one per pixel"),
-        (["--data", "faces"], "--data: expected digits, textures, photos, segments, volumes; got 'faces'"),
+        (
+            ["--data", "faces"],
+            "--data: expected digits, textures, photos, segments, volumes, folder:PATH",
+        ),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--lr", "0.1,-1"], "--lr: expected numbers above 0, comma-separated; got '-1'"),
         (["--lr", "nan"], "--lr: expected numbers above 0"),

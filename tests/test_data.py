@@ -3,7 +3,7 @@ import torch
 
 from mbnorm.experiments import pictures
 from mbnorm.experiments.data import EMBEDDED, load
-from mbnorm.experiments.sampling import class_of_each, largest_batch, one_epoch
+from mbnorm.experiments.sampling import SAMPLINGS, class_of_each, largest_batch, one_epoch
 
 on_every_data_set = pytest.mark.parametrize("name", EMBEDDED)
 
@@ -64,7 +64,7 @@ def test_no_voxel_of_a_volume_tells_alone():
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="expected digits, textures, photos, segments, volumes; got 'faces'"):
+    with pytest.raises(ValueError, match="expected digits, textures, photos, segments, volumes, folder:PATH"):
         load("faces")
 
 
@@ -80,3 +80,41 @@ def test_the_largest_batch_of_one_class_is_that_of_the_rarest():
     targets = torch.tensor([0, 0, 0, 2, 2])
     assert largest_batch("one-class", targets) == 2
     assert largest_batch("shuffled", targets) == 5
+
+
+def epoch_of(sampling, targets, batch_size=4, seed=0):
+    return one_epoch(sampling, targets, batch_size, torch.Generator().manual_seed(seed))
+
+
+def test_drifting_batches_go_through_the_classes_once():
+    """Batches far apart in an epoch share no class, neighbors nearly all."""
+    targets = torch.arange(10).repeat(100)
+    classes = targets[epoch_of("drifting", targets)].float()
+    means = torch.stack([classes[i : i + 25].mode().values.mode().values for i in range(0, 250, 25)])
+    assert sorted(means.tolist()) == list(range(10))
+
+
+def test_each_epoch_drifts_another_way():
+    targets = torch.arange(10).repeat(100)
+    first, second = (targets[epoch_of("drifting", targets, seed=seed)[0]] for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_a_long_tail_falls_by_the_same_factor_from_class_to_class():
+    targets = torch.arange(3).repeat(100)
+    counts = targets[epoch_of("long-tailed", targets, 1)].flatten().bincount()
+    assert counts.tolist() == [100, 14, 2]
+
+
+def test_a_long_tail_is_of_the_same_images_in_every_epoch():
+    targets = torch.arange(3).repeat(100)
+    first, second = (epoch_of("long-tailed", targets, 1, seed).flatten() for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_largest_batch_is_a_batch(sampling):
+    targets = torch.arange(3).repeat(20)
+    most = largest_batch(sampling, targets)
+    assert len(epoch_of(sampling, targets, most)) >= 1

@@ -1,10 +1,17 @@
 """Data sets by name, as tensors."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+EMBEDDED = ("digits", "textures", "photos", "segments", "volumes")
+OUTSIDE = ("folder:", "parquet:", "hub:")
+OUTSIDE_FORMS = ("folder:PATH", "parquet:PATH", "hub:NAME")
+MOST_VALUES = 2**30
+"""Float32 values that are held in memory: 4 GiB, enough for CIFAR and for 10,000 images of 180 pixels."""
 
 
 class Data(NamedTuple):
@@ -45,13 +52,48 @@ def scaled(data: Data) -> Data:
     return data._replace(train_inputs=train, test_inputs=test)
 
 
-@cache
-def load(name: str) -> Data:
-    """Return the data set of that name, the same one every time.
+class Parts(NamedTuple):
+    """The same as `torch.utils.data.Dataset`s, which may be larger than memory."""
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    train_targets: Tensor
+    shape: torch.Size
+    classes: int
+    per_pixel: bool
+
+
+def parts(name: str) -> Parts:
+    """Return the data set of that name as it is read, input by input.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be read; the line names the file.
     """
+    if name.startswith(OUTSIDE):
+        from mbnorm.experiments import sources
+
+        train, test, classes = sources.read(name)
+        return Parts(train, test, train.targets, train.shape, classes, per_pixel=False)
+    data = load(name)
+    return Parts(
+        TensorDataset(data.train_inputs, data.train_targets),
+        TensorDataset(data.test_inputs, data.test_targets),
+        data.train_targets,
+        data.shape,
+        data.classes,
+        data.per_pixel,
+    )
+
+
+@cache
+def load(name: str) -> Data:
+    """Return the data set of that name in memory, the same one every time.
+
+    Raises:
+        ValueError: there is none, it is too large, or it cannot be read; the line names the file.
+    """
+    if name.startswith(OUTSIDE):
+        return _in_memory(name)
     # the packages behind them take seconds to import, and not every command needs each
     match name:
         case "digits":
@@ -68,10 +110,24 @@ def load(name: str) -> Data:
             from mbnorm.experiments.volumes import volumes
 
             return volumes()
-    raise ValueError(f"expected {', '.join(EMBEDDED)}; got {name!r}")
+    raise ValueError(f"expected {', '.join(EMBEDDED)}, {', '.join(OUTSIDE_FORMS)}; got {name!r}")
 
 
-EMBEDDED = ("digits", "textures", "photos", "segments", "volumes")
+def _in_memory(name: str) -> Data:
+    source = parts(name)
+    inputs = len(source.train_targets) + len(source.test)  # type: ignore[arg-type]
+    if inputs * source.shape.numel() > MOST_VALUES:
+        raise ValueError(f"{name}: {inputs} images of {source.shape.numel()} values do not fit into memory")
+    train_inputs, train_targets = _stacked(source.train)
+    test_inputs, test_targets = _stacked(source.test)
+    return scaled(Data(train_inputs, train_targets, test_inputs, test_targets, source.classes))
+
+
+def _stacked(part: Any) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*(part[index] for index in range(len(part))), strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
 TRAIN_DIGITS = 1000
 
 

@@ -43,7 +43,7 @@ class Setting:
     data: str = "digits"
 
     def __str__(self) -> str:
-        batches = "one-class batches" if self.sampling == "one-class" else "batches"
+        batches = "batches" if self.sampling == "shuffled" else f"{self.sampling} batches"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         model = self.model if self.data == "digits" else f"{self.model} on {self.data}"
         return f"{model}, {batches} of {self.batch_size}, lr {self.lr:g}, {epochs}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm.experiments import nets
-from mbnorm.experiments.data import Data
+from mbnorm.experiments.data import Data, Parts
 
 SMALL = ("mlp", "cnn", "mlp6", "vgg-small", "segment")
 """Those that train within seconds on a core."""
@@ -21,7 +21,7 @@ CIFAR_SIDE = 64
 """Up to this side a ResNet starts without pooling."""
 
 
-def build(name: str, data: Data) -> nn.Module:
+def build(name: str, data: Data | Parts) -> nn.Module:
     """Return a net from inputs of ``data`` to logits, shape (N, classes, ...).
 
     Its weights are drawn from torch's random stream.
@@ -52,7 +52,7 @@ def build(name: str, data: Data) -> nn.Module:
     return _timm(name.removeprefix(TIMM), inputs, classes)
 
 
-def why_not(name: str, data: Data) -> str | None:
+def why_not(name: str, data: Data | Parts) -> str | None:
     """Return why there is no such net for such data, if there is none."""
     if not known(name):
         return f"expected {', '.join(MODELS)} or {TIMM}NAME; got {name!r}"
@@ -162,7 +162,7 @@ def _conv(
 
 def _timm(name: str, inputs: int, classes: int) -> nn.Module:
     try:
-        import timm  # type: ignore[import-not-found, unused-ignore]
+        import timm
     # torchvision, which timm imports, raises RuntimeError where it was built for another torch
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"{TIMM}{name} needs a timm that can be imported: {_first_line(error)}") from error

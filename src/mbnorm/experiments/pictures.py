@@ -54,7 +54,7 @@ def _whence(names: Sequence[str]) -> Data:
 
 def _picture(name: str) -> Tensor:
     """Return a picture, shape (C, H, W), with values in [0, 1]."""
-    from skimage import data  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    from skimage import data
 
     picture = getattr(data, name)()
     if isinstance(picture, tuple):

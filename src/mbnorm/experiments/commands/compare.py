@@ -17,11 +17,12 @@ from mbnorm.experiments.commands.options import (
     check_batch_fits,
     choice,
     choices,
+    data_sets,
     models,
     numbers,
 )
 from mbnorm.experiments.compare import report, train_missing
-from mbnorm.experiments.data import EMBEDDED, load
+from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS, load
 from mbnorm.experiments.grid import (
     SEEDS,
     SUITE_METHODS,
@@ -69,8 +70,9 @@ def compare(
     sampling: Annotated[
         str | None,
         typer.Option(
-            help="Grid: how batches are drawn, comma-separated: shuffled, one-class (all images of a batch "
-            "are of one class).",
+            help="Grid: how batches are drawn, comma-separated: shuffled; one-class (all images of a batch "
+            "are of one class); drifting (class after class); long-tailed (50 images of the first class "
+            "for each of the last).",
             metavar="LIST",
             show_default="shuffled",
         ),
@@ -86,7 +88,7 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"Grid: data sets, comma-separated: {', '.join(EMBEDDED)}.",
+            help=f"Grid: data sets, comma-separated: {', '.join((*EMBEDDED, *OUTSIDE_FORMS))}.",
             metavar="LIST",
             show_default="digits",
         ),
@@ -165,7 +167,7 @@ def compare(
             choices("--sampling", "shuffled" if sampling is None else sampling, SAMPLINGS),
             None if lr is None else numbers("--lr", lr, float),
             None if epochs is None else at_least_1("--epochs", epochs),
-            choices("--data", "digits" if data is None else data, EMBEDDED),
+            data_sets("--data", "digits" if data is None else data),
         )
         _check_fit(settings)
         runs = runs_of(settings, chosen_methods, seeds)

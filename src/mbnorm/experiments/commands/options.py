@@ -39,6 +39,20 @@ def models(option: str, text: str) -> list[str]:
     return _parts(text)
 
 
+def data_set(option: str, name: str) -> str:
+    """Return the name of a data set that can be read."""
+    try:
+        load(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+    return name
+
+
+def data_sets(option: str, text: str) -> list[str]:
+    """Return the data sets that a comma-separated list names."""
+    return [data_set(option, part) for part in _parts(text)]
+
+
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     """Return the numbers above 0 of a comma-separated list."""
     numbers = []
