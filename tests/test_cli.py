@@ -93,7 +93,7 @@ def test_without_a_command_the_help_is_printed():
 
 def test_help_explains_every_option():
     status, out, _ = mbnorm_says("compare", "--help")
-    options = "suite methods seeds batch-sizes sampling model epochs lr out jobs accelerator"
+    options = "suite methods seeds batch-sizes sampling model data baseline epochs lr out jobs scheduler"
     assert status == 0
     assert all(f"--{option} " in out for option in options.split())
 
@@ -242,7 +242,7 @@ def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.startswith(f"interrupted: 0 of 32 runs are in {tmp_path}")
+        assert err.startswith(f"interrupted: 0 of 30 runs are in {tmp_path}")
         assert err.count("\n") == 1
         assert ends_within(10, process.pid)
     finally:
