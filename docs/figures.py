@@ -63,18 +63,17 @@ def modes() -> None:
     options = ("--model", "cnn", "--batch-sizes", "4", "--sampling", "one-class", "--seeds", "2")
     found = _compare("modes", *options, "--methods", ",".join(LABELS))
     figure, (panel,) = _panels(1, (6, 3))
-    for row, (method, label) in enumerate(LABELS.items()):
+    for row, method in enumerate(LABELS):
         for key, marker in (("train_mode_loss", "o"), ("eval_mode_loss", "s")):
             losses = [r[key] for r in found[method]]
             fill = "none" if marker == "o" else COLORS[method]
             panel.scatter(
                 losses, [row] * len(losses), marker=marker, facecolor=fill, edgecolor=COLORS[method]
             )
-        panel.text(2.5, row, label, color=COLORS[method], va="center", fontsize=9)
     panel.set_xscale("log")
     panel.set_xlabel("loss on the training images; circles: train mode, squares: eval mode")
-    panel.set_yticks([])
-    panel.set_ylim(2.6, -0.6)
+    panel.set_yticks(range(len(LABELS)), LABELS.values())
+    panel.set_ylim(len(LABELS) - 0.4, -0.6)
     _save(figure, "modes")
 
 

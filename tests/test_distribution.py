@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import mbnorm
 from mbnorm.backends import build, cpu
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,11 @@ def test_torch_is_all_that_is_required(wheel):
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     requirements = re.findall(r"^Requires-Dist: (.*)$", wheel.read(name).decode(), re.MULTILINE)
     assert [text for text in requirements if "extra ==" not in text] == ["torch>=2.10"]
+
+
+def test_the_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {mbnorm.__version__}\n" in text
 
 
 def test_kernels_are_compiled_for_the_oldest_torch_that_is_allowed():
