@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mbnorm import __version__
-from mbnorm.experiments.commands import bench, compare, diagnose
+from mbnorm.experiments.commands import bench, compare, diagnose, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,5 +28,5 @@ def root(
         typer.echo(context.get_help())
 
 
-for command in (compare.compare, bench.bench, diagnose.diagnose):
+for command in (compare.compare, train.train, diagnose.diagnose, bench.bench):
     app.command()(command)
