@@ -1,6 +1,8 @@
 """`mbnorm train`."""
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +27,7 @@ from mbnorm.experiments.training import RATE_DROPS
 if TYPE_CHECKING:
     from mbnorm.experiments.loop import Plan, Training
 
+SECONDS_BETWEEN_LOOKS = 0.5
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
 
 
@@ -137,6 +140,8 @@ def _train(plan: "Plan", accelerator: str, ranks: int, checkpoint_every: float, 
         precision=plan.precision,  # type: ignore[arg-type]
     )
     fabric.launch()
+    if ranks > 1:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         training = Training(plan, fabric, out)
     except ValueError as error:
@@ -148,7 +153,8 @@ def _train(plan: "Plan", accelerator: str, ranks: int, checkpoint_every: float, 
         with told(training, out) as (stepped, ended):
             fit(training, checkpoint_every, stepped, ended)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: {_stored(training)}", err=True)
+        if fabric.is_global_zero:
+            typer.echo(f"interrupted: {_stored(training)}", err=True)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -156,6 +162,13 @@ def _train(plan: "Plan", accelerator: str, ranks: int, checkpoint_every: float, 
         raise typer.Exit(1) from None
     if fabric.is_global_zero:
         typer.echo(f"written: {training.path}, {out / 'log.jsonl'}, {out / 'tensorboard'}")
+
+
+def _end_with(launcher: int) -> None:
+    """End the process as soon as torchrun is gone: nobody else would, were it killed."""
+    while os.getppid() == launcher:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _stored(training: "Training") -> str:
