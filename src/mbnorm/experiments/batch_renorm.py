@@ -94,6 +94,18 @@ class RenormSchedule:
     def step(self) -> None:
         """Follow an optimizer step."""
         self.steps += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state to save in a checkpoint."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a saved state."""
+        self.steps = state_dict["steps"]
+        self._apply()
+
+    def _apply(self) -> None:
         progress = self.steps / self.total_steps
         for layer in self.layers:
             layer.r_max = 1 + (R_MAX - 1) * _ramp(progress, PLAIN, R_RELAXED)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm import DoubleForward, no_update
-from mbnorm.experiments.data import Data, load
+from mbnorm.experiments.data import Data, Parts, load
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import (
     DOUBLE_FORWARD,
@@ -130,10 +130,15 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Data, float]:
 
 
 def initial_model(run: Run) -> nn.Module:
-    """Return the net of a run before training; for a seed all methods have the same weights."""
+    """Return the net of a run before training."""
+    return net_for(run, load(run.setting.data))
+
+
+def net_for(run: Run, data: Data | Parts) -> nn.Module:
+    """Return an untrained net for these data; for a seed all methods have the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = build(run.setting.model, load(run.setting.data))
+        model = build(run.setting.model, data)
     set_method(model, run.method, run.setting.batch_size)
     return model
 

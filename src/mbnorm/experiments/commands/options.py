@@ -29,14 +29,18 @@ def choices(option: str, text: str, allowed: Sequence[Choice]) -> list[Choice]:
     return [choice(option, part, allowed) for part in _parts(text)]
 
 
+def net_name(option: str, name: str) -> str:
+    """Return the name of a net that there is."""
+    if not known(name):
+        raise typer.BadParameter(
+            f"expected {', '.join(MODELS)} or {TIMM}NAME; got {name!r}", param_hint=option
+        )
+    return name
+
+
 def models(option: str, text: str) -> list[str]:
     """Return the nets that a comma-separated list names."""
-    for part in _parts(text):
-        if not known(part):
-            raise typer.BadParameter(
-                f"expected {', '.join(MODELS)} or {TIMM}NAME; got {part!r}", param_hint=option
-            )
-    return _parts(text)
+    return [net_name(option, part) for part in _parts(text)]
 
 
 def data_set(option: str, name: str) -> str:
@@ -70,6 +74,21 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
 
 def _parts(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def shares(option: str, text: str) -> list[float]:
+    """Return the numbers between 0 and 1 of a comma-separated list."""
+    found = numbers(option, text, float)
+    if max(found) >= 1:
+        raise typer.BadParameter(f"expected numbers below 1, got {max(found)}", param_hint=option)
+    return found
+
+
+def above_0(option: str, value: float) -> float:
+    """Return the value, if it is above 0 and finite."""
+    if not (value > 0 and math.isfinite(value)):
+        raise typer.BadParameter(f"expected a number above 0, got {value}", param_hint=option)
+    return value
 
 
 def at_least_1(option: str, value: int) -> int:

@@ -1,0 +1,127 @@
+"""What `mbnorm train` leaves to read: lines of JSON, TensorBoard's events, and a progress bar."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mbnorm.experiments.loop import Record, Training
+
+SECONDS_BETWEEN_UPDATES = 0.5
+
+
+class Journal:
+    """A line of JSON and an event for TensorBoard for each epoch; epochs that are repeated are told once.
+
+    Args:
+        out: the folder of log.jsonl and of the events.
+        step: what is known of later steps is forgotten.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        # takes seconds
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = out / "log.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.events: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.start = time.monotonic()
+
+    def write(self, record: Record) -> None:
+        """Note an epoch."""
+        seconds = round(time.monotonic() - self.start, 2)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "seconds": seconds}) + "\n")
+        for name in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+            self.events.add_scalar(name, record[name], record["step"])
+        self.events.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.events.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        # a line that was being written when its process died
+        return float("inf")
+
+
+class Bar:
+    """Loss, accuracy and time left, on a terminal; elsewhere a line an epoch."""
+
+    def __init__(self, training: Training, console: Console) -> None:
+        self.training, self.console = training, console
+        self.last = 0.0
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self.progress = Progress(
+                *columns,
+                TextColumn("left:"),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=300,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=training.total_steps, completed=training.step)
+
+    def stepped(self) -> None:
+        """Show where the training is, now and then."""
+        now = time.monotonic()
+        if self.progress is None or now - self.last < SECONDS_BETWEEN_UPDATES:
+            return
+        self.last = now
+        loss, right, count = self.training.sums.tolist()
+        epochs = self.training.plan.run.setting.epochs
+        self.progress.update(
+            self.task,
+            completed=self.training.step,
+            description=f"epoch {self.training.epoch + 1}/{epochs}, loss {loss / max(count, 1):.3f}, "
+            f"accuracy {100 * right / max(count, 1):.1f} %",
+        )
+
+    def ended(self, record: Record) -> None:
+        """Print what an epoch came to."""
+        trained, tested = (
+            f"{part} loss {record[f'{part}_loss']:.3f}, {part} accuracy {record[f'{part}_accuracy']:.1f} %"
+            for part in ("train", "test")
+        )
+        line = f"epoch {record['epoch']:g}: {trained}; {tested}"
+        console = self.console if self.progress is None else self.progress.console
+        console.print(line, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.progress is not None:
+            self.progress.stop()
+
+
+@contextmanager
+def told(training: Training, out: Path) -> Iterator[tuple[Any, Any]]:
+    """Give the two functions that `fit` calls: they tell what happens, on rank 0 alone."""
+    if not training.fabric.is_global_zero:
+        yield lambda: None, lambda record: None
+        return
+    journal = Journal(out, training.step)
+    bar = Bar(training, Console(file=sys.stdout, highlight=False))
+
+    def ended(record: Record) -> None:
+        journal.write(record)
+        bar.ended(record)
+
+    try:
+        yield bar.stepped, ended
+    finally:
+        bar.close()
+        journal.close()
