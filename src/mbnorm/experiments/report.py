@@ -35,11 +35,13 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
     """Print all tables to a terminal."""
     for setting, rows in tables:
         table = _terminal_table(str(setting))
-        for column in columns(baseline):
+        names = columns(baseline)
+        unbroken = names[:3]
+        for column in names:
             # 80 columns must do
             header = column.replace("-mode ", "\n").replace("against ", "against\n")
             justify: Literal["left", "right"] = "left" if column == "method" else "right"
-            table.add_column(header, justify=justify, no_wrap=column != "failed")
+            table.add_column(header, justify=justify, no_wrap=column in unbroken)
         theirs = row_of(baseline, rows)
         for row in rows:
             table.add_row(*row.cells(theirs), style="italic" if row.reference else None)
@@ -57,7 +59,12 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
 
 def _terminal_table(title: str) -> Table:
     return Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
 
 
