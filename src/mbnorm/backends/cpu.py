@@ -43,6 +43,13 @@ before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
 forward_with_ring: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, counts, position, limit, decay, running_mean,
 ...)``: the same with a `mbnorm.memory.RecentBatches`."""
+commit_to_average: Any = None
+"""``(sums, pooled, memory_mean, memory_var, filled, history_weight, running_mean, running_var, batches,
+skipped, blended, unbiased, new_weight, new_pooled)``: read a `mbnorm.memory.MovingAverage`, blend with it the
+batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
+commit_to_ring: Any = None
+"""``(sums, pooled, memory_mean, memory_var, counts, position, limit, decay, running_mean, ...)``: the same
+with a `mbnorm.memory.RecentBatches`."""
 
 
 @cache
@@ -68,6 +75,8 @@ def _bind() -> None:
         ("_backward", _backward_shapes),
         ("forward_with_average", _remembering_shapes),
         ("forward_with_ring", _remembering_shapes),
+        ("commit_to_average", _nothing),
+        ("commit_to_ring", _nothing),
     ):
         operator = name.lstrip("_")
         globals()[name] = getattr(operators, operator).default
@@ -88,6 +97,10 @@ def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
 def _remembering_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     weight = x.new_empty((), dtype=statistics_dtype(x.dtype))
     return *_forward_shapes(x), _per_channel(x, 2), weight
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 def _per_channel(x: Tensor, *rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from mbnorm.recompute import (
     saved_by_compiled_code,
 )
 
+Remembered: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What the kernels that read a memory return; see `mbnorm.backends.cpu`."""
+
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
 
@@ -50,10 +53,16 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what a forward of ``m`` samples puts into the averages for inference."""
         raise NotImplementedError
 
-    def _forward_fused(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read, normalize and ``commit`` in one operator of the CPU kernels."""
+    def _how_read(self, n: int) -> tuple[float, ...]:
+        """Return what tells the CPU kernels how a batch of ``n`` values per channel reads the memory."""
+        raise NotImplementedError
+
+    def _forward_fused(self, *arguments: Any) -> Remembered:
+        """Read, normalize and commit in one operator of the CPU kernels."""
+        raise NotImplementedError
+
+    def _commit_fused(self, *arguments: Any) -> None:
+        """Read, blend and commit in one operator of the CPU kernels."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -84,8 +93,9 @@ class HistoryBatchNorm(StatefulBatchNorm):
             if repeated := self._repeat(input, n, backend):
                 return repeated.y
             self._calls.drop_done()
-            if backend == "cpu" and self._fuses(input):
-                return self._run_fused(FusedForward(self, n, m, self.stores), input)
+            if backend == "cpu" and n > 0 and self._fuses(input):
+                stores = self.stores
+                return self._run_fused(FusedForward(self, n, m, logs=stores, stores=stores), input)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
@@ -94,9 +104,9 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return result.y
 
     def _fuses(self, input: Tensor) -> bool:
-        """Whether the kernels that read and commit take this input and the state as it is."""
+        """Whether the kernels that read and commit take the state as it is for such an input."""
         state = self._buffers["running_mean"]
-        return state is not None and state.dtype == statistics_dtype(input.dtype) and input.numel() > 0
+        return state is not None and state.dtype == statistics_dtype(input.dtype)
 
     def _run_fused(self, forward: "FusedForward", input: Tensor) -> Tensor:
         dtype = statistics_dtype(input.dtype)
@@ -223,25 +233,44 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
 
 class FusedForward(KernelForward):
-    """A forward that reads the memory of a layer, normalizes, and ``stores`` or not, all in one operator."""
+    """A forward that reads the memory of a layer, normalizes, and ``stores`` or not, all in one operator.
 
-    __slots__ = ("layer", "m", "n", "stores")
+    ``logs`` notes the state before for `undo`, also where it is stored later.
+    """
 
-    def __init__(self, layer: HistoryBatchNorm, n: int, m: int, stores: bool) -> None:
+    __slots__ = ("how_read", "layer", "logs", "m", "n", "stores")
+
+    def __init__(self, layer: HistoryBatchNorm, n: int, m: int, *, logs: bool, stores: bool) -> None:
         super().__init__(cpu, layer.variance, layer.eps)
         self.layer = layer
+        self.how_read = layer._how_read(n)
         self.n = n
         self.m = m
+        self.logs = logs
         self.stores = stores
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``y``, and set the rest."""
         layer = self.layer
-        undo = layer._undo if self.stores else None
-        log = (None, None, 0) if undo is None else undo.to_write(layer._averages().mean)
+        averages = layer._averages()
+        undo = layer._undo if self.logs else None
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
         blended, unbiased, new_weight, rule = layer._update(self.m)
         y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
-            x, weight, bias, self.n, *log, self.stores, blended, unbiased, new_weight, rule == "pooled"
+            x,
+            weight,
+            bias,
+            self.variance == "pooled",
+            self.eps,
+            *layer._memory(),
+            *self.how_read,
+            *averages,
+            *log,
+            self.stores,
+            blended,
+            unbiased,
+            new_weight,
+            rule == "pooled",
         )
         if undo is not None:
             undo.add_written()

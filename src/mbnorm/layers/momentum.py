@@ -11,7 +11,7 @@ from mbnorm.backends import cpu
 from mbnorm.blend import Variance
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
-from mbnorm.layers.base import moments_update
+from mbnorm.layers.base import Remembered, moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
 from mbnorm.memory import InferenceUpdate, MovingAverage, Past
 
@@ -159,21 +159,14 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def _read(self, n: int) -> Past:
         return self._memory().read(self._weight_of_history(n))
 
-    def _forward_fused(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, *commit: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = cpu.forward_with_average(
-            x,
-            weight,
-            bias,
-            self.variance == "pooled",
-            self.eps,
-            *self._memory(),
-            float(self._weight_of_history(n)),
-            *self._averages(),
-            *commit,
-        )
-        return result
+    def _how_read(self, n: int) -> tuple[float, ...]:
+        return (float(self._weight_of_history(n)),)
+
+    def _forward_fused(self, *arguments: Any) -> Remembered:
+        return cast(Remembered, cpu.forward_with_average(*arguments))
+
+    def _commit_fused(self, *arguments: Any) -> None:
+        cpu.commit_to_average(*arguments)
 
     def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         return past_mean, past_var, counter

@@ -51,7 +51,11 @@ class UndoLog:
     def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return where kernels may write a state with averages like these, and the place in there."""
         written = self._written
-        if written is None or written.rows.dtype != averages.dtype:
+        if (
+            written is None
+            or written.rows.dtype != averages.dtype
+            or written.rows.shape[2:] != averages.shape
+        ):
             self.clear()
             rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
             written = self._written = Written(rows, torch.empty((UNDO_DEPTH, 3), dtype=torch.int64))
