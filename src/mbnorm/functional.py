@@ -1,6 +1,7 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -174,57 +175,41 @@ def _by_kernels(
     variance: Variance,
     eps: float,
 ) -> BlendedBatchNorm:
-    forward = _GivenPast(kernels, variance, eps)
-    forward.past, forward.batch_weight = (past_mean, past_var), batch_weight
-    y = normalize_by_kernels(forward, x, weight, bias)
-    return BlendedBatchNorm(y, *forward.statistics)
+    forward = _KernelForward(kernels, (past_mean, past_var), batch_weight, variance, eps)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    run: Any = partial(_KernelBatchNorm.apply, forward) if differentiable else forward.run
+    return BlendedBatchNorm(run(x, weight, bias), *forward.statistics)
 
 
-class KernelForward:
-    """The operator run once by a backend's kernels, and what it leaves behind for the backward.
-
-    ``statistics`` has the batch's mean and variance and the blended ones, ``past`` begins with the mean and
-    the variance blended with: rows of a tensor or of a tuple, shape (C,) each.
-    """
+class _KernelForward:
+    """The operator run once by a backend's kernels, and what it leaves behind for the backward."""
 
     __slots__ = ("batch_weight", "eps", "kernels", "past", "statistics", "variance")
-    past: Tensor | tuple[Tensor, ...]
-    batch_weight: Tensor
-    statistics: Tensor | tuple[Tensor, ...]
 
-    def __init__(self, kernels: ModuleType, variance: Variance, eps: float) -> None:
+    def __init__(
+        self,
+        kernels: ModuleType,
+        past: tuple[Tensor, Tensor],
+        batch_weight: Tensor,
+        variance: Variance,
+        eps: float,
+    ) -> None:
         self.kernels = kernels
+        self.past = past
+        self.batch_weight = batch_weight
         self.variance = variance
         self.eps = eps
+        self.statistics: Any = None
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the rest."""
-        raise NotImplementedError
-
-
-class _GivenPast(KernelForward):
-    __slots__ = ()
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the batch's mean and variance and the blended ones."""
         y: Tensor
         y, self.statistics = self.kernels.forward(
-            x, weight, bias, self.past[0], self.past[1], self.batch_weight, self.variance, self.eps
+            x, weight, bias, *self.past, self.batch_weight, self.variance, self.eps
         )
         return y
-
-
-def normalize_by_kernels(
-    forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Run ``forward``, differentiably where gradients are wanted; parameters in the dtype of statistics."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        y: Tensor = _KernelBatchNorm.apply(forward, x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-    return forward.run(x, weight, bias)
 
 
 class _KernelBatchNorm(torch.autograd.Function):
@@ -232,7 +217,7 @@ class _KernelBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
+        ctx: Any, forward: _KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.of = forward
@@ -243,19 +228,17 @@ class _KernelBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.on_backward is not None:
             ctx.on_backward()
-        of: KernelForward = ctx.of
+        of: _KernelForward = ctx.of
         x, weight, bias = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
         gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
-            # views: where the input depends on the weight, that path is for the graph outside
-            views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
-            y = traceable.blended_batch_norm(
-                views[0], views[1], views[2], of.past[0], of.past[1], of.batch_weight, of.variance, of.eps
-            )[0]
-            wanted = [t for t, need in zip(views, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            found = iter(
+                traceable.differentiable_gradients(
+                    dy, x, weight, bias, *of.past, of.batch_weight, of.variance, of.eps, needs
+                )
+            )
             gradients = [next(found) if need else None for need in needs]
         else:
             gradients = of.kernels.backward(

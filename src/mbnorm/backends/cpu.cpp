@@ -93,8 +93,6 @@ Tensor matrix(int64_t rows, int64_t columns, const Tensor& type) {
   return empty(2, sizes, strides, type);
 }
 
-Tensor scalar(const Tensor& type) { return empty(0, nullptr, nullptr, type); }
-
 // `x` itself if there are kernels for it, or a copy: channels first, of other strides or too few channels for
 // a vector; in float32, of half values in planes too small for one, which go value by value.
 [[gnu::cold]] Tensor walkable(const Tensor& x) {
@@ -192,10 +190,16 @@ Statistics<A> rows(const Tensor& t, int64_t channels) {
   return {restored(y, source, x), statistics};
 }
 
-// dx is empty if it is not needed.
-[[gnu::cold]] std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor x, Optional weight,
-                                                             Tensor batch_weight, Tensor statistics,
-                                                             bool pooled, double eps, bool need_dx) {
+// What a forward with a memory leaves behind, rows of C values: the statistics, the past mean and variance, and
+// the weight of the batch.
+constexpr int64_t PAST_ROW = 4, WEIGHT_ROW = 6, RECORD_ROWS = 7;
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Of `rows` rows that begin with the statistics; without `batch_weight` they are a record. dx is empty if it is
+// not needed.
+Gradients gradients(const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& batch_weight,
+                    const Tensor& statistics, int64_t rows_given, bool pooled, double eps, bool need_dx) {
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
   const Tensor source = walkable(x), g = arranged(dy, source),
                dx = need_dx ? like(source) : per_channel(0, x);
@@ -203,15 +207,26 @@ Statistics<A> rows(const Tensor& t, int64_t channels) {
   const int64_t C = at.channels;
   const Tensor dw = per_channel(C, statistics), db = per_channel(C, statistics);
   dispatch(source, [&]<class A>(A, Type type) {
-    const Values<A> w(weight, C), saved(statistics, 4 * C), a(batch_weight, 1);
+    const Values<A> w(weight, C), saved(statistics, rows_given * C), given(batch_weight, 1);
+    const double a = batch_weight ? *given.p : saved.p[WEIGHT_ROW * C];
     backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p,
-                rows<A>(*saved.held, C), {*a.p, eps, pooled}, data<A>(dw), data<A>(db));
+                rows<A>(*saved.held, C), {a, eps, pooled}, data<A>(dw), data<A>(db));
   });
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
 
-// What a forward with a memory returns: y, the statistics, the past mean and variance, the batch's weight.
-using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+[[gnu::cold]] Gradients backward_op(Tensor dy, Tensor x, Optional weight, Tensor batch_weight, Tensor statistics,
+                                    bool pooled, double eps, bool need_dx) {
+  return gradients(dy, x, weight, batch_weight, statistics, PAST_ROW, pooled, eps, need_dx);
+}
+
+[[gnu::cold]] Gradients backward_recorded_op(Tensor dy, Tensor x, Optional weight, Tensor record, bool pooled,
+                                             double eps, bool need_dx) {
+  return gradients(dy, x, weight, std::nullopt, record, RECORD_ROWS, pooled, eps, need_dx);
+}
+
+// What a forward with a memory returns: y and the record.
+using Remembered = std::tuple<Tensor, Tensor>;
 
 // Where the state before a forward goes: past mean and variance, averages for inference, and the counters
 // batches, skipped and the memory's. Kept by the caller and written round and round: small tensors that live
@@ -315,21 +330,20 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
   const int64_t C = at.channels, n = at.rows();
-  const Tensor statistics = matrix(4, C, running.mean), history = matrix(2, C, running.mean),
-               batch_weight = scalar(running.mean);
+  const Tensor record = matrix(RECORD_ROWS, C, running.mean);
   dispatch(source, [&]<class A>(A, Type type) {
     const Values<A> w(weight, C), b(bias, C);
     const Averages<A> averages = running.open<A>(C);
     const auto memory = buffers.template open<A>(C);
-    A* past = data<A>(history);
+    A* past = data<A>(record) + PAST_ROW * C;
     const double a = buffers.read(memory, n, past, past + C);
-    *data<A>(batch_weight) = a;
+    std::fill_n(data<A>(record) + WEIGHT_ROW * C, C, A(a));
     log.write<A>(past, averages, buffers.count());
-    const Statistics<A> out = rows<A>(statistics, C);
+    const Statistics<A> out = rows<A>(record, C);
     forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {past, past + C}, {a, eps, pooled}, out);
     if (store) commit(memory, buffers, averages, out, n, update);
   });
-  return {restored(y, source, x), statistics, history, batch_weight};
+  return {restored(y, source, x), record};
 }
 
 // Commit a batch's statistics, given by sums as pool() takes them, and their blend with what is read.
@@ -400,17 +414,20 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
       "backward(Tensor dy, Tensor x, Tensor? weight, Tensor batch_weight, Tensor statistics, bool pooled, "
       "float eps, bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "backward_recorded(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, "
+      "bool need_dx) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
       "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, "
       "Tensor(h!)? log, Tensor(i!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-      "float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
   m.def(
       "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
       "float decay, Tensor(e!) running_mean, Tensor(f!) running_var, Tensor(g!) batches, "
       "Tensor(h!) skipped, Tensor(i!)? log, Tensor(j!)? log_counters, int slot, bool store, bool blended, "
-      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
   m.def(
       "commit_to_average(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
       "Tensor(c!) filled, float history_weight, Tensor(d!) running_mean, Tensor(e!) running_var, "
@@ -426,6 +443,7 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("backward_recorded", TORCH_BOX(&backward_recorded_op));
   m.impl("forward_with_average", TORCH_BOX(&average_op));
   m.impl("forward_with_ring", TORCH_BOX(&ring_op));
   m.impl("commit_to_average", TORCH_BOX(&commit_to_average_op));

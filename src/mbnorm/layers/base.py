@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm.backends import cpu
 from mbnorm.blend import statistics_dtype
 from mbnorm.functional import (
     Backend,
     BlendedBatchNorm,
-    KernelForward,
     blended_batch_norm,
     choose,
     in_dtype,
-    normalize_by_kernels,
 )
 from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import (
@@ -30,13 +27,14 @@ from mbnorm.memory import (
 from mbnorm.recompute import (
     Call,
     Node,
+    RecordedCall,
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
 )
 
-Remembered: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What the kernels that read a memory return; see `mbnorm.backends.cpu`."""
+Remembered: TypeAlias = tuple[Tensor, Tensor]
+"""Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
@@ -95,7 +93,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
             self._calls.drop_done()
             if backend == "cpu" and n > 0 and self._fuses(input):
                 stores = self.stores
-                return self._run_fused(FusedForward(self, n, m, logs=stores, stores=stores), input)
+                return self._run_fused(input, n, m, logs=stores, stores=stores)[0]
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
@@ -108,12 +106,38 @@ class HistoryBatchNorm(StatefulBatchNorm):
         state = self._buffers["running_mean"]
         return state is not None and state.dtype == statistics_dtype(input.dtype)
 
-    def _run_fused(self, forward: "FusedForward", input: Tensor) -> Tensor:
+    def _run_fused(self, input: Tensor, n: int, m: int, *, logs: bool, stores: bool) -> Remembered:
+        """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
         dtype = statistics_dtype(input.dtype)
-        weight, bias = in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
-        y = normalize_by_kernels(forward, input, weight, bias)
-        self._calls.remember(Call(forward.n, forward.statistics, forward.what_was_read), y.grad_fn)
-        return y
+        averages = self._averages()
+        undo = self._undo if logs else None
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
+        blended, unbiased, new_weight, rule = self._update(m)
+        y, record = self._forward_fused(
+            input,
+            in_dtype(self._parameter("weight"), dtype),
+            in_dtype(self._parameter("bias"), dtype),
+            self.variance == "pooled",
+            self.eps,
+            *self._memory(),
+            *self._how_read(n),
+            *averages,
+            *log,
+            stores,
+            blended,
+            unbiased,
+            new_weight,
+            rule == "pooled",
+        )
+        if undo is not None:
+            undo.add_written()
+        self._calls.remember(RecordedCall(n, record), None)
+        return y, record
+
+    def _parameter(self, name: str) -> Tensor | None:
+        # the dictionary itself: attributes of modules are slow; a parametrized one is a property
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     def _blend(
         self, input: Tensor, past: Past, backend: Backend, weight: Tensor | None = None
@@ -230,55 +254,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
     ) -> None:
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         commit(memory, averages, batch, blended, n, self._update(m))
-
-
-class FusedForward(KernelForward):
-    """A forward that reads the memory of a layer, normalizes, and ``stores`` or not, all in one operator.
-
-    ``logs`` notes the state before for `undo`, also where it is stored later.
-    """
-
-    __slots__ = ("how_read", "layer", "logs", "m", "n", "stores")
-
-    def __init__(self, layer: HistoryBatchNorm, n: int, m: int, *, logs: bool, stores: bool) -> None:
-        super().__init__(cpu, layer.variance, layer.eps)
-        self.layer = layer
-        self.how_read = layer._how_read(n)
-        self.n = n
-        self.m = m
-        self.logs = logs
-        self.stores = stores
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the rest."""
-        layer = self.layer
-        averages = layer._averages()
-        undo = layer._undo if self.logs else None
-        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
-        blended, unbiased, new_weight, rule = layer._update(self.m)
-        y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
-            x,
-            weight,
-            bias,
-            self.variance == "pooled",
-            self.eps,
-            *layer._memory(),
-            *self.how_read,
-            *averages,
-            *log,
-            self.stores,
-            blended,
-            unbiased,
-            new_weight,
-            rule == "pooled",
-        )
-        if undo is not None:
-            undo.add_written()
-        return y
-
-    def what_was_read(self) -> Past:
-        """Return the past that the batch was blended with."""
-        return Past(self.past[0], self.past[1], self.batch_weight)
 
 
 def moments_update(momentum: float, m: int) -> InferenceUpdate:

@@ -21,7 +21,7 @@ from mbnorm.distributed import (
     pooled_of,
 )
 from mbnorm.functional import Backend, BlendedBatchNorm, choose
-from mbnorm.layers.base import FusedForward, HistoryBatchNorm
+from mbnorm.layers.base import HistoryBatchNorm
 from mbnorm.layers.undo import Snapshot
 from mbnorm.memory import InferenceAverages, MovingAverage, Past, RecentBatches
 from mbnorm.recompute import Call
@@ -192,9 +192,8 @@ class SyncedBatchNorm(HistoryBatchNorm):
         # alike on all ranks, also where this one's part is empty: they must round alike
         commits_fused = backend == "cpu" and self._fuses(input)
         if commits_fused and n > 0:
-            forward = FusedForward(self, n, m, logs=stores, stores=False)
-            y = self._run_fused(forward, input)
-            local = forward.statistics[0], forward.statistics[1]
+            y, record = self._run_fused(input, n, m, logs=stores, stores=False)
+            local = record[0], record[1]
         else:
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)

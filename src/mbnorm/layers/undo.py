@@ -35,6 +35,7 @@ class UndoLog:
     def __init__(self) -> None:
         self._entries: deque[Snapshot | int] = deque(maxlen=UNDO_DEPTH)
         self._written: Written | None = None
+        self._kind: tuple[torch.dtype, int] | None = None
         self._slot = 0
 
     def __len__(self) -> int:
@@ -50,16 +51,14 @@ class UndoLog:
 
     def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return where kernels may write a state with averages like these, and the place in there."""
-        written = self._written
-        if (
-            written is None
-            or written.rows.dtype != averages.dtype
-            or written.rows.shape[2:] != averages.shape
-        ):
+        kind = averages.dtype, averages.numel()
+        if self._written is None or self._kind != kind:
             self.clear()
             rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
-            written = self._written = Written(rows, torch.empty((UNDO_DEPTH, 3), dtype=torch.int64))
-        return *written, self._slot
+            self._written = Written(rows, torch.empty((UNDO_DEPTH, 3), dtype=torch.int64))
+            self._kind = kind
+        rows, counters = self._written
+        return rows, counters, self._slot
 
     def add_written(self) -> None:
         """Add the state that kernels have written."""
