@@ -93,10 +93,14 @@ class Exchange:
         self.sums = sums_of(local, n, m)
         self.work: Any = dist.all_reduce(self.sums, group=group, async_op=True)
 
+    def wait_for_sums(self) -> Tensor:
+        """Return what the messages of all ranks add up to, once they have come."""
+        self.work.wait()
+        return self.sums
+
     def wait(self) -> Pooled:
         """Return the statistics of the whole batch, once all ranks' have come."""
-        self.work.wait()
-        return pooled_of(self.sums, self.dtype)
+        return pooled_of(self.wait_for_sums(), self.dtype)
 
 
 def sums_of(local: Statistics, n: int, m: int) -> Tensor:
@@ -109,9 +113,15 @@ def sums_of(local: Statistics, n: int, m: int) -> Tensor:
     return torch.cat((mean, second, torch.ones_like(samples_per_value), samples_per_value)).mul_(n)
 
 
+def counts_of(sums: Tensor) -> tuple[int, int]:
+    """Return the values per channel and the samples of all ranks."""
+    n, m = sums[-2:].tolist()
+    return round(n), round(m)
+
+
 def pooled_of(sums: Tensor, dtype: torch.dtype) -> Pooled:
     """Return what the ranks' messages add up to; NaN statistics if there are no values."""
-    n, m = (round(count) for count in sums[-2:].tolist())
+    n, m = counts_of(sums)
     mean, second = (sums[:-2] / n).view(2, -1)
     var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
     return Pooled(mean.to(dtype), var.to(dtype), n, m)

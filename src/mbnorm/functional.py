@@ -1,6 +1,7 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -174,7 +175,7 @@ def _by_kernels(
     variance: Variance,
     eps: float,
 ) -> BlendedBatchNorm:
-    forward = _GivenPast(kernels, variance, eps)
+    forward = KernelForward(kernels, variance, eps)
     forward.past, forward.batch_weight = (past_mean, past_var), batch_weight
     y = normalize_by_kernels(forward, x, weight, bias)
     return BlendedBatchNorm(y, *forward.statistics)
@@ -183,12 +184,12 @@ def _by_kernels(
 class KernelForward:
     """The operator run once by a backend's kernels, and what it leaves behind for the backward.
 
-    ``statistics`` has the batch's mean and variance and the blended ones, ``past`` begins with the mean and
-    the variance blended with: rows of a tensor or of a tuple, shape (C,) each.
+    ``past`` has the mean and the variance to blend with; ``statistics`` will have the batch's and the blended
+    ones.
     """
 
     __slots__ = ("batch_weight", "eps", "kernels", "past", "statistics", "variance")
-    past: Tensor | tuple[Tensor, ...]
+    past: tuple[Tensor, Tensor]
     batch_weight: Tensor
     statistics: Tensor | tuple[Tensor, ...]
 
@@ -198,17 +199,10 @@ class KernelForward:
         self.eps = eps
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the rest."""
-        raise NotImplementedError
-
-
-class _GivenPast(KernelForward):
-    __slots__ = ()
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the statistics."""
         y: Tensor
         y, self.statistics = self.kernels.forward(
-            x, weight, bias, self.past[0], self.past[1], self.batch_weight, self.variance, self.eps
+            x, weight, bias, *self.past, self.batch_weight, self.variance, self.eps
         )
         return y
 
@@ -217,14 +211,12 @@ def normalize_by_kernels(
     forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Run ``forward``, differentiably where gradients are wanted; parameters in the dtype of statistics."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        y: Tensor = _KernelBatchNorm.apply(forward, x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-    return forward.run(x, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    run: Any = partial(_KernelBatchNorm.apply, forward) if differentiable else forward.run
+    y: Tensor = run(x, weight, bias)
+    return y
 
 
 class _KernelBatchNorm(torch.autograd.Function):
@@ -249,13 +241,11 @@ class _KernelBatchNorm(torch.autograd.Function):
         gradients: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph: the gradient must be differentiable itself
-            # views: where the input depends on the weight, that path is for the graph outside
-            views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
-            y = traceable.blended_batch_norm(
-                views[0], views[1], views[2], of.past[0], of.past[1], of.batch_weight, of.variance, of.eps
-            )[0]
-            wanted = [t for t, need in zip(views, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            found = iter(
+                traceable.differentiable_gradients(
+                    dy, x, weight, bias, *of.past, of.batch_weight, of.variance, of.eps, needs
+                )
+            )
             gradients = [next(found) if need else None for need in needs]
         else:
             gradients = of.kernels.backward(

@@ -3,12 +3,13 @@
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
 from torch import Tensor
 
+from mbnorm.backends import cpu
 from mbnorm.memory import Past
 
 CALLS_KEPT = 32
@@ -73,24 +74,27 @@ SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
 class Call:
     """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs.
 
-    ``statistics`` begins with the mean and the variance of the batch; ``past`` is what was read, or gives it.
+    ``statistics`` begins with the mean and the variance of the batch; ``past`` is what was read.
     """
 
-    __slots__ = ("_past", "backwards", "n", "node", "statistics")
+    __slots__ = ("_counted", "_past", "n", "node", "statistics")
 
-    def __init__(
-        self, n: int, statistics: Tensor | Sequence[Tensor], past: Past | Callable[[], Past]
-    ) -> None:
+    def __init__(self, n: int, statistics: Tensor | Sequence[Tensor], past: Past) -> None:
         self.n = n
         self.statistics = statistics
         self._past = past
-        self.backwards = 0
+        self._counted = 0
         self.node: weakref.ref[Node] | None = None
+
+    @property
+    def backwards(self) -> int:
+        """How many backward passes have come through this forward and its repetitions."""
+        return self._counted
 
     @property
     def past(self) -> Past:
         """What the forward had read."""
-        return self._past() if callable(self._past) else self._past
+        return self._past
 
     def watch(self, node: Node | None) -> None:
         """Count the backward passes through this call, whose last step is ``node``."""
@@ -106,7 +110,7 @@ class Call:
             self.node = weakref.ref(node)
 
     def _count(self, *_: object) -> None:
-        self.backwards += 1
+        self._counted += 1
 
     def awaits_this_backward(self) -> bool:
         """Return whether the backward pass that runs now comes through this call, as far as is known."""
@@ -119,6 +123,32 @@ class Call:
             torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
             for a, b in ((self.statistics[0], mean), (self.statistics[1], var))
         )
+
+
+class RecordedCall(Call):
+    """A forward by the CPU kernels, whose ``record`` holds all that there is to know of it."""
+
+    __slots__ = ("record",)
+
+    def __init__(self, n: int, record: Tensor) -> None:
+        self.n = n
+        self.statistics = self.record = record
+        self._counted = 0
+        self.node = None
+
+    @property
+    def past(self) -> Past:
+        """What the forward had read."""
+        return Past(self.record[4], self.record[5], self.record[6, 0])
+
+    @property
+    def backwards(self) -> int:
+        """How many backward passes have come through this forward and its repetitions."""
+        return self._counted + (0 if self.record.is_inference() else self.record._version)
+
+    def awaits_this_backward(self) -> bool:
+        """Return whether the backward pass that runs now comes through this call, as far as is known."""
+        return bool(cpu.awaits_backward(self.record)) and super().awaits_this_backward()
 
 
 class CallLog:

@@ -25,6 +25,7 @@ FLAGS = (
     "-w",
     # torch 2.10, the oldest that the library runs on
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
 )
 SECONDS = 300
 """How long a compiler may take."""
@@ -114,7 +115,7 @@ def _build(command: list[str], sources: list[Path], target: Path) -> Path:
         ]
         _run(*compilations)
         library = str(Path(folder) / target.name)
-        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu"]
+        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
         _run([*command, "-shared", *objects, f"-L{root / 'lib'}", *symbols, "-o", library])
         os.replace(library, target)
     return target

@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -91,8 +93,6 @@ Tensor matrix(int64_t rows, int64_t columns, const Tensor& type) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   return empty(2, sizes, strides, type);
 }
-
-Tensor scalar(const Tensor& type) { return empty(0, nullptr, nullptr, type); }
 
 // `x` itself if there are kernels for it, or a copy: channels first, of other strides or too few channels for
 // a vector; in float32, of half values in planes too small for one, which go value by value.
@@ -191,10 +191,16 @@ Statistics<A> rows(const Tensor& t, int64_t channels) {
   return {restored(y, source, x), statistics};
 }
 
-// dx is empty if it is not needed.
-[[gnu::cold]] std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor x, Optional weight,
-                                                             Tensor batch_weight, Tensor statistics,
-                                                             bool pooled, double eps, bool need_dx) {
+// What a forward with a memory leaves behind, rows of C values: the statistics, the past mean and variance, and
+// the weight of the batch.
+constexpr int64_t PAST_ROW = 4, WEIGHT_ROW = 6, RECORD_ROWS = 7;
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Of `rows` rows that begin with the statistics; without `batch_weight` they are a record. dx is empty if it is
+// not needed.
+Gradients gradients(const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& batch_weight,
+                    const Tensor& statistics, int64_t rows_given, bool pooled, double eps, bool need_dx) {
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
   const Tensor source = walkable(x), g = arranged(dy, source),
                dx = need_dx ? like(source) : per_channel(0, x);
@@ -202,15 +208,26 @@ Statistics<A> rows(const Tensor& t, int64_t channels) {
   const int64_t C = at.channels;
   const Tensor dw = per_channel(C, statistics), db = per_channel(C, statistics);
   dispatch(source, [&]<class A>(A, Type type) {
-    const Values<A> w(weight, C), saved(statistics, 4 * C), a(batch_weight, 1);
+    const Values<A> w(weight, C), saved(statistics, rows_given * C), given(batch_weight, 1);
+    const double a = batch_weight ? *given.p : saved.p[WEIGHT_ROW * C];
     backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p,
-                rows<A>(*saved.held, C), {*a.p, eps, pooled}, data<A>(dw), data<A>(db));
+                rows<A>(*saved.held, C), {a, eps, pooled}, data<A>(dw), data<A>(db));
   });
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
 
-// What a forward with a memory returns: y, the statistics, the past mean and variance, the batch's weight.
-using Remembered = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+[[gnu::cold]] Gradients backward_op(Tensor dy, Tensor x, Optional weight, Tensor batch_weight, Tensor statistics,
+                                    bool pooled, double eps, bool need_dx) {
+  return gradients(dy, x, weight, batch_weight, statistics, PAST_ROW, pooled, eps, need_dx);
+}
+
+[[gnu::cold]] Gradients backward_recorded_op(Tensor dy, Tensor x, Optional weight, Tensor record, bool pooled,
+                                             double eps, bool need_dx) {
+  return gradients(dy, x, weight, std::nullopt, record, RECORD_ROWS, pooled, eps, need_dx);
+}
+
+// What a forward with a memory returns: y and the record.
+using Remembered = std::tuple<Tensor, Tensor>;
 
 // Where the state before a forward goes: past mean and variance, averages for inference, and the counters
 // batches, skipped and the memory's. Kept by the caller and written round and round: small tensors that live
@@ -233,45 +250,119 @@ struct Log {
   }
 };
 
-// Read a memory, normalize, and if all statistics are finite store them in the memory and the averages.
-// open(zero) gives the memory; read(memory, n, past mean, past variance) the weight of the batch;
-// keep(memory, statistics, n) stores.
-template <class Open, class Read, class Keep>
+// The buffers of the averages for inference.
+struct Running {
+  const Tensor &mean, &var, &batches, &skipped;
+
+  template <class A>
+  Averages<A> open(int64_t C) const {
+    return {state<A>(mean, C), state<A>(var, C), counter(batches), counter(skipped), C};
+  }
+};
+
+// The buffers of a moving average, and how they are read and written.
+struct AverageBuffers {
+  const Tensor &mean, &var, &filled;
+  double history_weight;
+
+  template <class A>
+  Average<A> open(int64_t C) const {
+    return {state<A>(mean, C), state<A>(var, C), counter(filled), C};
+  }
+  template <class A>
+  double read(const Average<A>& memory, int64_t, A* past_mean, A* past_var) const {
+    return memory.read(history_weight, past_mean, past_var);
+  }
+  template <class A>
+  void store(const Average<A>& memory, const Statistics<A>& of, int64_t) const {
+    memory.store(of.mean, of.var);
+  }
+  int64_t count() const { return *counter(filled); }
+};
+
+// The same of a ring.
+struct RingBuffers {
+  const Tensor &mean, &var, &counts, &position;
+  int64_t limit;
+  double decay;
+  bool pooled;
+
+  template <class A>
+  Ring<A> open(int64_t C) const {
+    const int64_t size = counts.numel();
+    STD_TORCH_CHECK(size > 0, "expected a ring of at least one entry");
+    return {state<A>(mean, size * C), state<A>(var, size * C), state<A>(counts, size), counter(position), size, C};
+  }
+  template <class A>
+  double read(const Ring<A>& memory, int64_t n, A* past_mean, A* past_var) const {
+    return memory.read(n, limit, decay, pooled, past_mean, past_var);
+  }
+  template <class A>
+  void store(const Ring<A>& memory, const Statistics<A>& of, int64_t n) const {
+    memory.store(of.batch_mean, of.batch_var, n);
+  }
+  int64_t count() const { return *counter(position); }
+};
+
+// Store statistics in a memory and in the averages, if all that is stored is finite.
+template <class A, class Memory, class Buffers>
+void commit(const Memory& memory, const Buffers& buffers, const Averages<A>& averages, const Statistics<A>& of,
+            int64_t n, const Update& update) {
+  const int64_t C = averages.channels;
+  std::unique_ptr<A[]> next(new A[2 * C]);
+  const A* new_mean = update.blended ? of.mean : of.batch_mean;
+  const A* new_var = update.blended ? of.var : of.batch_var;
+  if (!averages.after(new_mean, new_var, n, update, next.get(), next.get() + C) || !all_finite(of.mean, C) ||
+      !all_finite(of.var, C)) {
+    ++*averages.skipped;
+    return;
+  }
+  buffers.store(memory, of, n);
+  std::copy_n(next.get(), C, averages.mean);
+  std::copy_n(next.get() + C, C, averages.var);
+  ++*averages.batches;
+}
+
+// Read a memory, normalize, and commit.
+template <class Buffers>
 Remembered remember(const Tensor& x, const Optional& weight, const Optional& bias, bool pooled, double eps,
-                    const Tensor& memory_counter, const Tensor& running_mean, const Tensor& running_var,
-                    const Tensor& batches, const Tensor& skipped, const Log& log, bool store,
-                    const Update& update, const Open& open, const Read& read, const Keep& keep) {
+                    const Buffers& buffers, const Running& running, const Log& log, bool store,
+                    const Update& update) {
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
   const int64_t C = at.channels, n = at.rows();
-  const Tensor statistics = matrix(4, C, running_mean), history = matrix(2, C, running_mean),
-               batch_weight = scalar(running_mean);
-  dispatch(source, [&]<class A>(A zero, Type type) {
+  const Tensor record = matrix(RECORD_ROWS, C, running.mean);
+  dispatch(source, [&]<class A>(A, Type type) {
     const Values<A> w(weight, C), b(bias, C);
-    const Averages<A> averages{state<A>(running_mean, C), state<A>(running_var, C), counter(batches),
-                               counter(skipped), C};
-    const auto memory = open(zero, C);
-    A* past = data<A>(history);
-    const double a = read(memory, n, past, past + C);
-    *data<A>(batch_weight) = a;
-    log.write<A>(past, averages, *counter(memory_counter));
-    const Statistics<A> out = rows<A>(statistics, C);
+    const Averages<A> averages = running.open<A>(C);
+    const auto memory = buffers.template open<A>(C);
+    A* past = data<A>(record) + PAST_ROW * C;
+    const double a = buffers.read(memory, n, past, past + C);
+    std::fill_n(data<A>(record) + WEIGHT_ROW * C, C, A(a));
+    log.write<A>(past, averages, buffers.count());
+    const Statistics<A> out = rows<A>(record, C);
     forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {past, past + C}, {a, eps, pooled}, out);
-    if (!store) return;
-    std::unique_ptr<A[]> next(new A[2 * C]);
-    const A* new_mean = update.blended ? out.mean : out.batch_mean;
-    const A* new_var = update.blended ? out.var : out.batch_var;
-    if (!averages.after(new_mean, new_var, n, update, next.get(), next.get() + C) ||
-        !all_finite(out.mean, C) || !all_finite(out.var, C)) {
-      ++*averages.skipped;
-      return;
-    }
-    keep(memory, out, n);
-    std::copy_n(next.get(), C, averages.mean);
-    std::copy_n(next.get() + C, C, averages.var);
-    ++*averages.batches;
+    if (store) commit(memory, buffers, averages, out, n, update);
   });
-  return {restored(y, source, x), statistics, history, batch_weight};
+  return {restored(y, source, x), record};
+}
+
+// Commit a batch's statistics, given by sums as pool() takes them, and their blend with what is read.
+template <class Buffers>
+void commit_sums(const Tensor& sums, bool pooled, const Buffers& buffers, const Running& running,
+                 const Update& update) {
+  dispatch(running.mean, [&]<class A>(A, Type) {
+    const int64_t C = running.mean.numel();
+    const double* p = state<double>(sums, 2 * C + 2);
+    const int64_t n = std::llround(p[2 * C]);
+    const auto memory = buffers.template open<A>(C);
+    std::unique_ptr<A[]> values(new A[6 * C]);
+    A *past = values.get(), *rows = past + 2 * C;
+    const Statistics<A> of{rows, rows + C, rows + 2 * C, rows + 3 * C};
+    const double a = buffers.read(memory, n, past, past + C);
+    pool<A>(p, C, {past, past + C}, {a, 0, pooled}, of);
+    commit(memory, buffers, running.open<A>(C), of, n, update);
+  });
 }
 
 [[gnu::cold]] Remembered average_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
@@ -280,16 +371,9 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
                                     Tensor batches, Tensor skipped, Optional log, Optional log_counters,
                                     int64_t slot, bool store, bool blended, bool unbiased,
                                     std::optional<double> new_weight, bool new_pooled) {
-  return remember(
-      x, weight, bias, pooled, eps, filled, running_mean, running_var, batches, skipped,
-      {log, log_counters, slot}, store, {blended, unbiased, new_pooled, new_weight},
-      [&]<class A>(A, int64_t C) {
-        return Average<A>{state<A>(memory_mean, C), state<A>(memory_var, C), counter(filled), C};
-      },
-      [&](const auto& memory, int64_t, auto* mean, auto* var) {
-        return memory.read(history_weight, mean, var);
-      },
-      [](const auto& memory, const auto& out, int64_t) { memory.store(out.mean, out.var); });
+  return remember(x, weight, bias, pooled, eps, AverageBuffers{memory_mean, memory_var, filled, history_weight},
+                  {running_mean, running_var, batches, skipped}, {log, log_counters, slot}, store,
+                  {blended, unbiased, new_pooled, new_weight});
 }
 
 [[gnu::cold]] Remembered ring_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
@@ -298,19 +382,27 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
                                  Tensor batches, Tensor skipped, Optional log, Optional log_counters, int64_t slot,
                                  bool store, bool blended, bool unbiased, std::optional<double> new_weight,
                                  bool new_pooled) {
-  const int64_t size = counts.numel();
-  STD_TORCH_CHECK(size > 0, "expected a ring of at least one entry");
-  return remember(
-      x, weight, bias, pooled, eps, position, running_mean, running_var, batches, skipped,
-      {log, log_counters, slot}, store, {blended, unbiased, new_pooled, new_weight},
-      [&]<class A>(A, int64_t C) {
-        return Ring<A>{state<A>(memory_mean, size * C), state<A>(memory_var, size * C), state<A>(counts, size),
-                       counter(position), size, C};
-      },
-      [&](const auto& memory, int64_t n, auto* mean, auto* var) {
-        return memory.read(n, limit, decay, pooled, mean, var);
-      },
-      [](const auto& memory, const auto& out, int64_t n) { memory.store(out.batch_mean, out.batch_var, n); });
+  return remember(x, weight, bias, pooled, eps,
+                  RingBuffers{memory_mean, memory_var, counts, position, limit, decay, pooled},
+                  {running_mean, running_var, batches, skipped}, {log, log_counters, slot}, store,
+                  {blended, unbiased, new_pooled, new_weight});
+}
+
+[[gnu::cold]] void commit_to_average_op(Tensor sums, bool pooled, Tensor memory_mean, Tensor memory_var,
+                                        Tensor filled, double history_weight, Tensor running_mean,
+                                        Tensor running_var, Tensor batches, Tensor skipped, bool blended,
+                                        bool unbiased, std::optional<double> new_weight, bool new_pooled) {
+  commit_sums(sums, pooled, AverageBuffers{memory_mean, memory_var, filled, history_weight},
+              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight});
+}
+
+[[gnu::cold]] void commit_to_ring_op(Tensor sums, bool pooled, Tensor memory_mean, Tensor memory_var,
+                                     Tensor counts, Tensor position, int64_t limit, double decay,
+                                     Tensor running_mean, Tensor running_var, Tensor batches, Tensor skipped,
+                                     bool blended, bool unbiased, std::optional<double> new_weight,
+                                     bool new_pooled) {
+  commit_sums(sums, pooled, RingBuffers{memory_mean, memory_var, counts, position, limit, decay, pooled},
+              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight});
 }
 
 }  // namespace
@@ -323,22 +415,38 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
       "backward(Tensor dy, Tensor x, Tensor? weight, Tensor batch_weight, Tensor statistics, bool pooled, "
       "float eps, bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "backward_recorded(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, "
+      "bool need_dx) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
       "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, "
       "Tensor(h!)? log, Tensor(i!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-      "float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
   m.def(
       "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
       "float decay, Tensor(e!) running_mean, Tensor(f!) running_var, Tensor(g!) batches, "
       "Tensor(h!) skipped, Tensor(i!)? log, Tensor(j!)? log_counters, int slot, bool store, bool blended, "
-      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
+  m.def(
+      "commit_to_average(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
+      "Tensor(c!) filled, float history_weight, Tensor(d!) running_mean, Tensor(e!) running_var, "
+      "Tensor(f!) batches, Tensor(g!) skipped, bool blended, bool unbiased, float? new_weight, "
+      "bool new_pooled) -> ()");
+  m.def(
+      "commit_to_ring(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
+      "Tensor(c!) counts, Tensor(d!) position, int limit, float decay, Tensor(e!) running_mean, "
+      "Tensor(f!) running_var, Tensor(g!) batches, Tensor(h!) skipped, bool blended, bool unbiased, "
+      "float? new_weight, bool new_pooled) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("backward_recorded", TORCH_BOX(&backward_recorded_op));
   m.impl("forward_with_average", TORCH_BOX(&average_op));
   m.impl("forward_with_ring", TORCH_BOX(&ring_op));
+  m.impl("commit_to_average", TORCH_BOX(&commit_to_average_op));
+  m.impl("commit_to_ring", TORCH_BOX(&commit_to_ring_op));
 }

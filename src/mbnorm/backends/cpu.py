@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbnorm.backends import traceable
 from mbnorm.blend import Variance, statistics_dtype
 
 DEVICES = ("cpu",)
@@ -19,6 +20,7 @@ SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
         "cpu.cpp",
+        "cpu_autograd.cpp",
         "cpu_kernels.cpp",
         "cpu_kernels.h",
         "cpu_memory.cpp",
@@ -35,14 +37,23 @@ _backward: Any = None
 forward_with_average: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, history_weight, running_mean,
 running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight, new_pooled) ->
-(y, statistics, past, batch_weight)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not.
+(y, record)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not; differentiable.
 
-``blended`` to ``new_pooled`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``statistics`` are the batch's
-mean and variance and the blended ones, rows of ``past`` the mean and variance that were read. The state
-before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
+``blended`` to ``new_pooled`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
+and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass
+raises its version. The state before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
 forward_with_ring: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, counts, position, limit, decay, running_mean,
 ...)``: the same with a `mbnorm.memory.RecentBatches`."""
+awaits_backward: Any = None
+"""``(record) -> bool``: whether the backward pass that runs now comes through the forward of a record."""
+commit_to_average: Any = None
+"""``(sums, pooled, memory_mean, memory_var, filled, history_weight, running_mean, running_var, batches,
+skipped, blended, unbiased, new_weight, new_pooled)``: read a `mbnorm.memory.MovingAverage`, blend with it the
+batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
+commit_to_ring: Any = None
+"""``(sums, pooled, memory_mean, memory_var, counts, position, limit, decay, running_mean, ...)``: the same
+with a `mbnorm.memory.RecentBatches`."""
 
 
 @cache
@@ -66,14 +77,20 @@ def _bind() -> None:
     for name, shapes in (
         ("_forward", _forward_shapes),
         ("_backward", _backward_shapes),
+        ("_backward_recorded", _backward_shapes),
         ("forward_with_average", _remembering_shapes),
         ("forward_with_ring", _remembering_shapes),
+        ("commit_to_average", _nothing),
+        ("commit_to_ring", _nothing),
     ):
         operator = name.lstrip("_")
         globals()[name] = getattr(operators, operator).default
         register_fake(f"mbnorm_cpu::{operator}", shapes)
-        # the gradients are functional's: torch's stand-in for missing ones costs a quarter of a small call
-        _library.impl(operator, torch.library.fallthrough_kernel, "AutogradCPU")
+        if shapes is not _remembering_shapes:
+            # their gradients are functional's, and torch's stand-in for missing ones is slow
+            _library.impl(operator, torch.library.fallthrough_kernel, "AutogradCPU")
+    globals()["awaits_backward"] = operators.awaits_backward.default
+    _library.impl("backward_differentiably", _backward_differentiably, "CompositeImplicitAutograd")
 
 
 def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -86,12 +103,30 @@ def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _remembering_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    weight = x.new_empty((), dtype=statistics_dtype(x.dtype))
-    return *_forward_shapes(x), _per_channel(x, 2), weight
+    return torch.empty_like(x), _per_channel(x, 7)
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 def _per_channel(x: Tensor, *rows: int) -> Tensor:
     return x.new_empty((*rows, x.shape[1]), dtype=statistics_dtype(x.dtype))
+
+
+def _backward_differentiably(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    record: Tensor,
+    pooled: bool,
+    eps: float,
+    *needs: bool,
+) -> list[Tensor]:
+    variance: Variance = "pooled" if pooled else "averaged"
+    past = record[4], record[5], record[6, 0]
+    return traceable.differentiable_gradients(dy, x, weight, bias, *past, variance, eps, needs)
 
 
 def forward(

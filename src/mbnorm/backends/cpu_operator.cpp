@@ -74,6 +74,24 @@ const Kernels<A>& kernels(Type type, const Layout& at) {
     return float_kernels(type, at);
 }
 
+// The law of mixing. Its numbers are copies: a loop that reads them from elsewhere is not vectorized.
+struct Blend {
+  double a, between;
+
+  explicit Blend(const Rule& rule)
+      : a(rule.batch_weight), between(rule.pooled ? rule.batch_weight * (1 - rule.batch_weight) : 0) {}
+
+  template <class A>
+  void operator()(int64_t c, double batch_mean, double batch_var, const Past<A>& past,
+                  const Statistics<A>& out) const {
+    const double distance = batch_mean - past.mean[c];
+    out.batch_mean[c] = batch_mean;
+    out.batch_var[c] = batch_var;
+    out.mean[c] = a * batch_mean + (1 - a) * past.mean[c];
+    out.var[c] = a * batch_var + (1 - a) * past.var[c] + between * distance * distance;
+  }
+};
+
 int64_t bytes(Type type) {
   return type == Type::Double ? 8 : type == Type::Float ? 4 : 2;
 }
@@ -86,19 +104,15 @@ void forward(const Layout& at, Type type, const void* x, void* y, const Affine<A
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[2 * at.channels]);
   A *scale = coefficients.get(), *bias = scale + at.channels;
-  const double n = at.rows(), a = rule.batch_weight, between = rule.pooled ? a * (1 - a) : 0;
+  const double n = at.rows();
+  const Blend blend(rule);
   two_passes<Moments>(
       at, bytes(type), [&](const Range& range, const Moments& sums) { run.moments(at, range, x, sums); },
       [&](int64_t c0, int64_t c1, const Moments& sums) {
 #pragma GCC ivdep
         for (int64_t c = c0; c < c1; ++c) {
           const double offset = sums.sum[c] / n, rest = sums.square[c] / n - offset * offset;
-          const double batch_mean = sums.shift[c] + offset, batch_var = rest < 0 ? 0 : rest;
-          const double distance = batch_mean - past.mean[c];
-          out.batch_mean[c] = batch_mean;
-          out.batch_var[c] = batch_var;
-          out.mean[c] = a * batch_mean + (1 - a) * past.mean[c];
-          out.var[c] = a * batch_var + (1 - a) * past.var[c] + between * distance * distance;
+          blend(c, sums.shift[c] + offset, rest < 0 ? 0 : rest, past, out);
           scale[c] = (affine.weight ? affine.weight[c] : 1) / std::sqrt(out.var[c] + rule.eps);
           bias[c] = affine.bias ? affine.bias[c] : 0;
         }
@@ -133,6 +147,19 @@ void backward(const Layout& at, Type type, const void* g, const void* x, void* d
       });
 }
 
+template <class A>
+void pool(const double* sums, int64_t channels, const Past<A>& past, const Rule& rule, const Statistics<A>& out) {
+  const double n = sums[2 * channels];
+  const Blend blend(rule);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double mean = sums[c] / n, var = sums[channels + c] / n - mean * mean;
+    // a comparison that is false for NaN
+    blend(c, mean, var < 0 ? 0 : var, past, out);
+  }
+}
+
+template void pool(const double*, int64_t, const Past<float>&, const Rule&, const Statistics<float>&);
+template void pool(const double*, int64_t, const Past<double>&, const Rule&, const Statistics<double>&);
 template void forward(const Layout&, Type, const void*, void*, const Affine<float>&, const Past<float>&,
                       const Rule&, const Statistics<float>&);
 template void forward(const Layout&, Type, const void*, void*, const Affine<double>&, const Past<double>&,

@@ -32,6 +32,10 @@ template <class A>
 void forward(const Layout& at, Type type, const void* x, void* y, const Affine<A>& affine,
              const Past<A>& past, const Rule& rule, const Statistics<A>& out);
 
+// Blend the statistics of a batch that `sums` holds: per channel n mean and n (var + mean^2), then n.
+template <class A>
+void pool(const double* sums, int64_t channels, const Past<A>& past, const Rule& rule, const Statistics<A>& out);
+
 // dx may be null.
 template <class A>
 void backward(const Layout& at, Type type, const void* g, const void* x, void* dx, const A* weight,

@@ -1,5 +1,8 @@
 """The operator in plain PyTorch: differentiable any number of times, and open to torch.compile."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,3 +32,24 @@ def blended_batch_norm(
     if bias is not None:
         y = y + bias.view(per_channel)
     return y.to(x.dtype), batch_mean, batch_var, mean, var
+
+
+def differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past_mean: Tensor,
+    past_var: Tensor,
+    batch_weight: Tensor,
+    variance: Variance,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients that are needed of ``x``, ``weight`` and ``bias``, differentiable themselves."""
+    # views: where the input depends on the weight, that path is for the graph outside
+    views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    past = past_mean, past_var, batch_weight
+    y = blended_batch_norm(views[0], views[1], views[2], *past, variance, eps)[0]
+    wanted = [t for t, need in zip(views, needs, strict=True) if need]
+    return list(torch.autograd.grad(y, wanted, dy, create_graph=True))

@@ -1,8 +1,10 @@
 """The forward of every layer with a memory: torch's batch norm around the blended operator."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from mbnorm.backends import cpu, triton
-from mbnorm.blend import statistics_dtype
+from mbnorm.blend import Variance, statistics_dtype
 from mbnorm.functional import (
     Backend,
     BlendedBatchNorm,
@@ -21,6 +23,7 @@ from mbnorm.functional import (
     normalize_by_kernels,
 )
 from mbnorm.layers.state import StatefulBatchNorm
+from mbnorm.layers.undo import UndoLog
 from mbnorm.memory import (
     InferenceAverages,
     InferenceUpdate,
@@ -32,15 +35,17 @@ from mbnorm.memory import (
 from mbnorm.recompute import (
     Call,
     Node,
+    RecordedCall,
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
 )
 
+Remembered: TypeAlias = tuple[Tensor, Tensor]
+"""Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
+
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
-FUSING: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
-"""The backends with kernels that read and commit, too."""
 
 
 class HistoryBatchNorm(StatefulBatchNorm):
@@ -54,16 +59,16 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what a forward of ``m`` samples puts into the averages for inference."""
         raise NotImplementedError
 
-    def _forward_fused(
-        self,
-        kernels: ModuleType,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        n: int,
-        *commit: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read, normalize and ``commit`` in one operator of ``kernels``."""
+    def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
+        """Return what tells the kernels how a batch of ``n`` values per channel reads the memory."""
+        raise NotImplementedError
+
+    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
+        """Read, normalize and commit in one operator of ``kernels``, and return what that returns."""
+        raise NotImplementedError
+
+    def _commit_fused(self, *arguments: Any) -> None:
+        """Read, blend and commit in one operator of the CPU kernels."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -101,8 +106,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
             if repeated := self._repeat(input, n, backend):
                 return repeated.y
             self._calls.drop_done()
-            if backend in FUSING and self._fuses(input):
-                return self._run_fused(FusedForward(self, FUSING[backend], n, m, self.stores), input)
+            if backend == "cpu" and n > 0 and self._fuses(input):
+                stores = self.stores
+                return self._run_fused(input, n, m, logs=stores, stores=stores)[0]
+            if backend == "triton" and n > 0 and self._fuses(input):
+                return self._run_on_device(input, n, m)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
@@ -116,16 +124,49 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
 
     def _fuses(self, input: Tensor) -> bool:
-        """Whether the kernels that read and commit take this input and the state as it is."""
+        """Whether the kernels that read and commit take the state as it is for such an input."""
         state = self._buffers["running_mean"]
-        return state is not None and state.dtype == statistics_dtype(input.dtype) and input.numel() > 0
+        return state is not None and state.dtype == statistics_dtype(input.dtype)
 
-    def _run_fused(self, forward: "FusedForward", input: Tensor) -> Tensor:
-        dtype = statistics_dtype(input.dtype)
-        weight, bias = in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
-        y = normalize_by_kernels(forward, input, weight, bias)
-        self._calls.remember(Call(forward.n, forward.statistics, forward.what_was_read), y.grad_fn)
+    def _run_fused(self, input: Tensor, n: int, m: int, *, logs: bool, stores: bool) -> Remembered:
+        """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
+        undo = self._undo if logs else None
+        y, record = self._forward_fused(
+            cpu, input, *self._parameters_for(input), *self._rest_of_fused(n, m, undo, stores)
+        )
+        if undo is not None:
+            undo.add_written()
+        self._calls.remember(RecordedCall(n, record), None)
+        return y, record
+
+    def _run_on_device(self, input: Tensor, n: int, m: int) -> Tensor:
+        undo = self._undo if self.stores else None
+        rest = self._rest_of_fused(n, m, undo, self.stores)
+        forward = FusedForward(partial(self._forward_fused, triton), rest, self.variance, self.eps)
+        y = normalize_by_kernels(forward, input, *self._parameters_for(input))
+        if undo is not None:
+            undo.add_written()
+        past = Past(*forward.past, forward.batch_weight)
+        self._calls.remember(Call(n, forward.statistics, past), y.grad_fn)
         return y
+
+    def _rest_of_fused(self, n: int, m: int, undo: UndoLog | None, stores: bool) -> tuple[Any, ...]:
+        """Return what the kernels that read and commit take after input, weight and bias."""
+        averages = self._averages()
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
+        blended, unbiased, new_weight, rule = self._update(m)
+        update = (blended, unbiased, new_weight, rule == "pooled")
+        rules = (self.variance == "pooled", self.eps)
+        return *rules, *self._memory(), *self._how_read(n), *averages, *log, stores, *update
+
+    def _parameters_for(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        dtype = statistics_dtype(input.dtype)
+        return in_dtype(self._parameter("weight"), dtype), in_dtype(self._parameter("bias"), dtype)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        # the dictionary itself: attributes of modules are slow; a parametrized one is a property
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     def _blend(
         self, input: Tensor, past: Past, backend: Backend, weight: Tensor | None = None
@@ -245,43 +286,24 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
 
 class FusedForward(KernelForward):
-    """A forward that reads the memory of a layer, normalizes, and ``stores`` or not, all in one operator."""
+    """A forward by Triton's kernels that reads a memory, normalizes and stores at once."""
 
-    __slots__ = ("layer", "m", "n", "stores")
+    __slots__ = ("forward", "rest")
 
-    def __init__(self, layer: HistoryBatchNorm, kernels: ModuleType, n: int, m: int, stores: bool) -> None:
-        super().__init__(kernels, layer.variance, layer.eps)
-        self.layer = layer
-        self.n = n
-        self.m = m
-        self.stores = stores
+    def __init__(
+        self, forward: Callable[..., Any], rest: tuple[Any, ...], variance: Variance, eps: float
+    ) -> None:
+        super().__init__(triton, variance, eps)
+        self.forward = forward
+        self.rest = rest
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the rest."""
-        layer = self.layer
-        undo = layer._undo if self.stores else None
-        log = (None, None, 0) if undo is None else undo.to_write(layer._averages().mean)
-        blended, unbiased, new_weight, rule = layer._update(self.m)
-        y, self.statistics, self.past, self.batch_weight = layer._forward_fused(
-            self.kernels,
-            x,
-            weight,
-            bias,
-            self.n,
-            *log,
-            self.stores,
-            blended,
-            unbiased,
-            new_weight,
-            rule == "pooled",
-        )
-        if undo is not None:
-            undo.add_written()
+        """Return ``y``, and set the statistics and what was read."""
+        y: Tensor
+        y, self.statistics, past, self.batch_weight = self.forward(x, weight, bias, *self.rest)
+        past_mean, past_var = past.unbind(0)
+        self.past = past_mean, past_var
         return y
-
-    def what_was_read(self) -> Past:
-        """Return the past that the batch was blended with."""
-        return Past(self.past[0], self.past[1], self.batch_weight)
 
 
 def moments_update(momentum: float, m: int) -> InferenceUpdate:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from mbnorm.backends import cpu
 from mbnorm.blend import Variance
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
@@ -138,28 +139,14 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
         limit = self._entries_read(max(n, 1))
         return self._memory().read(n, limit, self.decay, self.variance)
 
-    def _forward_fused(
-        self,
-        kernels: ModuleType,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        n: int,
-        *commit: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward_with_ring(
-            x,
-            weight,
-            bias,
-            self.variance == "pooled",
-            self.eps,
-            *self._memory(),
-            self._entries_read(n),
-            self.decay,
-            *self._averages(),
-            *commit,
-        )
-        return result
+    def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
+        return self._entries_read(n), self.decay
+
+    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
+        return kernels.forward_with_ring(*arguments)
+
+    def _commit_fused(self, *arguments: Any) -> None:
+        cpu.commit_to_ring(*arguments)
 
     def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         # what was evicted since is lost: the counts are those of now

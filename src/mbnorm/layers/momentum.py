@@ -160,29 +160,17 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def _read(self, n: int) -> Past:
         return self._memory().read(self._weight_of_history(n))
 
-    def _forward_fused(
-        self,
-        kernels: ModuleType,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        n: int,
-        *commit: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        history = self._weight_of_history(n)
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward_with_average(
-            x,
-            weight,
-            bias,
-            self.variance == "pooled",
-            self.eps,
-            *self._memory(),
-            # to ask another device for its value is to wait for it
-            float(history) if kernels is cpu else history,
-            *self._averages(),
-            *commit,
-        )
-        return result
+    def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
+        weight = self._weight_of_history(n)
+        # to ask another device for its value is to wait for it
+        on_device = isinstance(weight, Tensor) and not weight.is_cpu
+        return (weight if on_device else float(weight),)
+
+    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
+        return kernels.forward_with_average(*arguments)
+
+    def _commit_fused(self, *arguments: Any) -> None:
+        cpu.commit_to_average(*arguments)
 
     def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         return past_mean, past_var, counter

@@ -11,17 +11,20 @@ from torch.fx import Proxy
 from mbnorm.blend import blend
 from mbnorm.distributed import (
     Exchange,
+    Pooled,
     PooledPast,
     ProcessGroup,
     Ranks,
     Sync,
+    counts_of,
     local_statistics,
     pooled_batch_norm,
+    pooled_of,
 )
 from mbnorm.functional import Backend, BlendedBatchNorm, choose
-from mbnorm.layers.base import FUSING, FusedForward, HistoryBatchNorm
+from mbnorm.layers.base import HistoryBatchNorm
 from mbnorm.layers.undo import Snapshot
-from mbnorm.memory import InferenceAverages, MovingAverage, Past, RecentBatches, Statistics
+from mbnorm.memory import InferenceAverages, MovingAverage, Past, RecentBatches
 from mbnorm.recompute import Call
 
 Memory: TypeAlias = MovingAverage | RecentBatches
@@ -30,12 +33,15 @@ Memory: TypeAlias = MovingAverage | RecentBatches
 class _Late:
     """A forward that has not entered the memory: its exchange, what it read, and how it would have entered.
 
-    ``seen`` is the state that it leads to, once someone has looked at it.
+    ``past`` is what it read, or, for the CPU kernels to read it again, how. ``seen`` is the state that it
+    leads to, once someone has looked at it.
     """
 
     __slots__ = ("exchange", "momentum", "past", "seen")
 
-    def __init__(self, exchange: Exchange, past: Past, momentum: float | None) -> None:
+    def __init__(
+        self, exchange: Exchange, past: Past | tuple[Tensor | float, ...], momentum: float | None
+    ) -> None:
         self.exchange = exchange
         self.past = past
         self.momentum = momentum
@@ -194,22 +200,24 @@ class SyncedBatchNorm(HistoryBatchNorm):
         self.catch_up()
         if n == 1 and not self._has_past():
             return self._plain_batch_norm(input)
-        local: Statistics
-        if backend in FUSING and self._fuses(input):
-            forward = FusedForward(self, FUSING[backend], n, m, stores=False)
-            y = self._run_fused(forward, input)
-            past, local = forward.what_was_read(), (forward.statistics[0], forward.statistics[1])
+        stores = self.stores
+        # alike on all ranks, also where this one's part is empty: they must round alike
+        commits_fused = backend == "cpu" and self._fuses(input)
+        if commits_fused and n > 0:
+            y, record = self._run_fused(input, n, m, logs=stores, stores=False)
+            local = record[0], record[1]
         else:
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
             y, local = result.y, (result.batch_mean, result.batch_var)
-        if self.stores:
-            if self._undo is not None:
+            if stores and self._undo is not None:
                 self._undo.append(self.snapshot())
+        if stores:
             exchange = Exchange(local, n, m, group)
+            how = self._how_read(max(n, 1)) if commits_fused else past
             # past Module's own way, which looks for parameters and is slow
-            self.__dict__["_late"] = _Late(exchange, past, self.momentum)
+            self.__dict__["_late"] = _Late(exchange, how, self.momentum)
             if self.momentum is None or self.momentum == 1:
                 self.catch_up()
         return y
@@ -243,19 +251,29 @@ class SyncedBatchNorm(HistoryBatchNorm):
 
     @torch.no_grad()
     def _enter(self, late: _Late, memory: Memory, averages: InferenceAverages) -> None:
-        pooled = late.exchange.wait()
-        if pooled.n == 0:
+        sums = late.exchange.wait_for_sums()
+        n, m = counts_of(sums)
+        if n == 0:
             return
-        past = self._read(pooled.n) if self.past_depends_on_count else late.past
-        mean, var = blend(pooled.mean, pooled.var, *past, self.variance)
-        # the memory takes no output
-        result = BlendedBatchNorm(mean.new_empty(0), pooled.mean, pooled.var, mean, var)
         present = self.__dict__["momentum"]
         self.__dict__["momentum"] = late.momentum
         try:
-            self._store(memory, averages, result, pooled.n, pooled.m)
+            if isinstance(late.past, Past):
+                self._enter_blended(late.past, pooled_of(sums, late.exchange.dtype), memory, averages)
+                return
+            how_read = self._how_read(n) if self.past_depends_on_count else late.past
+            blended, unbiased, weight, rule = self._update(m)
+            rules = (blended, unbiased, weight, rule == "pooled")
+            self._commit_fused(sums, self.variance == "pooled", *memory, *how_read, *averages, *rules)
         finally:
             self.__dict__["momentum"] = present
+
+    def _enter_blended(self, past: Past, pooled: Pooled, memory: Memory, averages: InferenceAverages) -> None:
+        past = self._read(pooled.n) if self.past_depends_on_count else past
+        mean, var = blend(pooled.mean, pooled.var, *past, self.variance)
+        # the memory takes no output
+        result = BlendedBatchNorm(mean.new_empty(0), pooled.mean, pooled.var, mean, var)
+        self._store(memory, averages, result, pooled.n, pooled.m)
 
     def _drop_late(self) -> None:
         if self._late is not None:

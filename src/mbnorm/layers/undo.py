@@ -35,6 +35,7 @@ class UndoLog:
     def __init__(self) -> None:
         self._entries: deque[Snapshot | int] = deque(maxlen=UNDO_DEPTH)
         self._written: Written | None = None
+        self._kind: tuple[torch.dtype, torch.device, int] | None = None
         self._slot = 0
 
     def __len__(self) -> int:
@@ -50,13 +51,15 @@ class UndoLog:
 
     def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return where kernels may write a state with averages like these, and the place in there."""
-        written = self._written
-        if written is None or (written.rows.dtype, written.rows.device) != (averages.dtype, averages.device):
+        kind = averages.dtype, averages.device, averages.numel()
+        if self._written is None or self._kind != kind:
             self.clear()
             rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
             counters = torch.empty((UNDO_DEPTH, 3), dtype=torch.int64, device=averages.device)
-            written = self._written = Written(rows, counters)
-        return *written, self._slot
+            self._written = Written(rows, counters)
+            self._kind = kind
+        rows, counters = self._written
+        return rows, counters, self._slot
 
     def add_written(self) -> None:
         """Add the state that kernels have written."""
