@@ -139,7 +139,9 @@ class RecordedCall(Call):
     @property
     def past(self) -> Past:
         """What the forward had read."""
-        return Past(self.record[4], self.record[5], self.record[6, 0])
+        # a copy: backward passes raise the record's version, and graphs that save what was read would object
+        mean, var, weight = self.record[4:].clone()
+        return Past(mean, var, weight[0])
 
     @property
     def backwards(self) -> int:

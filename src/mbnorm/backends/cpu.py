@@ -125,7 +125,9 @@ def _backward_differentiably(
     *needs: bool,
 ) -> list[Tensor]:
     variance: Variance = "pooled" if pooled else "averaged"
-    past = record[4], record[5], record[6, 0]
+    # a copy: the next backward pass raises the record's version, and the graph made here may outlive that
+    past_mean, past_var, batch_weight = record[4:].clone()
+    past = past_mean, past_var, batch_weight[0]
     return traceable.differentiable_gradients(dy, x, weight, bias, *past, variance, eps, needs)
 
 
