@@ -394,3 +394,25 @@ def test_settings_that_recompute_what_was_overwritten_leave_the_layers_to_eager_
         torch._dynamo.reset()
         with pytest.raises(Unsupported, match="activation_memory_budget"):
             torch.compile(net, backend="eager", fullgraph=True)(images(0))
+
+
+@pytest.mark.contract("TC-4")
+@pytest.mark.skipif(cpu.missing() is not None, reason="inductor needs a C++ compiler")
+@on_every_method
+def test_the_mode_that_replays_graphs_trains_as_eager_mode_does(method):
+    net, twin = nets(method, **({"memory_size": 3} if method == "memorized" else {}))
+    compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.001) for model in (net, twin)]
+    # eager mode in between, as in evaluation: both write the same state
+    for step, (call, training) in enumerate(
+        [(compiled, True), (compiled, True), (net, True), (compiled, True), (net, False), (compiled, True)]
+    ):
+        net.train(training), twin.train(training)
+        y, want = call(images(step)), twin(images(step))
+        assert_close(y, want)
+        for model, output in ((net, y), (twin, want)):
+            backward(model, output, step)
+        assert_close(gradients_of(net), gradients_of(twin))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same(net, twin)
