@@ -396,7 +396,6 @@ def test_settings_that_recompute_what_was_overwritten_leave_the_layers_to_eager_
             torch.compile(net, backend="eager", fullgraph=True)(images(0))
 
 
-@pytest.mark.contract("TC-4")
 @pytest.mark.skipif(cpu.missing() is not None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("method", ["matched", "memorized"])
 def test_the_mode_that_replays_graphs_trains_as_eager_mode_does(method):
