@@ -394,3 +394,23 @@ def test_settings_that_recompute_what_was_overwritten_leave_the_layers_to_eager_
         torch._dynamo.reset()
         with pytest.raises(Unsupported, match="activation_memory_budget"):
             torch.compile(net, backend="eager", fullgraph=True)(images(0))
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("method", ["matched", "memorized"])
+def test_the_mode_that_replays_graphs_trains_as_eager_mode_does(method):
+    # one layer, since each takes inductor seconds
+    layer = nets(method, **({"memory_size": 3} if method == "memorized" else {}))[0].norm1d
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    # eager forwards in between write the same state
+    for step, call in enumerate([compiled, compiled, layer, compiled, layer, compiled]):
+        x = make_input((2, 4), torch.float64, seed=step)
+        leaf, twin_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, want = call(leaf), twin(twin_leaf)
+        assert_close(y, want)
+        backward(layer, y, step)
+        backward(twin, want, step)
+        assert_close(leaf.grad, twin_leaf.grad)
+        assert_close(gradients_of(layer), gradients_of(twin))
+        assert_same(layer, twin)

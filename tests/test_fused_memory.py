@@ -64,10 +64,14 @@ VARIANCES, FLOATS = ("averaged", "pooled"), (torch.float32, torch.float64)
 CASES = list(itertools.product(RINGS + AVERAGES, (False, True), UPDATES, VARIANCES, FLOATS))
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+# every eleventh is enough where kernels are interpreted
+@pytest.mark.parametrize(
+    ("kernels", "number"),
+    [*((cpu, number) for number in range(len(CASES))), *((triton, n) for n in range(0, len(CASES), 11))],
+    indirect=["kernels"],
+    ids=lambda v: v if isinstance(v, int) else v.__name__.rpartition(".")[2],
+)
 def test_one_operator_does_as_read_normalize_commit(number, kernels, fused, step_by_step, device):
-    if kernels is triton and number % 11:
-        pytest.skip("every eleventh case is enough where kernels are interpreted")
     (kind, how_read), seeded, update, variance, dtype = CASES[number]
     memory, averages = memory_of(kind, dtype, device=device), averages_of(dtype, device=device)
     if seeded:

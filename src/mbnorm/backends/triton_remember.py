@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.backends import triton_memory
-from mbnorm.backends.triton_launch import STATES, forward, forward_shapes, on_device_of, power_of_two
+from mbnorm.backends import triton_launch, triton_memory
 from mbnorm.blend import statistics_dtype
 
 READ_TILE = 2048
@@ -59,7 +58,7 @@ class _Normalized:
     ) -> Remembered:
         """Normalize with what was read, and commit."""
         mean, var = self.past.unbind()
-        y, statistics = forward(self.x, weight, bias, mean, var, self.batch_weight, pooled, eps)
+        y, statistics = triton_launch.forward(self.x, weight, bias, mean, var, self.batch_weight, pooled, eps)
         if store:
             counts = memory[2]
             size = 1 if counts is None else counts.shape[0]
@@ -76,8 +75,8 @@ class _Normalized:
                 new_weight is None,
                 new_weight == 1,
                 new_pooled,
-                STATES[self.dtype],
-                min(power_of_two(self.channels), CHANNELS_OF_ONE),
+                triton_launch.STATES[self.dtype],
+                min(triton_launch.power_of_two(self.channels), CHANNELS_OF_ONE),
             )
         return y, statistics, self.past, self.batch_weight
 
@@ -105,8 +104,8 @@ def _with_average(
     averages = running_mean, running_var, batches, skipped
     made = _Normalized(x)
     made.check(memory_mean, memory_var, filled, *averages)
-    block = min(power_of_two(made.channels), READ_TILE // 8)
-    with on_device_of(x):
+    block = min(triton_launch.power_of_two(made.channels), READ_TILE // 8)
+    with triton_launch.on_device_of(x):
         triton_memory.read_average[(-(-made.channels // block),)](
             memory_mean,
             memory_var,
@@ -150,9 +149,9 @@ def _with_ring(
     made = _Normalized(x)
     made.check(memory_mean, memory_var, counts, position, *averages)
     size = counts.shape[0]
-    entries = min(power_of_two(size), MOST_ENTRIES)
-    block = min(power_of_two(made.channels), max(1, READ_TILE // entries))
-    with on_device_of(x):
+    entries = min(triton_launch.power_of_two(size), MOST_ENTRIES)
+    block = min(triton_launch.power_of_two(made.channels), max(1, READ_TILE // entries))
+    with triton_launch.on_device_of(x):
         triton_memory.read_ring[(-(-made.channels // block),)](
             memory_mean,
             memory_var,
@@ -170,7 +169,7 @@ def _with_ring(
             made.channels,
             math.log2(decay),
             pooled,
-            STATES[made.dtype],
+            triton_launch.STATES[made.dtype],
             entries,
             block,
         )
@@ -180,7 +179,7 @@ def _with_ring(
 
 def _shapes(x: Tensor, *_: Any) -> Remembered:
     past, batch_weight = (x.new_empty(s, dtype=statistics_dtype(x.dtype)) for s in ((2, x.shape[1]), ()))
-    return *forward_shapes(x), past, batch_weight
+    return *triton_launch.forward_shapes(x), past, batch_weight
 
 
 _AROUND = (

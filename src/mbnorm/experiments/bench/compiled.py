@@ -22,11 +22,21 @@ from mbnorm.experiments.nets import resnet18
 
 BASE = "batch"
 METHODS = (BASE, "momentum", "matched", "memorized")
+
+
+def _two_convolutions() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs in (3, 32):
+        layers += [nn.Conv2d(inputs, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "two convolutions": (_two_convolutions, (2, 3, 32, 32)),
     "small CNN": (small_cnn, (2, 3, 32, 32)),
     "ResNet-18": (resnet18, (2, 3, 32, 32)),
 }
-ROUNDS = {"small CNN": 60, "ResNet-18": 20}
+ROUNDS = {"two convolutions": 100, "small CNN": 60, "ResNet-18": 20}
 
 
 class Trainer:
