@@ -9,6 +9,8 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["build"]
+# tables of results have none: they are reached from a page that has
+suppress_warnings = ["toc.no_title"]
 # docstrings name objects in single backticks; torch's stay plain text, since links to them need a network
 default_role = "py:obj"
 
