@@ -12,6 +12,7 @@ import pytest
 import mbnorm
 from mbnorm import cli
 from mbnorm.experiments import compare
+from mbnorm.experiments.commands import compare as compare_command
 
 TINY = ["--epochs", "1", "--methods", "batch,matched", "--seeds", "1", "--batch-sizes", "32", "--jobs", "1"]
 
@@ -66,9 +67,18 @@ def test_without_a_command_the_help_is_printed():
 
 def test_help_explains_every_option():
     status, out, _ = mbnorm_says("compare", "--help")
-    options = "suite methods seeds batch-sizes sampling model epochs lr out jobs accelerator"
+    options = "suite methods seeds batch-sizes sampling model data baseline epochs lr out jobs scheduler"
     assert status == 0
     assert all(f"--{option} " in out for option in options.split())
+
+
+@pytest.mark.parametrize(("name", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_missing_scheduler_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, name, package):
+    monkeypatch.setattr(compare_command, "find_spec", lambda _: None)
+    status, out, err = mbnorm_says("compare", "--scheduler", name, "--out", tmp_path)
+    assert (status, out) == (2, "")
+    assert f"{name} needs {package}: pip install {package}" in err
+    assert err.count("\n") == 1
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
@@ -110,6 +120,9 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
         (["--lr", "0.1,-1"], "--lr: expected numbers above 0, comma-separated; got '-1'"),
         (["--lr", "nan"], "--lr: expected numbers above 0"),
         (["--lr", "fast"], "got 'fast'"),
+        (["--baseline", "bath"], "--baseline: expected none, batch,"),
+        (["--scheduler", "slurm"], "--scheduler: expected local, dask, ray; got 'slurm'"),
+        (["--scheduler", "local:here"], "--scheduler: local takes no address, got 'here'"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--accelerator", "abacus"], "--accelerator: expected cpu, cuda, mps; got 'abacus'"),
         (["--frobnicate"], "--frobnicate"),
@@ -149,6 +162,14 @@ def test_the_table_is_printed_and_written(tiny):
     out, stdout = tiny
     assert "mlp, batches of 32, lr 0.05, 1 epoch" in stdout
     assert "| matched |" in (out / "table.md").read_text()
+
+
+def test_the_report_is_written_with_the_command_that_writes_it(tiny):
+    text = (tiny[0] / "report.html").read_text()
+    assert (
+        f"mbnorm compare --batch-sizes 32 --epochs 1 --methods batch,matched --seeds 1 --baseline batch "
+        f"--out {tiny[0]}"
+    ) in text
 
 
 def test_the_figure_is_written(tiny):
@@ -199,10 +220,11 @@ INTERRUPTIBLE = (
 )
 
 
-def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path, jobs):
     command = [sys.executable, "-c", INTERRUPTIBLE, "compare", "--batch-sizes", "1", "--epochs", "1000"]
     process = subprocess.Popen(
-        [*command, "--jobs", "1", "--out", tmp_path],
+        [*command, "--jobs", jobs, "--out", tmp_path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -215,7 +237,7 @@ def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.startswith(f"interrupted: 0 of 32 runs are in {tmp_path}")
+        assert err.startswith(f"interrupted: 0 of 30 runs are in {tmp_path}")
         assert err.count("\n") == 1
         assert ends_within(10, process.pid)
     finally:

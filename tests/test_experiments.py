@@ -20,8 +20,6 @@ from mbnorm.experiments.grid import (
 )
 from mbnorm.experiments.methods import METHODS, Bias, schedule_for
 from mbnorm.experiments.models import SMALL
-from mbnorm.experiments.plot import draw
-from mbnorm.experiments.report import Row, as_markdown, notes, rows_of
 from mbnorm.experiments.results import Results
 from mbnorm.experiments.sampling import SAMPLINGS, largest_batch, one_epoch
 from mbnorm.experiments.training import Outcome, initial_model, train, train_mode_loss
@@ -216,7 +214,7 @@ def test_measuring_the_train_mode_loss_changes_nothing(method):
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_the_quick_suite_trains_all_methods_twice_and_a_reference():
+def test_the_quick_suite_trains_all_methods_and_a_reference():
     runs = suite_runs("quick", METHODS, 2)
     assert len(runs) == len(set(runs)) == 2 * len(METHODS) * 2 + 2
 
@@ -316,67 +314,3 @@ def test_an_accuracy_that_is_no_number_is_corrupt(tmp_path, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": value}) + "\n")
     with pytest.raises(ValueError, match="line 1 is not a result"):
         Results(path)
-
-
-def rows_for(accuracies, setting=SETTING):
-    outcomes = {
-        Run(method, setting, seed): replace(DONE, accuracy=accuracy)
-        for method, values in accuracies.items()
-        for seed, accuracy in enumerate(values)
-    }
-    return rows_of(setting, outcomes)
-
-
-def test_rows_are_sorted_by_accuracy_and_failures_come_last():
-    rows = rows_for({"batch": [None], "none": [20.0], "matched": [97.0], "group": [96.0]})
-    assert [row.method for row in rows] == ["matched", "group", "none", "batch"]
-
-
-def test_a_row_shows_mean_spread_seeds_failures_and_both_losses():
-    (row,) = rows_for({"matched": [95.0, 97.0]})
-    assert row.cells() == ("matched", "96.0 ± 1.4", "2", "0", "0.250", "0.125")
-
-
-def test_a_row_counts_failed_and_diverged_runs():
-    diverged = replace(DONE, status="diverged", accuracy=10.0, train_mode_loss=None)
-    row = Row("none", (diverged, Outcome("failed", 0.1, "no"), DONE))
-    assert row.cells() == ("none", "50.0 ± 56.6", "3", "1 failed, 1 diverged", "not finite", "0.125")
-
-
-def test_the_reference_is_in_the_table_and_marked():
-    reference = Run("batch", reference_of(SETTING), 0)
-    rows = rows_of(SETTING, {reference: DONE, Run("matched", SETTING, 0): DONE})
-    assert "| *batch, m = 64 (reference)* | *90.0* |" in as_markdown([(SETTING, rows)])
-
-
-def test_the_reference_does_not_stand_beside_itself():
-    setting = reference_of(SETTING)
-    (row,) = rows_for({"batch": [97.0]}, setting)
-    assert row.reference is None
-
-
-def test_the_table_says_where_our_layers_lose():
-    rows = rows_for({"none": [98.0], "matched": [97.0], "batch": [40.0]})
-    assert notes(SETTING, rows) == ["none does best here, before all of mbnorm's layers."]
-
-
-def test_the_table_says_nothing_where_our_layers_win():
-    assert notes(SETTING, rows_for({"none": [96.0], "matched": [97.0]})) == []
-
-
-def test_the_table_says_why_runs_failed():
-    rows = [Row("batch", (Outcome("failed", 0.1, "one value per channel"),))]
-    assert notes(SETTING, rows) == ["batch failed: one value per channel."]
-
-
-def test_the_table_says_how_memories_start_on_batches_of_one():
-    (note,) = notes(replace(SETTING, batch_size=1), rows_for({"matched": [97.0]}))
-    assert "one forward of 2 images" in note
-
-
-def test_the_figure_is_drawn_with_failures_and_many_settings(tmp_path):
-    failed = Row("batch", (Outcome("failed", 0.1, "no"),))
-    perfect = Row("matched", (replace(DONE, accuracy=100.0), DONE))
-    path = tmp_path / "compare.png"
-    draw([(SETTING, [perfect, failed]), *[(ONE_CLASS, [perfect])] * 3], path)
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mbnorm.experiments.grid import Run, Setting, cost
+from mbnorm.experiments.methods import Method
 from mbnorm.experiments.plot import draw
-from mbnorm.experiments.report import as_markdown, rows_of, show
+from mbnorm.experiments.report import as_markdown, show
+from mbnorm.experiments.report_page import as_html
 from mbnorm.experiments.results import Results
+from mbnorm.experiments.rows import rows_of
 from mbnorm.experiments.training import Outcome
 from mbnorm.experiments.workers import Scheduler, train_all
 
@@ -25,7 +28,6 @@ def train_missing(
     runs: Sequence[Run],
     results: Results,
     console: Console,
-    *,
     jobs: int | None,
     accelerator: str,
     scheduler: Scheduler = "local",
@@ -55,18 +57,36 @@ def train_missing(
 
 
 def report(
-    settings: Sequence[Setting], runs: Sequence[Run], results: Results, out: Path, console: Console
+    settings: Sequence[Setting],
+    runs: Sequence[Run],
+    results: Results,
+    out: Path,
+    console: Console,
+    *,
+    baseline: Method,
+    command: str,
 ) -> None:
-    """Show the results of ``runs``, and write them to table.md and compare.png in ``out``."""
-    outcomes = {run: results.outcomes[run] for run in runs if run in results.outcomes}
-    tables = [(setting, rows) for setting in settings if (rows := rows_of(setting, outcomes))]
-    if not tables:
+    """Show the results of ``runs``, and write them to table.md, compare.png and report.html in ``out``.
+
+    Args:
+        settings: a table each.
+        runs: what is shown; those without a result count as missing.
+        results: where the results are.
+        out: the folder to write to.
+        console: where the tables are printed.
+        baseline: the method that the others are compared with, seed by seed.
+        command: what regenerates all of it.
+    """
+    tables = [(setting, rows_of(setting, runs, results.outcomes)) for setting in settings]
+    missing = [run for run in runs if run not in results.outcomes]
+    if len(missing) == len(runs):
         return
-    show(tables, console)
-    table, figure = out / "table.md", out / "compare.png"
-    table.write_text(as_markdown(tables), encoding="utf-8")
+    show(tables, baseline, console)
+    table, figure, page = out / "table.md", out / "compare.png", out / "report.html"
+    table.write_text(as_markdown(tables, baseline), encoding="utf-8")
     draw(tables, figure)
-    console.print(f"written: {results.path}, {table}, {figure}", markup=False, soft_wrap=True)
+    page.write_text(as_html(tables, missing, baseline, command), encoding="utf-8")
+    console.print(f"written: {results.path}, {table}, {figure}, {page}", markup=False, soft_wrap=True)
 
 
 def _in_short(outcome: Outcome) -> str:

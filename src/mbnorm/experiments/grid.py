@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from mbnorm.experiments.data import load
-from mbnorm.experiments.methods import DOUBLE_FORWARD, OURS, REFERENCE_BATCH_SIZE, Method
+from mbnorm.experiments.methods import DOUBLE_FORWARD, METHODS, OURS, REFERENCE_BATCH_SIZE, Method
 from mbnorm.experiments.sampling import Sampling
 
 SuiteName: TypeAlias = Literal["quick", "full"]
@@ -13,7 +13,22 @@ SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 
 EPOCHS = {"mlp": 10, "mlp6": 10}
 OTHER_EPOCHS = 8
-SEEDS: dict[SuiteName, int] = {"quick": 2, "full": 3}
+SEEDS: dict[SuiteName, int] = {"quick": 3, "full": 5}
+SUITE_METHODS: dict[SuiteName, tuple[Method, ...]] = {
+    "quick": (
+        "none",
+        "batch",
+        "renorm",
+        "group",
+        "layer",
+        "momentum",
+        "momentum-constant",
+        "memorized",
+        "memorized+df",
+        "matched",
+    ),
+    "full": METHODS,
+}
 
 
 @dataclass(frozen=True)

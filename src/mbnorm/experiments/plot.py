@@ -1,71 +1,175 @@
-"""The figure: a panel a setting, a line a method, a dot a seed."""
+"""The figures of a comparison: a panel a setting, accuracy against batch size, mean ranks."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mbnorm.experiments.grid import Setting
-from mbnorm.experiments.methods import OURS
-from mbnorm.experiments.report import Row
+from mbnorm.experiments.methods import OURS, Method
+from mbnorm.experiments.rows import Row, Tables, mean_ranks
 
 MOST_COLUMNS = 3
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
+LEGEND = "test accuracy, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
 
 
-def draw(tables: Sequence[tuple[Setting, Sequence[Row]]], path: Path) -> None:
+def draw(tables: Tables, path: Path) -> None:
     """Write the figure of all settings to ``path``."""
     columns = min(len(tables), MOST_COLUMNS)
     lines = ceil(len(tables) / columns)
     most_rows = max(len(rows) for _, rows in tables)
-    figure = Figure(figsize=(6.2 * columns, lines * (1.3 + 0.34 * most_rows)), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for panel, (setting, rows) in zip(panels, tables, strict=False):
-        _panel(panel, setting, rows)
-    for unused in panels[len(tables) :]:
-        unused.set_axis_off()
-    figure.savefig(path, dpi=150)
+    with _plain_text():
+        figure = Figure(figsize=(6.2 * columns, lines * (1.5 + 0.34 * most_rows)), layout="constrained")
+        panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for panel, (setting, rows) in zip(panels, tables, strict=False):
+            panel.set_title(str(setting), loc="left", fontsize=10, fontweight="bold")
+            _fill(panel, rows)
+        for unused in panels[len(tables) :]:
+            unused.set_axis_off()
+        figure.savefig(path, dpi=150)
 
 
-def _panel(panel: Axes, setting: Setting, rows: Sequence[Row]) -> None:
-    panel.set_title(str(setting), loc="left", fontsize=10, fontweight="bold")
+def panel_svg(rows: Sequence[Row]) -> str:
+    """Return the figure of one setting."""
+    with _plain_text():
+        figure = Figure(figsize=(4.8, 0.9 + 0.27 * len(rows)), layout="constrained")
+        _fill(figure.subplots(), rows)
+        return as_svg(figure)
+
+
+def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
+    """Return the figure of settings that differ in the batch size alone: a line a method."""
+    with _plain_text():
+        figure = Figure(figsize=(4.8, 4.6), layout="constrained")
+        panel = figure.subplots()
+        methods: dict[Method, list[tuple[int, float]]] = {}
+        for batch_size, rows in series.items():
+            for row in rows:
+                if row.reference is None and row.accuracy is not None:
+                    methods.setdefault(row.method, []).append((batch_size, _error(row.accuracy.mean)))
+        colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for number, (method, points) in enumerate(sorted(methods.items())):
+            style = "-" if method in OURS else "--"
+            panel.plot(
+                *zip(*sorted(points), strict=True),
+                style,
+                marker="o",
+                markersize=3.5,
+                linewidth=1.2,
+                color=colors[number % len(colors)],
+                label=method,
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(list(series), [str(m) for m in series])
+        panel.set_xlabel("batch size", fontsize=9)
+        panel.set_yscale("log")
+        panel.set_ylim(100, LEAST_ERROR)
+        panel.set_yticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
+        panel.set_ylabel("mean test accuracy, %, spaced by the error", fontsize=9)
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        return as_svg(figure)
+
+
+def ranks_svg(tables: Tables) -> str:
+    """Return the figure of the mean ranks: a dot a setting, a bar their mean."""
+    with _plain_text():
+        ranks = mean_ranks(tables)
+        figure = Figure(figsize=(4.8, 0.8 + 0.27 * len(ranks)), layout="constrained")
+        panel = figure.subplots()
+        for y, (method, mean, found) in enumerate(ranks):
+            color = _color(method)
+            panel.axhline(y, color="#e6e6e6", linewidth=0.8, zorder=0)
+            panel.scatter(found, [y] * len(found), s=24, color=color, alpha=0.4)
+            panel.scatter([mean], [y], s=150, marker="|", color=color, linewidth=2)
+        panel.set_xlim(0.5, len(ranks) + 0.5)
+        panel.set_xlabel("rank (dots: settings, bar: their mean)", fontsize=9)
+        _name_lines(panel, [(method, _color(method)) for method, *_ in ranks])
+        return as_svg(figure)
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element that needs no fonts and can stand in a page."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mbnorm"}):
+        figure.savefig(
+            file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = file.getvalue()
+    return re.sub(r"<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    # a name with two dollar signs in it is no formula
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def _fill(panel: Axes, rows: Sequence[Row]) -> None:
     # the error on a log scale: half of the plane would be empty between 50 % and the 97 % of most methods
     panel.set_xscale("log")
     panel.set_xlim(100, LEAST_ERROR)
     for y, row in enumerate(rows):
-        color = _color(row)
+        color = _color(row.method)
         panel.axhline(y, color="#e6e6e6", linewidth=0.8, zorder=0)
-        mean = row.mean_accuracy
-        if mean is None:
-            panel.text(95, y, "failed", color=color, fontsize=9, va="center")
+        accuracy = row.accuracy
+        if accuracy is None:
+            panel.text(95, y, "failed" if row.error else "missing", color=color, fontsize=9, va="center")
             continue
         fill = "none" if row.reference else color
-        errors = [_error(accuracy) for accuracy in row.accuracies]
+        errors = [_error(value) for value in row.accuracies.values()]
         panel.scatter(errors, [y] * len(errors), s=24, facecolor=fill, edgecolor=color, alpha=0.6)
-        panel.scatter([_error(mean)], [y], s=150, marker="|", color=color, linewidth=2)
-        diverged = any(o.status == "diverged" for o in row.outcomes)
+        if accuracy.half_width is not None:
+            ends = (accuracy.mean - accuracy.half_width, accuracy.mean + accuracy.half_width)
+            panel.plot([_error(end) for end in ends], [y, y], color=color, linewidth=1.5)
+        panel.scatter([_error(accuracy.mean)], [y], s=150, marker="|", color=color, linewidth=2)
+        diverged = any(o.status == "diverged" for o in row.finished)
         # beside the axis, where no dot can be
-        text = f"{mean:.1f}{' diverged' if diverged else ''}"
+        text = f"{accuracy.mean:.1f}{' diverged' if diverged else ''}"
         panel.text(LEAST_ERROR * 0.93, y, text, color=color, fontsize=9, va="center")
     panel.set_xticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
     panel.minorticks_off()
-    panel.set_xlabel("test accuracy, %, spaced by the error (dots: seeds, bar: their mean)", fontsize=9)
-    panel.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
-    for label, row in zip(panel.get_yticklabels(), rows, strict=True):
-        label.set_color(_color(row))
-    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlabel(LEGEND, fontsize=9)
+    _name_lines(panel, [(row.label, _color(row.method)) for row in rows])
+
+
+def _name_lines(panel: Axes, names: Sequence[tuple[str, str]]) -> None:
+    panel.set_yticks(range(len(names)), [name for name, _ in names], fontsize=9)
+    for label, (_, color) in zip(panel.get_yticklabels(), names, strict=True):
+        label.set_color(color)
+    panel.set_ylim(len(names) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _error(accuracy: float) -> float:
-    return max(100 - accuracy, LEAST_ERROR)
+    return min(max(100 - accuracy, LEAST_ERROR), 100.0)
 
 
-def _color(row: Row) -> str:
-    if row.method == "batch":
+def _color(method: Method) -> str:
+    if method == "batch":
         return "#c62828"
-    return "#1769aa" if row.method in OURS else "#616161"
+    return "#1769aa" if method in OURS else "#616161"
+
+
+def batch_size_series(tables: Tables) -> dict[str, dict[int, Sequence[Row]]]:
+    """Return the settings that differ in the batch size alone, with its rate, by what they have in common."""
+    found: dict[str, dict[int, Sequence[Row]]] = {}
+    for setting, rows in tables:
+        found.setdefault(_beside_batch_size(setting), {})[setting.batch_size] = rows
+    return {common: series for common, series in found.items() if len(series) > 1}
+
+
+def _beside_batch_size(setting: Setting) -> str:
+    share = setting.lr / setting.batch_size * 64
+    return f"{setting.model} on {setting.data}, {setting.sampling} batches, lr {share:.3g} m/64"

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
+from joblib import Parallel, delayed, effective_n_jobs, parallel_config  # type: ignore[import-untyped]
 from joblib.externals.loky import get_reusable_executor  # type: ignore[import-untyped]
 
 from mbnorm.experiments.grid import Run, cost
@@ -18,6 +18,7 @@ from mbnorm.experiments.training import Outcome, train
 
 Scheduler: TypeAlias = Literal["local", "dask", "ray"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+PACKAGES: dict[Scheduler, str] = {"dask": "distributed", "ray": "ray"}
 
 Crash: TypeAlias = str
 """What a run raised, in a line."""
@@ -32,7 +33,7 @@ def train_all(
     scheduler: Scheduler = "local",
     address: str | None = None,
 ) -> Generator[tuple[Run, Outcome | Crash]]:
-    """Train ``runs``, longest first, and yield each as it ends.
+    """Train ``runs``, longest first, and yield each as it ends; with "ray" as many as jobs at once.
 
     Leaving the iteration early, by an exception too, ends local processes at once.
 
@@ -45,11 +46,14 @@ def train_all(
 
     Raises:
         BrokenProcessPool: a local process died without a word.
-        ImportError, OSError: there is no such cluster; in one line.
+        ConnectionError: there is no cluster at this address.
     """
     with _cluster(scheduler, address) as backend, parallel_config(backend, n_jobs=jobs or -1):
         parent = os.getpid() if scheduler == "local" else None
         tasks = [delayed(_train)(run, accelerator, parent) for run in sorted(runs, key=cost, reverse=True)]
+        if scheduler == "ray":
+            yield from _in_waves(tasks, jobs)
+            return
         # a batch of several runs would be handed back, and stored, only when all of them have ended
         parallel = Parallel(return_as="generator_unordered", batch_size=1)
         # ignored signals are inherited: Ctrl-C reaches every process, and only this one is to answer
@@ -59,6 +63,13 @@ def train_all(
         finally:
             signal.signal(signal.SIGINT, handler)
         yield from finished
+
+
+def _in_waves(tasks: Sequence[Any], jobs: int | None) -> Iterator[tuple[Run, Outcome | Crash]]:
+    """Do as many tasks at a time as there are workers: this backend hands nothing back before the end."""
+    workers = effective_n_jobs(jobs or -1)
+    for start in range(0, len(tasks), workers):
+        yield from Parallel(batch_size=1)(tasks[start : start + workers])
 
 
 def _train(run: Run, accelerator: str, parent: int | None) -> tuple[Run, Outcome | Crash]:
@@ -104,23 +115,21 @@ def _cluster(scheduler: Scheduler, address: str | None) -> Iterator[str]:
             finally:
                 get_reusable_executor().shutdown(kill_workers=True)
         case "dask":
-            client: Any = _needs("dask.distributed", "distributed").Client(address)
+            from dask.distributed import Client  # type: ignore[import-not-found]
+
+            try:
+                client = Client(address)
+            except OSError as error:
+                raise ConnectionError(f"no dask scheduler at {address}: {error}") from error
             with client:
                 yield "dask"
         case "ray":
-            ray: Any = _needs("ray", "ray")
+            import ray  # type: ignore[import-not-found]
+            from ray.util.joblib import register_ray  # type: ignore[import-not-found]
+
             ray.init(address=address, log_to_driver=False)
+            register_ray()
             try:
-                _needs("ray.util.joblib", "ray").register_ray()
                 yield "ray"
             finally:
                 ray.shutdown()
-
-
-def _needs(module: str, package: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this scheduler needs {package}: pip install {package} ({error})") from error

@@ -1,8 +1,9 @@
 """`mbnorm compare`."""
 
-import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from mbnorm.experiments.compare import report, train_missing
 from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS, load
 from mbnorm.experiments.grid import (
     SEEDS,
+    SUITE_METHODS,
     SUITES,
     Run,
     Setting,
@@ -36,6 +38,7 @@ from mbnorm.experiments.methods import METHODS
 from mbnorm.experiments.models import MODELS, why_not
 from mbnorm.experiments.results import Results
 from mbnorm.experiments.sampling import SAMPLINGS
+from mbnorm.experiments.workers import PACKAGES, SCHEDULERS, Scheduler
 
 
 def compare(
@@ -49,14 +52,16 @@ def compare(
         ),
     ] = "quick",
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Methods, comma-separated: {', '.join(METHODS)}.", metavar="LIST", show_default="all"
+            help=f"Methods, comma-separated: {', '.join(METHODS)}.",
+            metavar="LIST",
+            show_default=f"{', '.join(SUITE_METHODS['quick'])}; with --suite full all",
         ),
-    ] = ",".join(METHODS),
+    ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(help="Train from seeds 0 to N-1.", metavar="N", show_default="2, with --suite full 3"),
+        typer.Option(help="Train from seeds 0 to N-1.", metavar="N", show_default="3, with --suite full 5"),
     ] = None,
     batch_sizes: Annotated[
         str | None,
@@ -88,6 +93,9 @@ def compare(
             show_default="digits",
         ),
     ] = None,
+    baseline: Annotated[
+        str, typer.Option(help="The method that the others are compared with, seed by seed.", metavar="NAME")
+    ] = "batch",
     epochs: Annotated[
         int | None,
         typer.Option(help="Grid: epochs of training.", metavar="N", show_default="mlp 10, others 8"),
@@ -99,12 +107,23 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for results.jsonl, table.md and compare.png.", metavar="FOLDER")
+        Path,
+        typer.Option(
+            help="Folder for results.jsonl, table.md, compare.png and report.html.", metavar="FOLDER"
+        ),
     ] = Path("runs/compare"),
     jobs: Annotated[
         int | None,
         typer.Option(help="Runs at a time, a process each.", metavar="N", show_default="number of cores"),
     ] = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="Who gets the runs: processes of this machine, or a Dask or Ray cluster. Without an address "
+            "Dask starts one here, and Ray takes the one that RAY_ADDRESS names.",
+            metavar="local|dask[:ADDRESS]|ray[:ADDRESS]",
+        ),
+    ] = "local",
     accelerator: Annotated[
         str,
         typer.Option(
@@ -121,11 +140,24 @@ def compare(
     runs with it, trains only what is not in the folder yet.
     """
     chosen_suite = choice("--suite", suite, SUITES)
+    methods = ",".join(SUITE_METHODS[chosen_suite]) if methods is None else methods
     chosen_methods = choices("--methods", methods, METHODS)
     seeds = at_least_1("--seeds", SEEDS[chosen_suite] if seeds is None else seeds)
-    jobs = at_least_1("--jobs", (os.cpu_count() or 1) if jobs is None else jobs)
+    chosen_baseline = choice("--baseline", baseline, METHODS)
+    jobs = None if jobs is None else at_least_1("--jobs", jobs)
     check_accelerator(accelerator)
-    if (batch_sizes, sampling, model, data, epochs, lr) == (None,) * 6:
+    cluster = _scheduler(scheduler)
+    grid = {
+        "--model": model,
+        "--data": data,
+        "--batch-sizes": batch_sizes,
+        "--sampling": sampling,
+        "--lr": lr,
+        "--epochs": epochs,
+    }
+    chosen = {option: str(value) for option, value in grid.items() if value is not None}
+    if not chosen:
+        chosen = {"--suite": suite}
         settings = suite_settings(chosen_suite)
         runs = suite_runs(chosen_suite, chosen_methods, seeds)
     else:
@@ -139,31 +171,41 @@ def compare(
         )
         _check_fit(settings)
         runs = runs_of(settings, chosen_methods, seeds)
+    chosen |= {"--methods": methods, "--seeds": str(seeds), "--baseline": baseline, "--out": str(out)}
+    command = shlex.join(["mbnorm", "compare", *(word for option in chosen.items() for word in option)])
     results = _results_in(out)
+    console = Console(highlight=False)
+    known = sum(run in results.outcomes for run in runs)
+    console.print(
+        f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
+    )
     try:
-        _compare(settings, runs, results, out, jobs, accelerator)
+        crashed = train_missing(runs, results, console, jobs, accelerator, *cluster)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {_stored(runs, results)}", err=True)
         raise typer.Exit(130) from None
     except BrokenProcessPool:
         typer.echo(f"a process died, for want of memory perhaps: {_stored(runs, results)}", err=True)
         raise typer.Exit(1) from None
-
-
-def _compare(
-    settings: Sequence[Setting], runs: Sequence[Run], results: Results, out: Path, jobs: int, accelerator: str
-) -> None:
-    console = Console(highlight=False)
-    known = sum(run in results.outcomes for run in runs)
-    console.print(
-        f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
-    )
-    crashed = train_missing(runs, results, console, jobs=jobs, accelerator=accelerator)
-    report(settings, runs, results, out, console)
+    except ConnectionError as error:
+        typer.echo(f"mbnorm: {error}", err=True)
+        raise typer.Exit(1) from None
+    report(settings, runs, results, out, console, baseline=chosen_baseline, command=command)
     for line in crashed:
         typer.echo(f"crashed, to be repeated by the same command: {line}", err=True)
     if crashed:
         raise typer.Exit(1)
+
+
+def _scheduler(text: str) -> tuple[Scheduler, str | None]:
+    name, _, address = text.partition(":")
+    chosen = choice("--scheduler", name, SCHEDULERS)
+    package = PACKAGES.get(chosen)
+    if package is not None and find_spec(package) is None:
+        raise typer.BadParameter(f"{name} needs {package}: pip install {package}", param_hint="--scheduler")
+    if address and chosen == "local":
+        raise typer.BadParameter(f"local takes no address, got {address!r}", param_hint="--scheduler")
+    return chosen, address or None
 
 
 def _stored(runs: Sequence[Run], results: Results) -> str:

@@ -1,0 +1,70 @@
+"""report.html of a comparison."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mbnorm import __version__
+from mbnorm.experiments.grid import Run, Setting
+from mbnorm.experiments.methods import Method
+from mbnorm.experiments.page import Figure, Page, Section, Table, render
+from mbnorm.experiments.plot import batch_size_series, batch_size_svg, panel_svg, ranks_svg
+from mbnorm.experiments.rows import CAPTION, Row, Tables, columns, mean_ranks, notes, row_of
+
+
+def as_html(tables: Tables, missing: Sequence[Run], baseline: Method, command: str) -> str:
+    """Return the report as a page; ``command`` is what regenerates it and every figure in it."""
+    sections = [_setting_section(setting, rows, baseline, command) for setting, rows in tables]
+    sections = _overview(tables, command) + sections
+    if missing:
+        listed = Table(("run without a result",), [(str(run),) for run in missing])
+        sections.append(Section("Missing", tables=[listed]))
+    return render(
+        Page(
+            "Normalization methods compared",
+            [_counts(tables), CAPTION.format(baseline=baseline)],
+            command,
+            sections,
+            f"mbnorm {__version__}, torch {torch.__version__}",
+        )
+    )
+
+
+def _counts(tables: Tables) -> str:
+    outcomes = [
+        o for _, rows in tables for row in rows if row.reference is None for o in row.outcomes.values()
+    ]
+    statuses = ["missing" if outcome is None else outcome.status for outcome in outcomes]
+    settings = "1 setting" if len(tables) == 1 else f"{len(tables)} settings"
+    counted = ", ".join(f"{statuses.count(what)} {what}" for what in ("diverged", "failed", "missing"))
+    return f"{len(statuses)} runs in {settings}, of which {counted}."
+
+
+def _overview(tables: Tables, command: str) -> list[Section]:
+    sections = []
+    if len(tables) > 1:
+        ranks = mean_ranks(tables)
+        header = ("method", "mean rank", "best", "worst")
+        cells = [(m, f"{mean:.2f}", f"{min(found):g}", f"{max(found):g}") for m, mean, found in ranks]
+        text = (
+            f"Each method's rank by mean accuracy, averaged over the {len(tables)} settings. A method with "
+            "runs that have no accuracy is behind all with fewer of them."
+        )
+        figure = Figure(ranks_svg(tables), "Mean ranks; lower is better.", command)
+        sections.append(Section("Mean rank", [text], [figure], [Table(header, cells)]))
+    series = batch_size_series(tables)
+    if series:
+        figures = [
+            Figure(batch_size_svg(found), f"Accuracy against batch size: {common}.", command)
+            for common, found in series.items()
+        ]
+        sections.append(Section("Accuracy against batch size", figures=figures))
+    return sections
+
+
+def _setting_section(setting: Setting, rows: Sequence[Row], baseline: Method, command: str) -> Section:
+    theirs = row_of(baseline, rows)
+    marked = frozenset(number for number, row in enumerate(rows) if row.reference is not None)
+    table = Table(columns(baseline), [row.cells(theirs) for row in rows], marked)
+    figure = Figure(panel_svg(rows), f"Test accuracy: {setting}.", command)
+    return Section(str(setting), figures=[figure], tables=[table], notes=notes(setting, rows))

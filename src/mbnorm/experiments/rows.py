@@ -1,0 +1,163 @@
+"""What the runs of a setting came to: a row a method, and the methods' ranks over all settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeAlias
+
+from mbnorm.experiments.estimates import Estimate, estimate, paired_difference
+from mbnorm.experiments.grid import Run, Setting, reference_of
+from mbnorm.experiments.methods import OURS, Method
+from mbnorm.experiments.training import FIRST_FORWARD, Outcome
+
+CAPTION = (
+    "Test accuracy, mean over the seeds with its 95 % confidence interval (Student's t). From one seed all "
+    "methods start at the same weights and see the same batches, so each is compared with {baseline} seed by "
+    "seed: the difference is the mean over the seeds for which both have an accuracy, with its interval. A "
+    "run that diverged is measured like any other and is part of the means; one that failed has no accuracy, "
+    "and is counted. The losses are those of the trained net on its training data, with its layers in train "
+    "mode and in eval mode. In italics: batch norm on shuffled batches of 64 at lr 0.1. Written by "
+    "`mbnorm compare`."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one method in one setting: an outcome for each seed, None where there is none yet."""
+
+    method: Method
+    outcomes: Mapping[int, Outcome | None]
+    reference: Setting | None = None
+
+    @property
+    def label(self) -> str:
+        """The method's name, and where the reference stands if this is one."""
+        return self.method if self.reference is None else f"batch at m = {self.reference.batch_size}"
+
+    @property
+    def finished(self) -> list[Outcome]:
+        """The outcomes that are there."""
+        return [outcome for outcome in self.outcomes.values() if outcome is not None]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """The accuracy of each seed that has one."""
+        return {seed: o.accuracy for seed, o in self.outcomes.items() if o and o.accuracy is not None}
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        """The mean over the runs that have an accuracy."""
+        return estimate(list(self.accuracies.values()))
+
+    @property
+    def without_accuracy(self) -> int:
+        """How many runs failed, or are missing."""
+        return len(self.outcomes) - len(self.accuracies)
+
+    @property
+    def error(self) -> str | None:
+        """Why runs failed, if some did."""
+        return next((o.error for o in self.finished if o.error is not None), None)
+
+    def cells(self, baseline: "Row | None") -> tuple[str, ...]:
+        """Return the row's text, one for each of `columns`."""
+        accuracy = self.accuracy
+        trained = [outcome for outcome in self.finished if outcome.status != "failed"]
+        return (
+            self.label,
+            "-" if accuracy is None else str(accuracy),
+            self._difference(baseline),
+            str(len(self.outcomes)),
+            self._failures(),
+            _mean_loss([o.train_mode_loss for o in trained]),
+            _mean_loss([o.eval_mode_loss for o in trained]),
+        )
+
+    def _difference(self, baseline: "Row | None") -> str:
+        if baseline is None or baseline is self:
+            return "-"
+        difference = paired_difference(self.accuracies, baseline.accuracies)
+        return "-" if difference is None else difference.signed()
+
+    def _failures(self) -> str:
+        statuses = ["missing" if o is None else o.status for o in self.outcomes.values()]
+        counts = [(statuses.count(what), what) for what in ("failed", "diverged", "missing")]
+        return ", ".join(f"{n} {what}" for n, what in counts if n) or "0"
+
+
+Tables: TypeAlias = Sequence[tuple[Setting, Sequence[Row]]]
+
+
+def columns(baseline: Method) -> tuple[str, ...]:
+    """Return the headings of a row's cells."""
+    return (
+        "method",
+        "accuracy, %",
+        f"against {baseline}",
+        "seeds",
+        "failed",
+        "train-mode loss",
+        "eval-mode loss",
+    )
+
+
+def rows_of(setting: Setting, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> list[Row]:
+    """Return a row for each method and for the reference, best accuracy first and failures last."""
+    by_method: dict[Method, dict[int, Outcome | None]] = {}
+    for run in runs:
+        if run.setting == setting:
+            by_method.setdefault(run.method, {})[run.seed] = outcomes.get(run)
+    rows = [Row(method, found) for method, found in by_method.items()]
+    reference = reference_of(setting)
+    at_ease = {r.seed: outcomes.get(r) for r in runs if r.setting == reference and r.method == "batch"}
+    if at_ease and reference != setting:
+        rows.append(Row("batch", at_ease, reference))
+    return sorted(rows, key=lambda row: -1.0 if row.accuracy is None else row.accuracy.mean, reverse=True)
+
+
+def row_of(method: Method, rows: Sequence[Row]) -> Row | None:
+    """Return the row of a method, which is not the reference's."""
+    return next((row for row in rows if row.method == method and row.reference is None), None)
+
+
+def mean_ranks(tables: Tables) -> list[tuple[Method, float, list[float]]]:
+    """Return each method's mean rank and its rank in each setting, best first.
+
+    In a setting 1 is the best mean accuracy, and equal ones share the mean of their ranks; a method with more
+    runs that have no accuracy is behind all with fewer. Only methods that are in every setting are ranked.
+    """
+    of_each = [{row.method: _standing(row) for row in rows if row.reference is None} for _, rows in tables]
+    methods = [method for method in of_each[0] if all(method in standings for standings in of_each)]
+    ranks = {
+        method: [
+            1
+            + sum(standings[other] > standings[method] for other in methods)
+            + sum(standings[other] == standings[method] for other in methods if other != method) / 2
+            for standings in of_each
+        ]
+        for method in methods
+    }
+    return sorted(((m, fmean(found), found) for m, found in ranks.items()), key=lambda entry: entry[1])
+
+
+def notes(setting: Setting, rows: Sequence[Row]) -> list[str]:
+    """Return the sentences under a table: where mbnorm's layers lose, how they started, why runs failed."""
+    ranked = [row for row in rows if row.reference is None and row.accuracy is not None]
+    ours = [row for row in ranked if row.method in OURS]
+    said = []
+    if ours and ours[0] is not ranked[0]:
+        said.append(f"{ranked[0].label} does best here, before all of mbnorm's layers.")
+    if ours and setting.batch_size == 1:
+        said.append(f"mbnorm's layers were given a memory by one forward of {FIRST_FORWARD} images.")
+    return said + [f"{row.label} failed: {row.error}." for row in rows if row.error is not None]
+
+
+def _standing(row: Row) -> tuple[int, float]:
+    return -row.without_accuracy, 0.0 if row.accuracy is None else row.accuracy.mean
+
+
+def _mean_loss(losses: Sequence[float | None]) -> str:
+    finite = [loss for loss in losses if loss is not None]
+    if not losses:
+        return "-"
+    return f"{fmean(finite):.3f}" if len(finite) == len(losses) else "not finite"

@@ -1,0 +1,254 @@
+import io
+from dataclasses import replace
+
+import pytest
+from report_pages import NASTY, hard_page, report_of
+from rich.console import Console
+from scipy import stats
+
+from mbnorm.experiments.estimates import estimate, paired_difference
+from mbnorm.experiments.grid import Run, Setting, grid_settings, reference_of, runs_of
+from mbnorm.experiments.page import Figure, Page, Section, render
+from mbnorm.experiments.plot import as_svg, batch_size_series, draw, panel_svg
+from mbnorm.experiments.report import as_markdown, show
+from mbnorm.experiments.report_page import as_html
+from mbnorm.experiments.rows import Row, mean_ranks, notes, row_of, rows_of
+from mbnorm.experiments.training import Outcome
+
+SETTING = Setting("mlp", 4, "shuffled", 0.025, 2)
+ONE_CLASS = replace(SETTING, sampling="one-class")
+DONE = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125)
+FAILED = Outcome("failed", 0.1, "one value per channel")
+DIVERGED = replace(DONE, status="diverged", accuracy=10.0, train_mode_loss=None)
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The text of a report with a series of batch sizes and failures."""
+    settings = grid_settings(["mlp"], [2, 4], ["shuffled"], None, None)
+    return report_of(settings, ["none", "batch", "instance"], 2)
+
+
+def row(method, *outcomes):
+    return Row(method, dict(enumerate(outcomes)))
+
+
+def rows_for(accuracies, setting=SETTING):
+    """Return the rows of methods with these accuracies; None is a failed run."""
+    outcomes = {
+        Run(method, setting, seed): FAILED if accuracy is None else replace(DONE, accuracy=accuracy)
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    }
+    return rows_of(setting, list(outcomes), outcomes)
+
+
+@pytest.mark.parametrize("values", [[95.0, 97.0], [1.0, 2.0, 4.0], [90.1, 97.2, 96.3, 95.4, 91.5]])
+def test_the_interval_is_students(values):
+    mean, error = sum(values) / len(values), stats.sem(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
+    found = estimate(values)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    draws = stats.norm.rvs(loc=3, scale=2, size=(4000, 5), random_state=0)
+    covered = [abs(e.mean - 3) < e.half_width for e in map(estimate, draws.tolist())]
+    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_a_single_value_has_no_interval_and_none_no_estimate():
+    assert str(estimate([97.0])) == "97.0"
+    assert estimate([]) is None
+
+
+def test_differences_are_paired_by_seed():
+    found = paired_difference({0: 92.0, 1: 83.0, 2: 74.0}, {2: 73.0, 0: 91.0, 1: 82.0, 7: 5.0})
+    assert (found.mean, found.half_width, found.count) == (1.0, 0.0, 3)
+
+
+def test_a_paired_interval_ignores_what_seeds_have_in_common():
+    ours, theirs = {0: 50.0, 1: 71.0, 2: 90.0}, {0: 48.0, 1: 70.0, 2: 87.0}
+    assert paired_difference(ours, theirs).half_width < estimate(list(ours.values())).half_width / 10
+
+
+def test_seeds_without_a_partner_make_no_difference():
+    assert paired_difference({0: 1.0}, {1: 2.0}) is None
+
+
+def test_rows_are_sorted_by_accuracy_and_failures_come_last():
+    rows = rows_for({"batch": [None], "none": [20.0], "matched": [97.0], "group": [96.0]})
+    assert [r.method for r in rows] == ["matched", "group", "none", "batch"]
+
+
+def test_a_row_shows_estimate_difference_seeds_failures_and_both_losses():
+    rows = rows_for({"matched": [95.0, 97.0], "batch": [85.0, 87.0]})
+    half_width = f"{stats.t.ppf(0.975, 1):.1f}"
+    assert rows[0].cells(rows[1]) == (
+        "matched",
+        f"96.0 ± {half_width}",
+        "+10.0 ± 0.0",
+        "2",
+        "0",
+        "0.250",
+        "0.125",
+    )
+
+
+def test_the_baseline_does_not_differ_from_itself():
+    (only,) = rows_for({"batch": [85.0, 87.0]})
+    assert only.cells(only)[2] == "-"
+
+
+def test_a_row_counts_failed_diverged_and_missing_runs():
+    cells = row("none", DIVERGED, FAILED, DONE, None).cells(None)
+    assert cells[3:] == ("4", "1 failed, 1 diverged, 1 missing", "not finite", "0.125")
+
+
+def test_a_diverged_run_counts_with_what_it_measured():
+    assert row("none", DIVERGED, DONE).accuracy.mean == 50
+
+
+def test_a_method_without_any_result_has_a_row():
+    runs = runs_of([SETTING], ["matched", "batch"], 2)
+    rows = rows_of(SETTING, runs, {runs[0]: DONE, runs[1]: DONE})
+    assert row_of("batch", rows).cells(None) == ("batch", "-", "-", "2", "2 missing", "-", "-")
+
+
+def test_the_reference_is_in_the_table_and_marked():
+    outcomes = {Run("batch", reference_of(SETTING), 0): DONE, Run("matched", SETTING, 0): DONE}
+    rows = rows_of(SETTING, list(outcomes), outcomes)
+    assert "| *batch at m = 64* | *90.0* |" in as_markdown([(SETTING, rows)], "batch")
+
+
+def test_the_reference_does_not_stand_beside_itself():
+    (only,) = rows_for({"batch": [97.0]}, reference_of(SETTING))
+    assert only.reference is None
+
+
+def test_the_baseline_is_not_the_reference():
+    outcomes = {Run("batch", reference_of(SETTING), 0): DONE, Run("matched", SETTING, 0): DONE}
+    assert row_of("batch", rows_of(SETTING, list(outcomes), outcomes)) is None
+
+
+def test_the_table_says_where_our_layers_lose():
+    rows = rows_for({"none": [98.0], "matched": [97.0], "batch": [40.0]})
+    assert notes(SETTING, rows) == ["none does best here, before all of mbnorm's layers."]
+
+
+def test_the_table_says_nothing_where_our_layers_win():
+    assert notes(SETTING, rows_for({"none": [96.0], "matched": [97.0]})) == []
+
+
+def test_the_table_says_why_runs_failed():
+    assert notes(SETTING, [row("batch", FAILED)]) == ["batch failed: one value per channel."]
+
+
+def test_the_table_says_how_memories_start_on_batches_of_one():
+    (note,) = notes(replace(SETTING, batch_size=1), rows_for({"matched": [97.0]}))
+    assert "one forward of 2 images" in note
+
+
+def test_ranks_are_averaged_over_settings_and_ties_share_theirs():
+    tables = [
+        (SETTING, rows_for({"batch": [90.0], "group": [95.0], "matched": [97.0]})),
+        (ONE_CLASS, rows_for({"batch": [95.0], "group": [95.0], "matched": [90.0]}, ONE_CLASS)),
+    ]
+    assert mean_ranks(tables) == [
+        ("group", 1.75, [2, 1.5]),
+        ("matched", 2.0, [1, 3]),
+        ("batch", 2.25, [3, 1.5]),
+    ]
+
+
+def test_a_method_with_failed_runs_ranks_behind():
+    tables = [(SETTING, rows_for({"batch": [99.0, None], "group": [50.0, 50.0]}))]
+    assert [method for method, *_ in mean_ranks(tables)] == ["group", "batch"]
+
+
+def test_only_methods_that_are_in_every_setting_are_ranked():
+    tables = [
+        (SETTING, rows_for({"batch": [90.0], "group": [95.0]})),
+        (ONE_CLASS, rows_for({"batch": [95.0]}, ONE_CLASS)),
+    ]
+    assert mean_ranks(tables) == [("batch", 1.0, [1, 1])]
+
+
+def test_settings_that_differ_in_the_batch_size_alone_are_a_series():
+    small, large = replace(SETTING, batch_size=2, lr=0.0125), replace(SETTING, batch_size=8, lr=0.05)
+    series = batch_size_series([(small, []), (large, []), (ONE_CLASS, []), (replace(SETTING, lr=9.0), [])])
+    assert [list(found) for found in series.values()] == [[2, 8]]
+
+
+@pytest.mark.parametrize("method", ["matched", "batch+recalibrate"])
+def test_the_table_fits_into_80_columns(method):
+    console = Console(width=80, record=True, file=io.StringIO())
+    rows = [
+        row(method, *[replace(DONE, accuracy=a) for a in (30.0, 40.0, 60.0)]),
+        row("batch", DONE, DIVERGED),
+    ]
+    show([(SETTING, rows)], "batch", console)
+    text = console.export_text()
+    assert method in text
+    assert "…" not in text
+
+
+def test_the_figure_is_drawn_with_failures_and_many_settings(tmp_path):
+    perfect = row("matched", replace(DONE, accuracy=100.0), DONE)
+    path = tmp_path / "compare.png"
+    draw([(SETTING, [perfect, row("batch", FAILED)]), *[(ONE_CLASS, [perfect])] * 3], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_needs_nothing_beside_itself(report):
+    assert "http://" not in report.replace("http://www.w3.org/", "")
+    assert not any(word in report for word in ("https://", "<script", "<link", "<img", " src=", "@import"))
+
+
+def test_a_report_counts_what_is_missing_and_names_it():
+    runs = runs_of([SETTING], ["matched"], 2)
+    page = as_html([(SETTING, rows_of(SETTING, runs, {runs[0]: DONE}))], [runs[1]], "batch", "mbnorm compare")
+    assert "2 runs in 1 setting, of which 0 diverged, 0 failed, 1 missing." in page
+    assert str(runs[1]) in page
+
+
+def test_every_figure_has_the_command_that_draws_it(report):
+    # one more for the page itself
+    assert report.count("<pre><code>mbnorm compare --methods") == report.count("<figure>") + 1 == 5
+
+
+def test_all_text_is_escaped():
+    text = hard_page()
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert NASTY not in text
+
+
+def test_figures_of_a_page_share_no_names():
+    figure = Figure(panel_svg([row("matched", DONE)]), "a", "b")
+    text = render(Page("two", sections=[Section("s", figures=[figure, figure])]))
+    names = [part.partition('"')[0] for part in text.split(' id="')[1:]]
+    assert len(names) == len(set(names)) > 10
+
+
+def test_every_name_that_a_figure_refers_to_is_in_it():
+    figure = Figure(panel_svg([row("matched", DONE)]), "a", "b")
+    text = render(Page("one", sections=[Section("s", figures=[figure])]))
+    names = {part.partition('"')[0] for part in text.split(' id="')[1:]}
+    wanted = {part.partition('"')[0] for part in text.split('href="#')[1:]}
+    wanted |= {part.partition(")")[0] for part in text.split("url(#")[1:]}
+    assert wanted
+    assert wanted <= names
+
+
+def test_a_figure_is_the_same_each_time():
+    from matplotlib.figure import Figure as Drawing
+
+    def drawn():
+        figure = Drawing()
+        figure.subplots().plot([1, 2])
+        return as_svg(figure)
+
+    assert drawn() == drawn()
+    assert drawn().startswith("<svg ")
