@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from test_cli import mbnorm_says
 
 from mbnorm import convert
@@ -100,8 +101,10 @@ def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(we
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vgg"], "vgg16, unet3d; got 'vgg'"),
-        (["--data", "cifar"], "expected digits, synthetic; got 'cifar'"),
+        (["--model", "vgg"], "unet3d or timm:NAME; got 'vgg'"),
+        (["--data", "cifar"], "expected digits, textures, photos, segments, volumes, folder:PATH"),
+        (["--data", "folder:/none"], "--data: /none: no such folder"),
+        (["--data", "segments"], "mlp gives a class per image, and these data have one per pixel: segments"),
         (["--method", "group"], "'group' leaves no batch norm to look at"),
         (["--batches", "1"], "expected at least 2, got 1"),
         (["--batch-size", "0"], "expected at least 1, got 0"),
@@ -119,3 +122,36 @@ def test_a_wrong_option_gives_one_line(arguments, message, tmp_path):
 def test_as_many_batches_are_drawn_as_asked_for_over_epochs(count):
     batches = list(batches_of("digits", "one-class", 2, count))
     assert [x.shape for x in batches] == [(2, 1, 8, 8)] * count
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "layers"),
+    [
+        ("vgg-small", "textures", 6),
+        ("segment", "segments", 7),
+        ("unet3d", "volumes", 10),
+        ("mlp6", "synthetic", 6),
+    ],
+)
+def test_every_net_is_diagnosed_on_its_data(model, data, layers, tmp_path):
+    arguments = ["--model", model, "--data", data, "--batches", "3", "--out", tmp_path]
+    assert mbnorm_says("diagnose", *arguments)[0] == 0
+    assert len(json.loads((tmp_path / "diagnose.json").read_text())["layers"]) == layers
+
+
+def test_the_user_s_own_images_are_looked_at_and_a_damaged_one_is_named(tmp_path):
+    for shade, name in ((0, "dark"), (200, "light")):
+        for i in range(10):
+            path = tmp_path / "data" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (shade + i,) * 3).save(path)
+    arguments = ["--model", "cnn", "--data", f"folder:{tmp_path / 'data'}", "--out", tmp_path]
+    status, out, _ = mbnorm_says("diagnose", *FEW, *arguments)
+    assert status == 0
+    assert f"folder:{tmp_path / 'data'}, shuffled" in out
+    damaged = tmp_path / "data" / "light" / "3.png"
+    damaged.write_bytes(b"nonsense")
+    status, _, err = mbnorm_says("diagnose", *FEW, *arguments)
+    assert status == 1
+    assert err.startswith(f"mbnorm: {damaged}: cannot be decoded as an image")
+    assert err.count("\n") == 1

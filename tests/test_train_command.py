@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_cli import INTERRUPTIBLE, ends_within, mbnorm_says
 
-from mbnorm.experiments import loop
 from mbnorm.experiments.diagnose import net
-from mbnorm.experiments.loop import Training
+from mbnorm.experiments.plan import RECIPES
+from mbnorm.experiments.resumable import Training
 
 SHORT = ["--batch-size", "8", "--epochs", "2", "--drops", "0.5", "--lr", "0.01"]
 STEPS = 250
@@ -293,7 +293,7 @@ def test_two_ranks_that_are_killed_go_on_to_the_same_end(tmp_path):
 
 
 def test_the_recipe_of_the_paper_is_what_its_page_says():
-    recipe = loop.RECIPES["eccv2020-cifar"]
+    recipe = RECIPES["eccv2020-cifar"]
     assert recipe.epochs == 200
     assert [share * recipe.epochs for share in recipe.drops] == [60, 120, 180]
 

@@ -63,6 +63,7 @@ class Parts(NamedTuple):
     per_pixel: bool
 
 
+@cache
 def parts(name: str) -> Parts:
     """Return the data set of that name as it is read, input by input.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -10,26 +10,36 @@ from torch import Tensor, nn
 
 from mbnorm import Diagnosis, diagnose
 from mbnorm.diagnose import ENOUGH_VALUES
-from mbnorm.experiments.data import digits
+from mbnorm.experiments.data import Parts, parts
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling, one_epoch
 from mbnorm.experiments.synthetic import GaussianField
-from mbnorm.experiments.training import initial_model
+from mbnorm.experiments.training import net_for
 
-DataName: TypeAlias = Literal["digits", "synthetic"]
-DATA: tuple[DataName, ...] = get_args(DataName)
-
+SYNTHETIC_NAME = "synthetic"
 SYNTHETIC = GaussianField(channels=1, sides=(8, 8), correlation=0.8)
 
 
-def net(model: str, method: Method, batch_size: int, checkpoint: Path | None) -> nn.Module:
-    """Return a net, in train mode, untrained or with the weights in a file.
+def source(data: str) -> Parts:
+    """Return what a data set is like; synthetic fields have the shape of digits.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
+    return parts("digits" if data == SYNTHETIC_NAME else data)
+
+
+def net(
+    model: str, method: Method, batch_size: int, checkpoint: Path | None, data: str = "digits"
+) -> nn.Module:
+    """Return a net for these data, in train mode, untrained or with the weights in a file.
 
     Raises:
         ValueError: the file is missing, is no checkpoint, or one of another net; it is named in one line.
     """
-    built = initial_model(Run(method, Setting(model, batch_size, "shuffled", linear_rate(batch_size), 1), 0))
+    setting = Setting(model, batch_size, "shuffled", linear_rate(batch_size), 1, data)
+    built = net_for(Run(method, setting, 0), source(data))
     if checkpoint is not None:
         try:
             built.load_state_dict(_state_dict(checkpoint))
@@ -58,16 +68,17 @@ def _state_dict(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def batches_of(data: DataName, sampling: Sampling, batch_size: int, count: int) -> Iterator[Tensor]:
-    """Draw so many batches of images, shape (batch_size, 1, 8, 8); ``sampling`` is for the digits."""
-    if data == "synthetic":
+def batches_of(data: str, sampling: Sampling, batch_size: int, count: int) -> Iterator[Tensor]:
+    """Draw so many batches of inputs, shape (batch_size, C, ...); ``sampling`` is not for synthetic ones."""
+    if data == SYNTHETIC_NAME:
         yield from SYNTHETIC.batches(batch_size, count, seed=0)
         return
+    read = source(data)
     draws = torch.Generator().manual_seed(0)
     drawn = 0
     while drawn < count:
-        for indices in one_epoch(sampling, digits().train_targets, batch_size, draws)[: count - drawn]:
-            yield digits().train_inputs[indices]
+        for indices in one_epoch(sampling, read.train_targets, batch_size, draws)[: count - drawn].tolist():
+            yield torch.stack([read.train[index][0] for index in indices])
             drawn += 1
 
 

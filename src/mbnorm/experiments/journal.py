@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mbnorm.experiments.loop import Record, Training
+from mbnorm.experiments.resumable import Record, Training
 
 SECONDS_BETWEEN_UPDATES = 0.5
 

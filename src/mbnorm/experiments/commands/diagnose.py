@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
-from mbnorm.experiments.commands.options import at_least_1, check_batch_fits, choice
-from mbnorm.experiments.diagnose import DATA, batches_of, net
+from mbnorm.experiments.commands.options import at_least_1, check_batch_fits, choice, net_name
+from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS
+from mbnorm.experiments.diagnose import SYNTHETIC_NAME, batches_of, net, source
 from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
-from mbnorm.experiments.models import MODELS
+from mbnorm.experiments.models import MODELS, why_not
 from mbnorm.experiments.sampling import SAMPLINGS
 
 
 def diagnose(
-    model: Annotated[str, typer.Option(help="The net.", metavar="|".join(MODELS))] = "mlp",
+    model: Annotated[
+        str, typer.Option(help=f"The net: {', '.join(MODELS)}, timm:NAME.", metavar="NAME")
+    ] = "mlp",
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -29,11 +32,15 @@ def diagnose(
     ] = "batch",
     data: Annotated[
         str,
-        typer.Option(help="digits, or synthetic: Gaussian fields whose neighbors correlate by 0.8."),
+        typer.Option(
+            help=f"What it sees: {', '.join((*EMBEDDED, *OUTSIDE_FORMS))}, or synthetic: Gaussian fields "
+            "whose neighbors correlate by 0.8.",
+            metavar="NAME",
+        ),
     ] = "digits",
     batch_size: Annotated[int, typer.Option(help="The batch size that is trained with.", metavar="M")] = 2,
     sampling: Annotated[
-        str, typer.Option(help="How digits are drawn.", metavar="|".join(SAMPLINGS))
+        str, typer.Option(help="How batches are drawn.", metavar="|".join(SAMPLINGS))
     ] = "shuffled",
     batches: Annotated[int, typer.Option(help="Batches to look at.", metavar="N")] = 100,
     out: Annotated[
@@ -46,26 +53,36 @@ def diagnose(
     """
     if batches < 2:
         raise typer.BadParameter(f"expected at least 2, got {batches}", param_hint="--batches")
-    chosen_data = choice("--data", data, DATA)
-    chosen_model = choice("--model", model, MODELS)
+    try:
+        read = source(data)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    why = why_not(net_name("--model", model), read)
+    if why is not None:
+        raise typer.BadParameter(f"{why}: {data}", param_hint="--model")
     chosen_method = choice("--method", method, METHODS)
     if chosen_method in WITHOUT_BATCH_NORM:
         raise typer.BadParameter(f"{method!r} leaves no batch norm to look at", param_hint="--method")
     chosen_sampling = choice("--sampling", sampling, SAMPLINGS)
     at_least_1("--batch-size", batch_size)
-    if chosen_data == "digits":
-        check_batch_fits(batch_size, chosen_sampling, "digits", "--batch-size")
+    if data != SYNTHETIC_NAME:
+        check_batch_fits(batch_size, chosen_sampling, data, "--batch-size")
     try:
-        built = net(chosen_model, chosen_method, batch_size, checkpoint)
+        built = net(model, chosen_method, batch_size, checkpoint, data)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
-    drawn = f"{data}, {sampling}" if chosen_data == "digits" else data
+    drawn = data if data == SYNTHETIC_NAME else f"{data}, {sampling}"
     weights = "untrained" if checkpoint is None else str(checkpoint)
     title = f"{model} with {method} layers, {weights}; {drawn}, {batches} batches of {batch_size}"
-    given = batches_of(chosen_data, chosen_sampling, batch_size, batches)
-    found, paths = write_diagnosis(built, given, title, out)
+    given = batches_of(data, chosen_sampling, batch_size, batches)
+    try:
+        found, paths = write_diagnosis(built, given, title, out)
+    except ValueError as error:
+        # an image that cannot be decoded, a net without batch norms
+        typer.echo(f"mbnorm: {error}", err=True)
+        raise typer.Exit(1) from None
     typer.echo(f"{title}\n\n{found}\n\nwritten: {', '.join(map(str, paths))}")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import typer
 
-from mbnorm.experiments.data import load
+from mbnorm.experiments.data import load, parts
 from mbnorm.experiments.models import MODELS, TIMM, known
 from mbnorm.experiments.sampling import Sampling, largest_batch
 
@@ -100,7 +100,7 @@ def at_least_1(option: str, value: int) -> int:
 
 def check_batch_fits(batch_size: int, sampling: Sampling, data: str, option: str) -> None:
     """Refuse batches larger than the data allow."""
-    most = largest_batch(sampling, load(data).train_targets)
+    most = largest_batch(sampling, parts(data).train_targets)
     if batch_size > most:
         raise typer.BadParameter(
             f"{sampling} batches have at most {most} images, got {batch_size}", param_hint=option

@@ -21,11 +21,12 @@ from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS
 from mbnorm.experiments.grid import Run, Setting, default_epochs, linear_rate
 from mbnorm.experiments.methods import METHODS, batches_a_step
 from mbnorm.experiments.models import MODELS
+from mbnorm.experiments.plan import RECIPES, Plan, Recipe
 from mbnorm.experiments.sampling import SAMPLINGS
 from mbnorm.experiments.training import RATE_DROPS
 
 if TYPE_CHECKING:
-    from mbnorm.experiments.loop import Plan, Training
+    from mbnorm.experiments.resumable import Training
 
 SECONDS_BETWEEN_LOOKS = 0.5
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
@@ -92,9 +93,6 @@ def train(
     Stopped in any way, the same command goes on from its checkpoint, to the very numbers it would have
     come to. For several processes: torchrun --nproc-per-node 2 -m mbnorm train, with the same options.
     """
-    # takes seconds
-    from mbnorm.experiments.loop import RECIPES, Plan, Recipe
-
     known = Recipe(default_epochs(model), RATE_DROPS)
     if recipe is not None:
         known = RECIPES[choice("--recipe", recipe, list(RECIPES))]
@@ -125,11 +123,12 @@ def train(
     _train(plan, accelerator, ranks, checkpoint_every, out)
 
 
-def _train(plan: "Plan", accelerator: str, ranks: int, checkpoint_every: float, out: Path) -> None:
+def _train(plan: Plan, accelerator: str, ranks: int, checkpoint_every: float, out: Path) -> None:
     from lightning_fabric import Fabric
 
     from mbnorm.experiments.journal import told
-    from mbnorm.experiments.loop import Training, fit
+    from mbnorm.experiments.loop import fit
+    from mbnorm.experiments.resumable import Training
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fabric = Fabric(
