@@ -11,7 +11,7 @@ import time
 import pytest
 
 RUNS = 24
-COMMAND = ["--methods", "batch,matched,group", "--seeds", "8", "--batch-sizes", "32", "--epochs", "2"]
+COMMAND = ["--methods", "batch,matched,group", "--seeds", "8", "--batch-sizes", "32", "--epochs", "6"]
 
 
 class Comparison:
@@ -81,7 +81,8 @@ def names(lines):
 def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(comparison):
     comparison.wait_for_results(2)
     os.kill(comparison.process.pid, signal.SIGKILL)
-    comparison.process.wait(timeout=60)
+    # whoever is left has its end of the pipe
+    comparison.process.communicate(timeout=60)
     assert comparison.group_is_gone_within(60)
     finished = comparison.lines()
     assert 2 <= len(finished) < RUNS
@@ -92,8 +93,10 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(comparis
 
 
 def test_a_killed_worker_ends_the_comparison_in_a_line_and_the_next_one_goes_on(comparison):
+    comparison.wait_for_results(1)
+    worker, *_ = comparison.workers()
     comparison.wait_for_results(2)
-    os.kill(comparison.workers()[0], signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     status, err = comparison.finish()
     finished = comparison.lines()
     assert status == 1
