@@ -46,7 +46,7 @@ class Watch(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         devices = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
         assert len(devices) < 2, f"{name} goes from one device to another: {devices}"
-        if name not in VIEWS and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+        if name not in VIEWS and not name.startswith(("device", "empty", "new_empty", "_unsafe_view")):
             self.launches[name] += 1
         return result
 
