@@ -13,6 +13,7 @@ from rich.console import Console
 from mbnorm import __version__
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS
 from mbnorm.experiments.bench.run import bench as run_bench
+from mbnorm.experiments.claims.command import claim
 from mbnorm.experiments.compare import report, train_missing
 from mbnorm.experiments.data import SAMPLINGS, Sampling, largest_batch
 from mbnorm.experiments.diagnose import DATA, batches_of, net
@@ -37,6 +38,7 @@ Number = TypeVar("Number", int, float)
 ACCELERATORS = ("cpu", "cuda", "mps")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(claim)
 
 
 def _print_version(wanted: bool) -> None:

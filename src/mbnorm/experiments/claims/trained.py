@@ -1,0 +1,74 @@
+"""What the claims that rest on training have in common: their runs as rows, and rows in cells and curves."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from mbnorm.experiments.bench.rows import Row
+from mbnorm.experiments.claims.claim import mean_and_spread
+from mbnorm.experiments.grid import Setting, runs_of
+from mbnorm.experiments.methods import Method
+from mbnorm.experiments.training import train
+
+TICKS = (0, 50, 80, 90, 95, 98)
+
+
+def trained(
+    settings: Sequence[Setting], methods: Sequence[Method], seeds: int, tell: Callable[[str], None]
+) -> Iterator[Row]:
+    """Train every method in every setting from every seed."""
+    for run in runs_of(settings, methods, seeds):
+        outcome = train(run)
+        accuracy = "failed" if outcome.accuracy is None else f"{outcome.accuracy:.1f} %"
+        tell(f"{run}: {accuracy}, {outcome.seconds:.1f} s")
+        yield {"method": run.method, **asdict(run.setting), "seed": run.seed, **asdict(outcome)}
+
+
+def where(rows: Sequence[Row], **values: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def accuracy_cell(rows: Sequence[Row]) -> str:
+    """Return the mean accuracy with its spread, and how many runs diverged or failed."""
+    values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+    text = mean_and_spread(values, 1) if values else "-"
+    for status in ("diverged", "failed"):
+        if count := sum(row["status"] == status for row in rows):
+            text += f" ({count} {status})"
+    return text
+
+
+def loss_cell(rows: Sequence[Row], key: str) -> str:
+    """Return the mean of a loss with its spread."""
+    values = [row[key] for row in rows if row["status"] != "failed"]
+    if not values:
+        return "-"
+    return "not finite" if None in values else mean_and_spread(values, 3)
+
+
+def accuracies(rows: Sequence[Row]) -> list[float]:
+    """Return the accuracy of every run that has one."""
+    return [row["accuracy"] for row in rows if row["accuracy"] is not None]
+
+
+def scale_by_error(panel: Axes) -> None:
+    """Space the accuracies of a panel by the logarithm of the error."""
+    panel.set_yscale("function", functions=(_spaced, _from_spaced))
+    panel.set_yticks(TICKS, [str(tick) for tick in TICKS])
+    panel.set_ylim(0, 99)
+    panel.set_ylabel("test accuracy, %, spaced by the error (lines: smallest to largest seed)", fontsize=8)
+
+
+def _spaced(accuracy: Any) -> Any:
+    import numpy as np
+
+    return -np.log(np.maximum(100.0 - np.asarray(accuracy, float), 0.1))
+
+
+def _from_spaced(spaced: Any) -> Any:
+    import numpy as np
+
+    return 100.0 - np.exp(-np.asarray(spaced, float))
