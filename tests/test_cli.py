@@ -203,7 +203,7 @@ def test_ctrl_c_gives_one_line_and_leaves_no_process(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.startswith(f"interrupted: 0 of 16 runs are in {tmp_path}")
+        assert err.startswith(f"interrupted: 0 of 32 runs are in {tmp_path}")
         assert err.count("\n") == 1
         assert ends_within(10, process.pid)
     finally:

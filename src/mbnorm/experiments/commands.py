@@ -28,7 +28,7 @@ from mbnorm.experiments.grid import (
     suite_runs,
     suite_settings,
 )
-from mbnorm.experiments.methods import METHODS
+from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
 from mbnorm.experiments.models import MODELS
 from mbnorm.experiments.results import Results
 
@@ -236,7 +236,7 @@ def diagnose(
     chosen_data = _choice("--data", data, DATA)
     chosen_model = _choice("--model", model, MODELS)
     chosen_method = _choice("--method", method, METHODS)
-    if chosen_method in ("none", "group"):
+    if chosen_method in WITHOUT_BATCH_NORM:
         raise typer.BadParameter(f"{method!r} leaves no batch norm to look at", param_hint="--method")
     chosen_sampling = _choice("--sampling", sampling, SAMPLINGS)
     _at_least_1("--batch-size", batch_size)

@@ -1,21 +1,50 @@
 """The normalization methods that are compared, each made from a net with torch's batch norms."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mbnorm import MomentumSchedule, convert
+from mbnorm import MomentumSchedule, convert, recalibrate
+from mbnorm.experiments.batch_renorm import BatchRenorm, RenormSchedule
 
 Method: TypeAlias = Literal[
-    "none", "batch", "group", "momentum", "momentum-constant", "memorized", "memorized+df", "matched"
+    "none",
+    "batch",
+    "batch+recalibrate",
+    "batch+accumulate",
+    "frozen",
+    "renorm",
+    "group",
+    "layer",
+    "instance",
+    "momentum",
+    "momentum-constant",
+    "momentum+df",
+    "memorized",
+    "memorized+df",
+    "matched",
+    "matched+df",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-OURS: tuple[Method, ...] = METHODS[3:]
+OURS: tuple[Method, ...] = METHODS[METHODS.index("momentum") :]
+DOUBLE_FORWARD: tuple[Method, ...] = ("momentum+df", "memorized+df", "matched+df")
+WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "layer", "instance")
 
-# a channel of an (N, C) input is one value, so its groups need more channels than those of a map
-CHANNELS_PER_GROUP: dict[type[nn.Module], int] = {nn.BatchNorm1d: 10, nn.BatchNorm2d: 4}
+REFERENCE_BATCH_SIZE = 64
+"""Where batch norm is at ease, and how many samples an accumulated step takes."""
+
+IMAGES_AT_ONCE = 100
+_BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+class Schedule(Protocol):
+    """What is told of every optimizer step."""
+
+    def step(self) -> None:
+        """Follow an optimizer step."""
 
 
 class Bias(nn.Module):
@@ -30,42 +59,107 @@ class Bias(nn.Module):
         return x + self.bias.view(-1, *(1,) * (x.dim() - 2))
 
 
+class Frozen(nn.Module):
+    """A batch norm whose running statistics normalize in train mode, too, and never change."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Leave the layer in eval mode."""
+        super().train(mode)
+        self.layer.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize an (N, C, ...) input."""
+        normalized: Tensor = self.layer(x)
+        return normalized
+
+
+class Instance(nn.Module):
+    """Normalize each channel of each sample by itself; torch's layers take (N, C) for one (C, L)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize an (N, C, ...) input; in train mode a single value per channel is a ValueError."""
+        return F.instance_norm(x, weight=self.weight, bias=self.bias)
+
+
 def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
     """Turn the batch norms of ``model`` into ``method``, in place; no weight changes its initial value."""
     match method:
-        case "batch":
+        case "batch" | "batch+recalibrate" | "batch+accumulate":
             pass
         case "none":
             _replace(model, lambda layer: Bias(layer.num_features))
+        case "frozen":
+            _replace(model, Frozen)
+        case "renorm":
+            _replace(model, lambda layer: BatchRenorm(layer.num_features))
         case "group":
-            _replace(
-                model,
-                lambda layer: nn.GroupNorm(
-                    layer.num_features // CHANNELS_PER_GROUP[type(layer)], layer.num_features
-                ),
-            )
-        case "momentum" | "momentum-constant":
+            _replace(model, lambda layer: nn.GroupNorm(_groups(layer), layer.num_features))
+        case "layer":
+            # over channels and positions, as it is done in convolutional nets
+            _replace(model, lambda layer: nn.GroupNorm(1, layer.num_features))
+        case "instance":
+            _replace(model, lambda layer: Instance(layer.num_features))
+        case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
         case "memorized" | "memorized+df":
             convert(model, "memorized", batch_size=batch_size)
-        case "matched":
+        case "matched" | "matched+df":
             convert(model, "matched", batch_size=batch_size)
 
 
-def schedule_for(
-    method: Method, model: nn.Module, total_steps: int, batch_size: int
-) -> MomentumSchedule | None:
+def schedule_for(method: Method, model: nn.Module, total_steps: int, batch_size: int) -> Schedule | None:
     """Return the schedule to step after each optimizer step, if the method has one."""
-    if method == "momentum":
+    if method in ("momentum", "momentum+df"):
         return MomentumSchedule(model, total_steps, batch_size=batch_size, schedule="paper")
     if method == "momentum-constant":
         return MomentumSchedule(model, total_steps, batch_size=batch_size, schedule="constant")
+    if method == "renorm":
+        return RenormSchedule(model, total_steps)
     return None
 
 
-def _replace(module: nn.Module, new: Callable[[nn.BatchNorm1d | nn.BatchNorm2d], nn.Module]) -> None:
+def batches_a_step(method: Method, batch_size: int) -> int:
+    """Return how many batches' gradients are averaged for an optimizer step, and multiply its rate."""
+    return max(1, REFERENCE_BATCH_SIZE // batch_size) if method == "batch+accumulate" else 1
+
+
+def before_training(method: Method, model: nn.Module, images: Tensor) -> None:
+    """Give frozen layers the statistics of the training images under the initial weights."""
+    if method == "frozen":
+        recalibrate(model.eval(), _in_random_order(images))
+        model.train()
+
+
+def after_training(method: Method, model: nn.Module, images: Tensor) -> None:
+    """Give the layers the statistics of the training images under the final weights, if the method does."""
+    if method == "batch+recalibrate":
+        recalibrate(model, _in_random_order(images))
+
+
+def _in_random_order(images: Tensor) -> tuple[Tensor, ...]:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return torch.split(images[order.to(images.device)], IMAGES_AT_ONCE)
+
+
+def _groups(layer: _BatchNorm) -> int:
+    # a channel of an (N, C) input is one value, so its groups need more channels than those of a map
+    channels, least = layer.num_features, 10 if isinstance(layer, nn.BatchNorm1d) else 4
+    return max(groups for groups in range(1, max(channels // least, 1) + 1) if channels % groups == 0)
+
+
+def _replace(module: nn.Module, new: Callable[[_BatchNorm], nn.Module]) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(child, _BatchNorm):
             setattr(module, name, new(child))
         else:
             _replace(child, new)

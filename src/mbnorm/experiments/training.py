@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from mbnorm import DoubleForward, no_update
 from mbnorm.experiments.data import Digits, digits, one_epoch
 from mbnorm.experiments.grid import Run, Setting
-from mbnorm.experiments.methods import OURS, schedule_for, set_method
+from mbnorm.experiments.methods import (
+    DOUBLE_FORWARD,
+    OURS,
+    after_training,
+    batches_a_step,
+    before_training,
+    schedule_for,
+    set_method,
+)
 from mbnorm.experiments.models import build
 
 MOMENTUM = 0.9
@@ -72,13 +80,19 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
     data = digits().to(fabric.device)
     setting = run.setting
     model = initial_model(run)
+    accumulated = batches_a_step(run.method, setting.batch_size)
     plain_optimizer = torch.optim.SGD(
-        model.parameters(), lr=setting.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+        model.parameters(),
+        lr=setting.lr * accumulated,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        fused=True,
     )
-    if run.method == "memorized+df":
+    if run.method in DOUBLE_FORWARD:
         DoubleForward(model, plain_optimizer)
     net, optimizer = fabric.setup(model, plain_optimizer)
 
+    before_training(run.method, model, data.train_images)
     if setting.batch_size == 1 and run.method in OURS:
         # a single value has no variance: there must be a past to blend it with
         with torch.no_grad():
@@ -99,14 +113,16 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
             if step in drops:
                 for group in plain_optimizer.param_groups:
                     group["lr"] *= 0.1
-            optimizer.zero_grad()
             loss = F.cross_entropy(net(images), classes)
-            fabric.backward(loss)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            fabric.backward(loss / accumulated)
             epoch_loss += loss.detach()
             step += 1
+            if step % accumulated == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                if schedule is not None:
+                    schedule.step()
+    after_training(run.method, model, data.train_images)
     return model, data, epoch_loss.item() / len(batches)
 
 
