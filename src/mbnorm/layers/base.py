@@ -22,9 +22,8 @@ from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.memory import (
     InferenceAverages,
     InferenceUpdate,
-    MovingAverage,
+    Memory,
     Past,
-    RecentBatches,
     commit,
 )
 from mbnorm.recompute import (
@@ -212,7 +211,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def _store(
         self,
-        memory: MovingAverage | RecentBatches,
+        memory: Memory,
         averages: InferenceAverages,
         result: BlendedBatchNorm,
         n: int,

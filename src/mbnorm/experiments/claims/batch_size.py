@@ -48,8 +48,10 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence="Batch norm loses accuracy as the batch shrinks; the methods with a memory keep it.",
     measured=(
-        f"Test accuracy in percent of the MLP on digits after {EPOCHS} epochs at learning rate 0.1 m/64; mean ± "
-        "standard deviation over the seeds. At m = 1 torch's batch norm refuses to train, and mbnorm's layers were "
+        f"Test accuracy in percent of the MLP on digits after {EPOCHS} epochs at learning rate 0.1 m/64; "
+        f"mean ± "
+        "standard deviation over the seeds. At m = 1 torch's batch norm refuses to train, and mbnorm's "
+        "layers were "
         "given a memory by one forward of two images."
     ),
     rows=_rows,

@@ -24,7 +24,7 @@ def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
 def _table(rows: Sequence[Row]) -> Table:
     lines = []
     for method in METHODS:
-        line = [method]
+        line: list[str] = [method]
         for epochs in EPOCHS:
             found = where(rows, method=method, epochs=epochs)
             line += [accuracy_cell(found), mean_and_spread(_seconds(found), 2)]
@@ -57,8 +57,10 @@ def _epochs(number: int) -> str:
 CLAIM = Claim(
     sentence="A memory costs little time; Double-Forward costs a second forward.",
     measured=(
-        f"Test accuracy of the MLP on digits, batches of {BATCH_SIZE}, learning rate 0.1 m/64, by seconds of training "
-        "and measuring on one core, each run with its own decay of the rate; mean ± standard deviation over the seeds. "
+        f"Test accuracy of the MLP on digits, batches of {BATCH_SIZE}, learning rate 0.1 m/64, by seconds "
+        f"of training "
+        "and measuring on one core, each run with its own decay of the rate; mean ± standard deviation over "
+        "the seeds. "
         "Nets this small show the overhead of a layer, not the arithmetic."
     ),
     rows=_rows,

@@ -49,9 +49,12 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
-    sentence="Batch norm's train and eval modes are two nets where batches are small; a memory makes them one.",
+    sentence=(
+        "Batch norm's train and eval modes are two nets where batches are small; a memory makes them one."
+    ),
     measured=(
-        f"Mean loss of the trained MLP on its training digits in both modes, after {EPOCHS} epochs at learning rate "
+        f"Mean loss of the trained MLP on its training digits in both modes, after {EPOCHS} epochs at "
+        f"learning rate "
         "0.8 m/64; mean ± standard deviation over the seeds. In train mode with batches as in training, and "
         "memories read but not written."
     ),

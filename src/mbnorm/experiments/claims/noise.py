@@ -14,9 +14,10 @@ from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
 from mbnorm.experiments.data import digits, one_epoch
 from mbnorm.experiments.grid import Run, Setting, linear_rate
+from mbnorm.experiments.models import ModelName
 from mbnorm.experiments.training import initial_model
 
-MODELS = ("mlp", "cnn")
+MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
 BATCH_SIZES = (2, 8, 32)
 BATCHES = 500
 TRAINING_BATCH = 32
@@ -98,7 +99,8 @@ def _train(model: nn.Module, seed: int) -> None:
     for _ in range(TRAINING_EPOCHS):
         for indices in one_epoch("shuffled", data.train_classes, TRAINING_BATCH, draws):
             optimizer.zero_grad()
-            F.cross_entropy(model(data.train_images[indices]), data.train_classes[indices]).backward()
+            loss = F.cross_entropy(model(data.train_images[indices]), data.train_classes[indices])
+            torch.autograd.backward(loss)
             optimizer.step()
 
 
@@ -209,14 +211,19 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 CLAIM = Claim(
     sentence=(
-        "The noise of batch statistics depends on the batch size alone: the mean's variance is 1/n, the variance's "
+        "The noise of batch statistics depends on the batch size alone: the mean's variance is 1/n, the "
+        "variance's "
         "2(n-1)/n², and a memory averages it away."
     ),
     measured=(
-        f"{BATCHES} batches of digits drawn with replacement, weights fixed, every layer normalized with the statistics "
-        f"of all images; untrained, and trained for {TRAINING_EPOCHS} epochs; means over channels, mean ± standard "
-        "deviation over the seeds. n is images times pixels: 1 means that pixels are as good as independent values, "
-        "more that they are worth less. The last lines: variance of the mean that normalizes batches of 2 in the "
+        f"{BATCHES} batches of digits drawn with replacement, weights fixed, every layer normalized with "
+        f"the statistics "
+        f"of all images; untrained, and trained for {TRAINING_EPOCHS} epochs; means over channels, mean ± "
+        f"standard "
+        "deviation over the seeds. n is images times pixels: 1 means that pixels are as good as independent "
+        "values, "
+        "more that they are worth less. The last lines: variance of the mean that normalizes batches of 2 "
+        "in the "
         "trained MLP, in units of that of the batch's own."
     ),
     rows=_rows,

@@ -61,11 +61,14 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 CLAIM = Claim(
     sentence=(
-        'The variance between the batches\' means (the rule "pooled") widens the range of learning rates that train.'
+        'The rule "pooled", which adds the variance between the batches\' means, widens the range of '
+        "learning rates that train."
     ),
     measured=(
-        f"Test accuracy in percent of the MLP on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs; mean ± standard "
-        "deviation over the seeds. Momentum has a constant history weight; a run whose loss is not finite at the "
+        f"Test accuracy in percent of the MLP on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs; mean ± "
+        f"standard "
+        "deviation over the seeds. Momentum has a constant history weight; a run whose loss is not finite "
+        "at the "
         "end has diverged."
     ),
     rows=_rows,

@@ -15,10 +15,11 @@ from mbnorm.experiments.claims.trained import (
     trained,
     where,
 )
+from mbnorm.experiments.data import Sampling
 from mbnorm.experiments.grid import grid_settings
 from mbnorm.experiments.methods import Method
 
-SAMPLINGS = ("shuffled", "one-class")
+SAMPLINGS: tuple[Sampling, ...] = ("shuffled", "one-class")
 METHODS: tuple[Method, ...] = ("batch", "group", "momentum-constant", "memorized", "matched")
 BATCH_SIZE = 4
 EPOCHS = 4
@@ -53,7 +54,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence="Batch norm breaks where all samples of a batch are alike; the methods with a memory do not.",
     measured=(
-        f"The small ResNet on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs at learning rate 0.1 m/64; mean ± "
+        f"The small ResNet on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs at learning rate 0.1 m/64; "
+        f"mean ± "
         "standard deviation over the seeds. One-class: all images of a batch are of one class. Losses of the "
         "trained net on its training images, in batches of that kind in train mode, and in eval mode."
     ),

@@ -34,7 +34,8 @@ class Case:
     def theory(self) -> tuple[float, float]:
         """Staleness with Double-Forward over that without, where a memory is read and at evaluation.
 
-        With weights that move steadily it is the mean age of what is read: the k-1 newest entries, and all k. Within an accumulation the weights rest, so refreshed entries of it are exact.
+        With weights that move steadily it is that of the mean ages of what is read: the k-1 newest entries,
+        and all k. Within an accumulation the weights rest, so refreshed entries of it are exact.
         """
         if self.micro_batches >= self.k:
             return 0.0, 0.0
@@ -73,7 +74,8 @@ def staleness(case: Case, seed: int, double_forward: bool, steps: int = STEPS) -
         for _ in range(case.micro_batches):
             images, classes = next(batches)
             newest.appendleft(images)
-            (F.cross_entropy(model(images), classes) / case.micro_batches).backward()
+            loss = F.cross_entropy(model(images), classes)
+            torch.autograd.backward(loss / case.micro_batches)
         optimizer.step()
         if step > 0 and len(newest) == case.k:
             at_eval += _distances(layer, first, list(newest))
@@ -90,7 +92,7 @@ def _batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _distances(layer: Any, first: nn.Module, batches: Sequence[Tensor]) -> list[float]:
-    """Return the distance of each entry, newest first, from the mean of its batch under the present weights."""
+    """Return the distance of each entry, newest first, from the mean of its batch under present weights."""
     slots = [(int(layer.memory_position) - age) % layer.memory_size for age in range(1, len(batches) + 1)]
     now = first(torch.stack(list(batches)).flatten(2))
     var = now.flatten(0, 1).var(0)
@@ -167,13 +169,20 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
-    sentence="Memorized BN remembers statistics of older weights; Double-Forward makes them one step younger.",
+    sentence=(
+        "Memorized BN remembers statistics of older weights; Double-Forward makes them one step younger."
+    ),
     measured=(
-        f"MLP with one hidden layer on digits, batches of {BATCH_SIZE}, SGD with momentum {SGD_MOMENTUM}, {STEPS} "
-        "steps. Staleness: distance of the means in the memory from those of the same batches under the present "
-        "weights, in standard deviations of the channel (root mean square over channels, mean over entries and "
-        "steps); mean ± standard deviation over the seeds. At use: what the first batch of a step reads. At eval: "
-        "what evaluation after a step finds. Theory: the mean age of what is read, as if the weights moved steadily."
+        f"MLP with one hidden layer on digits, batches of {BATCH_SIZE}, SGD with momentum {SGD_MOMENTUM}, "
+        f"{STEPS} "
+        "steps. Staleness: distance of the means in the memory from those of the same batches under the "
+        "present "
+        "weights, in standard deviations of the channel (root mean square over channels, mean over entries "
+        "and "
+        "steps); mean ± standard deviation over the seeds. At use: what the first batch of a step reads. At "
+        "eval: "
+        "what evaluation after a step finds. Theory: the mean age of what is read, as if the weights moved "
+        "steadily."
     ),
     rows=_rows,
     table=_table,
