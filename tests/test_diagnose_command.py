@@ -5,6 +5,7 @@ import torch
 from test_cli import mbnorm_says
 
 from mbnorm import convert
+from mbnorm.experiments.data import digits
 from mbnorm.experiments.diagnose import SYNTHETIC, batches_of, net
 from mbnorm.experiments.models import build
 
@@ -61,7 +62,7 @@ def test_a_checkpoint_is_what_is_diagnosed(weights, tmp_path, key):
 
 
 def test_a_checkpoint_of_converted_layers_loads_with_their_method(tmp_path):
-    model = build("mlp")
+    model = build("mlp", digits())
     convert(model, "matched")
     torch.save(model.state_dict(), tmp_path / "ours.pt")
     arguments = ["--checkpoint", tmp_path / "ours.pt", "--out", tmp_path]
@@ -99,7 +100,7 @@ def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(we
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vgg"], "expected mlp, cnn; got 'vgg'"),
+        (["--model", "vgg"], "vgg16, unet3d; got 'vgg'"),
         (["--data", "cifar"], "expected digits, synthetic; got 'cifar'"),
         (["--method", "group"], "'group' leaves no batch norm to look at"),
         (["--batches", "1"], "expected at least 2, got 1"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mbnorm import MomentumBatchNorm2d, MomentumSchedule
-from mbnorm.experiments.data import SAMPLINGS, digits, largest_batch, one_epoch
+from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import (
     Run,
     Setting,
@@ -19,10 +19,11 @@ from mbnorm.experiments.grid import (
     suite_settings,
 )
 from mbnorm.experiments.methods import METHODS, Bias, schedule_for
-from mbnorm.experiments.models import MODELS
+from mbnorm.experiments.models import SMALL
 from mbnorm.experiments.plot import draw
 from mbnorm.experiments.report import Row, as_markdown, notes, rows_of
 from mbnorm.experiments.results import Results
+from mbnorm.experiments.sampling import SAMPLINGS, largest_batch, one_epoch
 from mbnorm.experiments.training import Outcome, initial_model, train, train_mode_loss
 
 SETTING = Setting("mlp", 4, "shuffled", 0.025, 2)
@@ -31,12 +32,12 @@ DONE = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125)
 
 on_every_sampling = pytest.mark.parametrize("sampling", SAMPLINGS)
 on_every_method = pytest.mark.parametrize("method", METHODS)
-on_every_model = pytest.mark.parametrize("model", MODELS)
+on_every_model = pytest.mark.parametrize("model", [name for name in SMALL if name != "segment"])
 
 
 def epoch_of(sampling, batch_size=4, seed=0):
     draws = torch.Generator().manual_seed(seed)
-    return one_epoch(sampling, digits().train_classes, batch_size, draws)
+    return one_epoch(sampling, digits().train_targets, batch_size, draws)
 
 
 def without_seconds(outcome):
@@ -44,15 +45,15 @@ def without_seconds(outcome):
 
 
 def test_digits_are_split_into_1000_and_797():
-    assert [len(part) for part in digits()] == [1000, 1000, 797, 797]
+    assert [len(part) for part in digits()[:4]] == [1000, 1000, 797, 797]
 
 
 def test_digits_of_both_parts_show_every_class():
-    assert set(digits().train_classes.tolist()) == set(digits().test_classes.tolist()) == set(range(10))
+    assert set(digits().train_targets.tolist()) == set(digits().test_targets.tolist()) == set(range(10))
 
 
 def test_digits_are_centred_and_scaled_by_the_training_part():
-    images = digits().train_images
+    images = digits().train_inputs
     torch.testing.assert_close(images.mean(0), torch.zeros(1, 8, 8), atol=1e-5, rtol=0)
     assert images.std().item() == pytest.approx(1)
 
@@ -68,30 +69,31 @@ def test_shuffled_batches_leave_out_less_than_one_batch():
 
 
 def test_one_class_batches_leave_out_less_than_one_batch_of_each_class():
-    per_class = digits().train_classes.bincount()
+    per_class = digits().train_targets.bincount()
     assert epoch_of("one-class", 8).shape == ((per_class // 8).sum(), 8)
 
 
 def test_one_class_batches_have_one_class_each():
-    classes = digits().train_classes[epoch_of("one-class")]
+    classes = digits().train_targets[epoch_of("one-class")]
     assert (classes == classes[:, :1]).all()
 
 
 def test_one_class_batches_come_in_mixed_order():
-    of_each_batch = digits().train_classes[epoch_of("one-class")][:, 0]
+    of_each_batch = digits().train_targets[epoch_of("one-class")][:, 0]
     assert of_each_batch[:20].unique().numel() > 2
 
 
 @on_every_sampling
 def test_epochs_differ_and_seeds_repeat(sampling):
     draws = torch.Generator().manual_seed(0)
-    first, second = (one_epoch(sampling, digits().train_classes, 4, draws) for _ in range(2))
+    first, second = (one_epoch(sampling, digits().train_targets, 4, draws) for _ in range(2))
     assert torch.equal(first, epoch_of(sampling))
     assert not torch.equal(first, second)
 
 
 def test_the_largest_one_class_batch_leaves_every_class_a_batch():
-    classes = digits().train_classes[epoch_of("one-class", largest_batch("one-class"))]
+    most = largest_batch("one-class", digits().train_targets)
+    classes = digits().train_targets[epoch_of("one-class", most)]
     assert set(classes.flatten().tolist()) == set(range(10))
 
 
@@ -101,7 +103,7 @@ def test_every_method_gives_logits_in_both_modes(model, method):
     if (model, method) == ("mlp", "instance"):
         pytest.skip("one value per channel and image has no variance")
     net = initial_model(Run(method, Setting(model, 2, "shuffled", 0.1, 1), 0))
-    images = digits().train_images[:2]
+    images = digits().train_inputs[:2]
     assert net(images).shape == net.eval()(images).shape == (2, 10)
 
 
@@ -273,10 +275,20 @@ def test_a_result_is_one_flat_json_object_with_all_options(tmp_path):
         "train_mode_loss": 0.25,
         "eval_mode_loss": 0.125,
         "seconds": 1.0,
+        "data": "digits",
         "width": 100,
         "torch": torch.__version__,
     }
     assert expected.items() <= record.items()
+
+
+def test_results_of_the_time_before_other_data_are_of_digits(tmp_path):
+    path = tmp_path / "results.jsonl"
+    Results(path).add(Run("batch", SETTING, 0), DONE, "cpu")
+    record = json.loads(path.read_text())
+    del record["data"]
+    path.write_text(json.dumps(record) + "\n")
+    assert list(Results(path).outcomes) == [Run("batch", SETTING, 0)]
 
 
 def test_an_unfinished_last_line_is_dropped(tmp_path):

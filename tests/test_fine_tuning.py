@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mbnorm import DoubleForward, MomentumSchedule, convert, no_update
 
 pytest.importorskip("sklearn")
-from mbnorm.experiments.data import digits, one_epoch
+from mbnorm.experiments.data import digits
+from mbnorm.experiments.sampling import one_epoch
 
 METHODS = ["momentum", "matched", "memorized"]
 on_every_method = pytest.mark.parametrize("method", METHODS)
@@ -58,7 +59,7 @@ def _trained(seed):
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for epoch in range(4):
-        for batch in batches_of(digits().train_images, digits().train_classes, 32, 100 * seed + epoch):
+        for batch in batches_of(digits().train_inputs, digits().train_targets, 32, 100 * seed + epoch):
             optimizer.zero_grad()
             loss_of(net, *batch).backward()
             optimizer.step()
@@ -73,7 +74,7 @@ def pretrained(method=None, seed=0):
 
 
 def to_train_on(steps):
-    return batches_of(digits().train_images, digits().train_classes, 2, seed=5)[:steps]
+    return batches_of(digits().train_inputs, digits().train_targets, 2, seed=5)[:steps]
 
 
 def freeze(net):
@@ -98,9 +99,9 @@ def test_result(net):
     """Accuracy in percent and mean loss on the test digits."""
     net.eval()
     with torch.no_grad():
-        output = net(digits().test_images)
-    right = output.argmax(1) == digits().test_classes
-    return 100 * right.float().mean().item(), F.cross_entropy(output, digits().test_classes).item()
+        output = net(digits().test_inputs)
+    right = output.argmax(1) == digits().test_targets
+    return 100 * right.float().mean().item(), F.cross_entropy(output, digits().test_targets).item()
 
 
 test_result.__test__ = False
@@ -109,14 +110,14 @@ test_result.__test__ = False
 @pytest.mark.contract("FT-1", "CV-3")
 @on_every_method
 def test_a_converted_net_evaluates_bit_for_bit_as_before(method):
-    images = digits().test_images
+    images = digits().test_inputs
     with torch.no_grad():
         assert torch.equal(pretrained(method).eval()(images), pretrained().eval()(images))
 
 
 def first_losses(net, forwards=20):
     """Mean loss of the first training forwards at batch 2, nothing learned in between."""
-    batches = batches_of(digits().test_images, digits().test_classes, 2, seed=99)[:forwards]
+    batches = batches_of(digits().test_inputs, digits().test_targets, 2, seed=99)[:forwards]
     with torch.no_grad():
         return torch.stack([loss_of(net, *batch) for batch in batches]).mean().item()
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mbnorm import Diagnosis, diagnose
 from mbnorm.diagnose import ENOUGH_VALUES
-from mbnorm.experiments.data import Sampling, digits, one_epoch
+from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import Method
-from mbnorm.experiments.models import ModelName
+from mbnorm.experiments.sampling import Sampling, one_epoch
 from mbnorm.experiments.synthetic import GaussianField
 from mbnorm.experiments.training import initial_model
 
@@ -23,7 +23,7 @@ DATA: tuple[DataName, ...] = get_args(DataName)
 SYNTHETIC = GaussianField(channels=1, sides=(8, 8), correlation=0.8)
 
 
-def net(model: ModelName, method: Method, batch_size: int, checkpoint: Path | None) -> nn.Module:
+def net(model: str, method: Method, batch_size: int, checkpoint: Path | None) -> nn.Module:
     """Return a net, in train mode, untrained or with the weights in a file.
 
     Raises:
@@ -66,8 +66,8 @@ def batches_of(data: DataName, sampling: Sampling, batch_size: int, count: int) 
     draws = torch.Generator().manual_seed(0)
     drawn = 0
     while drawn < count:
-        for indices in one_epoch(sampling, digits().train_classes, batch_size, draws)[: count - drawn]:
-            yield digits().train_images[indices]
+        for indices in one_epoch(sampling, digits().train_targets, batch_size, draws)[: count - drawn]:
+            yield digits().train_inputs[indices]
             drawn += 1
 
 

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from mbnorm.experiments.data import TRAIN_IMAGES, Sampling
+from mbnorm.experiments.data import load
 from mbnorm.experiments.methods import DOUBLE_FORWARD, OURS, REFERENCE_BATCH_SIZE, Method
-from mbnorm.experiments.models import ModelName
+from mbnorm.experiments.sampling import Sampling
 
 SuiteName: TypeAlias = Literal["quick", "full"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 
-EPOCHS: dict[ModelName, int] = {"mlp": 10, "cnn": 8}
+EPOCHS = {"mlp": 10, "mlp6": 10}
+OTHER_EPOCHS = 8
 SEEDS: dict[SuiteName, int] = {"quick": 2, "full": 3}
 
 
@@ -19,16 +20,18 @@ SEEDS: dict[SuiteName, int] = {"quick": 2, "full": 3}
 class Setting:
     """Everything that the methods under comparison share."""
 
-    model: ModelName
+    model: str
     batch_size: int
     sampling: Sampling
     lr: float
     epochs: int
+    data: str = "digits"
 
     def __str__(self) -> str:
         batches = "one-class batches" if self.sampling == "one-class" else "batches"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        return f"{self.model}, {batches} of {self.batch_size}, lr {self.lr:g}, {epochs}"
+        model = self.model if self.data == "digits" else f"{self.model} on {self.data}"
+        return f"{model}, {batches} of {self.batch_size}, lr {self.lr:g}, {epochs}"
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,38 @@ def linear_rate(batch_size: int) -> float:
     return 0.1 * batch_size / 64
 
 
+def default_epochs(model: str) -> int:
+    """Return how long a net is trained if nothing is said."""
+    return EPOCHS.get(model, OTHER_EPOCHS)
+
+
 def reference_of(setting: Setting) -> Setting:
     """Return where batch norm is at ease: what it reaches there is what small batches can cost."""
-    return Setting(
-        setting.model, REFERENCE_BATCH_SIZE, "shuffled", linear_rate(REFERENCE_BATCH_SIZE), setting.epochs
-    )
+    rate = linear_rate(REFERENCE_BATCH_SIZE)
+    return Setting(setting.model, REFERENCE_BATCH_SIZE, "shuffled", rate, setting.epochs, setting.data)
 
 
 def suite_settings(suite: SuiteName) -> list[Setting]:
     """Return the settings of a suite in which every method is trained."""
-    high_rate = Setting("mlp", 2, "shuffled", 0.025, EPOCHS["mlp"])
-    one_class = Setting("cnn", 4, "one-class", linear_rate(4), EPOCHS["cnn"])
+    high_rate = Setting("mlp", 2, "shuffled", 0.025, default_epochs("mlp"))
+    one_class = Setting("cnn", 4, "one-class", linear_rate(4), default_epochs("cnn"))
     if suite == "quick":
         return [high_rate, one_class]
     return [high_rate, *grid_settings(["mlp"], [1, 2, 4, 8, 16, 32, 64], ["shuffled"], None, None), one_class]
 
 
 def grid_settings(
-    models: Sequence[ModelName],
+    models: Sequence[str],
     batch_sizes: Sequence[int],
     samplings: Sequence[Sampling],
     rates: Sequence[float] | None,
     epochs: int | None,
+    data: Sequence[str] = ("digits",),
 ) -> list[Setting]:
     """Return every combination; rates of None follow the batch size, epochs of None the model."""
     return [
-        Setting(model, m, sampling, lr, epochs or EPOCHS[model])
+        Setting(model, m, sampling, lr, epochs or default_epochs(model), source)
+        for source in data
         for model in models
         for sampling in samplings
         for m in batch_sizes
@@ -94,11 +103,11 @@ def suite_runs(suite: SuiteName, methods: Sequence[Method], seeds: int) -> list[
 
 
 # rough milliseconds a step of batch norm on one core: they order the runs and foretell the time left
-_STEP: dict[ModelName, float] = {"mlp": 0.7, "cnn": 3.0}
+_STEP = {"mlp": 0.7, "cnn": 3.0}
 
 
 def cost(run: Run) -> float:
-    """Return about how many milliseconds a run takes."""
-    steps = run.setting.epochs * (TRAIN_IMAGES // run.setting.batch_size)
+    """Return about how many milliseconds a run takes; nets other than the MLP count as the CNN."""
+    steps = run.setting.epochs * (len(load(run.setting.data).train_targets) // run.setting.batch_size)
     ours, twice = run.method in OURS, run.method in DOUBLE_FORWARD
-    return steps * _STEP[run.setting.model] * (1 + 1.5 * ours) * (1 + twice)
+    return steps * _STEP.get(run.setting.model, _STEP["cnn"]) * (1 + 1.5 * ours) * (1 + twice)

@@ -1,5 +1,7 @@
 """Nets of a size that people train, with torch's batch norms."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,24 +25,94 @@ class _BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
+class _Bottleneck(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
 def resnet18(classes: int = 10) -> nn.Module:
-    """Return a ResNet-18 for images of 32 pixels: a 3x3 stem and no pooling before the first stage."""
-    widths = (64, 128, 256, 512)
+    """Return a ResNet-18 for images of 32 pixels."""
+    return resnet(18, 3, classes, cifar_stem)
+
+
+def resnet50(classes: int = 10) -> nn.Module:
+    """Return a ResNet-50 for images of 224 pixels."""
+    return resnet(50, 3, classes, imagenet_stem)
+
+
+def resnet(depth: int, inputs: int, classes: int, stem: Callable[[int], list[nn.Module]]) -> nn.Module:
+    """Return the ResNet of 18, 34 or 50 layers after a stem."""
+    block: type[_BasicBlock | _Bottleneck] = _Bottleneck if depth == 50 else _BasicBlock
+    widening = 4 if depth == 50 else 1
     blocks: list[nn.Module] = []
-    inputs = widths[0]
-    for stage, width in enumerate(widths):
-        for block in range(2):
-            blocks.append(_BasicBlock(inputs, width, 2 if stage > 0 and block == 0 else 1))
-            inputs = width
+    before = 64
+    for stage, count in enumerate((2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)):
+        for number in range(count):
+            blocks.append(block(before, 64 * 2**stage, 2 if stage > 0 and number == 0 else 1))
+            before = 64 * 2**stage * widening
     return nn.Sequential(
-        nn.Conv2d(3, widths[0], 3, 1, 1, bias=False),
-        nn.BatchNorm2d(widths[0]),
-        nn.ReLU(),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(widths[-1], classes),
+        *stem(inputs), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)
     )
+
+
+def cifar_stem(inputs: int) -> list[nn.Module]:
+    """Return a ResNet's first layers for images of 32 pixels: no pooling."""
+    return [nn.Conv2d(inputs, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+
+
+def imagenet_stem(inputs: int) -> list[nn.Module]:
+    """Return a ResNet's first layers for images of 224 pixels: a quarter of the side is left."""
+    return [
+        nn.Conv2d(inputs, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+
+
+_VGG = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+}
+
+
+def vgg(depth: int, inputs: int, side: int, classes: int) -> nn.Module:
+    """Return the VGG of 11 or 16 layers with one fully connected layer, as is usual for images of 32 pixels.
+
+    Smaller images are pooled until their maps are 1x1.
+    """
+    layers: list[nn.Module] = []
+    for stage in _VGG[depth]:
+        for outputs in stage:
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
+            inputs = outputs
+        if side > 1:
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -78,47 +150,3 @@ class _UNet3d(nn.Module):
 def unet3d(inputs: int = 1, classes: int = 2, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
     """Return a small U-Net for volumes whose sides are multiples of 4."""
     return _UNet3d(inputs, classes, widths)
-
-
-class _Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def resnet50(classes: int = 10) -> nn.Module:
-    """Return a ResNet-50 for images of 224 pixels."""
-    blocks: list[nn.Module] = []
-    inputs = 64
-    for stage, (depth, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
-        for block in range(depth):
-            blocks.append(_Bottleneck(inputs, width, 2 if stage > 0 and block == 0 else 1))
-            inputs = 4 * width
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2, 1),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(inputs, classes),
-    )

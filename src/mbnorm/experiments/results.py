@@ -11,7 +11,7 @@ import torch
 
 from mbnorm import __version__
 from mbnorm.experiments import training
-from mbnorm.experiments.data import TRAIN_IMAGES
+from mbnorm.experiments.data import load
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.models import WIDTHS
 from mbnorm.experiments.training import Outcome
@@ -53,11 +53,11 @@ class Results:
             **asdict(run.setting),
             "seed": run.seed,
             **asdict(outcome),
-            "width": WIDTHS[run.setting.model],
+            "width": WIDTHS.get(run.setting.model),
             "sgd_momentum": training.MOMENTUM,
             "weight_decay": training.WEIGHT_DECAY,
             "rate_drops": training.RATE_DROPS,
-            "train_images": TRAIN_IMAGES,
+            "train_images": len(load(run.setting.data).train_targets),
             "accelerator": accelerator,
             "mbnorm": __version__,
             "torch": torch.__version__,
@@ -73,6 +73,8 @@ def _parsed(line: bytes) -> tuple[Run, Outcome]:
     record: dict[str, Any] = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {record!r:.40}")
+    # written when there were no other data
+    record.setdefault("data", "digits")
     setting = Setting(*(record[field.name] for field in fields(Setting)))
     outcome = Outcome(**{field.name: record[field.name] for field in fields(Outcome)})
     numbers = (outcome.accuracy, outcome.train_loss, outcome.train_mode_loss, outcome.eval_mode_loss)

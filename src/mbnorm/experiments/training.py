@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm import DoubleForward, no_update
-from mbnorm.experiments.data import Digits, digits, one_epoch
+from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import (
     DOUBLE_FORWARD,
@@ -23,12 +23,15 @@ from mbnorm.experiments.methods import (
     set_method,
 )
 from mbnorm.experiments.models import build
+from mbnorm.experiments.sampling import one_epoch
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 RATE_DROPS = (0.6, 0.85)
 FIRST_FORWARD = 2
 """Images that memories are started with, by a forward before training, where batches have one image."""
+AT_ONCE = 1000
+"""Inputs that are forwarded at once in eval mode."""
 
 Status: TypeAlias = Literal["ok", "diverged", "failed"]
 
@@ -59,8 +62,8 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     in_train_mode = train_mode_loss(model, data, run.setting)
     model.eval()
     with torch.no_grad():
-        eval_mode_loss = F.cross_entropy(model(data.train_images), data.train_classes)
-        right = model(data.test_images).argmax(1) == data.test_classes
+        eval_mode_loss = F.cross_entropy(logits_of(model, data.train_inputs), data.train_targets)
+        right = logits_of(model, data.test_inputs).argmax(1) == data.test_targets
     return Outcome(
         "ok" if math.isfinite(train_loss) else "diverged",
         _seconds_since(start),
@@ -71,14 +74,14 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     )
 
 
-def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
-    """Return the trained net, the digits it was trained on, and the mean loss of the last epoch."""
+def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Data, float]:
+    """Return the trained net, the data it was trained on, and the mean loss of the last epoch."""
     # takes seconds, and the process that hands out the runs never trains
     from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator=accelerator, devices=1)
-    data = digits().to(fabric.device)
     setting = run.setting
+    data = load(setting.data).to(fabric.device)
     model = initial_model(run)
     accumulated = batches_a_step(run.method, setting.batch_size)
     plain_optimizer = torch.optim.SGD(
@@ -92,15 +95,15 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
         DoubleForward(model, plain_optimizer)
     net, optimizer = fabric.setup(model, plain_optimizer)
 
-    before_training(run.method, model, data.train_images)
+    before_training(run.method, model, data.train_inputs)
     if setting.batch_size == 1 and run.method in OURS:
         # a single value has no variance: there must be a past to blend it with
         with torch.no_grad():
-            model.train()(data.train_images[:FIRST_FORWARD])
+            model.train()(data.train_inputs[:FIRST_FORWARD])
 
     draws = torch.Generator().manual_seed(run.seed)
     epochs = [
-        one_epoch(setting.sampling, digits().train_classes, setting.batch_size, draws)
+        one_epoch(setting.sampling, load(setting.data).train_targets, setting.batch_size, draws)
         for _ in range(setting.epochs)
     ]
     total_steps = sum(len(batches) for batches in epochs)
@@ -109,11 +112,11 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
     step = 0
     for batches in epochs:
         epoch_loss = torch.zeros((), device=fabric.device)
-        for images, classes in _gathered(data, batches):
+        for inputs, targets in _gathered(data, batches):
             if step in drops:
                 for group in plain_optimizer.param_groups:
                     group["lr"] *= 0.1
-            loss = F.cross_entropy(net(images), classes)
+            loss = F.cross_entropy(net(inputs), targets)
             fabric.backward(loss / accumulated)
             epoch_loss += loss.detach()
             step += 1
@@ -122,7 +125,7 @@ def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Digits, float]:
                 optimizer.zero_grad()
                 if schedule is not None:
                     schedule.step()
-    after_training(run.method, model, data.train_images)
+    after_training(run.method, model, data.train_inputs)
     return model, data, epoch_loss.item() / len(batches)
 
 
@@ -130,24 +133,29 @@ def initial_model(run: Run) -> nn.Module:
     """Return the net of a run before training; for a seed all methods have the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = build(run.setting.model)
+        model = build(run.setting.model, load(run.setting.data))
     set_method(model, run.method, run.setting.batch_size)
     return model
 
 
-def _gathered(data: Digits, batches: Tensor) -> "zip[tuple[Any, ...]]":
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits of all inputs, computed in parts that fit into memory."""
+    return torch.cat([model(part) for part in torch.split(inputs, AT_ONCE)])
+
+
+def _gathered(data: Data, batches: Tensor) -> "zip[tuple[Any, ...]]":
     # one gather an epoch instead of two a step
-    return zip(data.train_images[batches], data.train_classes[batches], strict=True)
+    return zip(data.train_inputs[batches], data.train_targets[batches], strict=True)
 
 
-def train_mode_loss(model: nn.Module, data: Digits, setting: Setting) -> float:
+def train_mode_loss(model: nn.Module, data: Data, setting: Setting) -> float:
     """Return the mean loss over training batches in train mode, with memories read but never written."""
     # torch's own batch norm would move its running statistics
     model = copy.deepcopy(model).train()
     draws = torch.Generator().manual_seed(0)
-    batches = one_epoch(setting.sampling, data.train_classes.cpu(), setting.batch_size, draws)
+    batches = one_epoch(setting.sampling, data.train_targets.cpu(), setting.batch_size, draws)
     with torch.no_grad(), no_update(model):
-        losses = [F.cross_entropy(model(images), classes) for images, classes in _gathered(data, batches)]
+        losses = [F.cross_entropy(model(inputs), targets) for inputs, targets in _gathered(data, batches)]
     return torch.stack(losses).mean().item()
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, recalibrate
 from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
-from mbnorm.experiments.data import digits, one_epoch
+from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting, linear_rate
-from mbnorm.experiments.models import ModelName
+from mbnorm.experiments.sampling import one_epoch
 from mbnorm.experiments.training import initial_model
 
-MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
+MODELS: tuple[str, ...] = ("mlp", "cnn")
 BATCH_SIZES = (2, 8, 32)
 BATCHES = 500
 TRAINING_BATCH = 32
@@ -75,7 +75,7 @@ def theory_of_memory(kind: str, value: float) -> float:
 
 def layer_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Return what each batch norm is given of all training digits, normalized by their own statistics."""
-    images = digits().train_images
+    images = digits().train_inputs
     recalibrate(model, [images])
     inputs: dict[str, Tensor] = {}
 
@@ -97,9 +97,9 @@ def _train(model: nn.Module, seed: int) -> None:
     rate = linear_rate(TRAINING_BATCH)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=rate, momentum=0.9)
     for _ in range(TRAINING_EPOCHS):
-        for indices in one_epoch("shuffled", data.train_classes, TRAINING_BATCH, draws):
+        for indices in one_epoch("shuffled", data.train_targets, TRAINING_BATCH, draws):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(data.train_images[indices]), data.train_classes[indices])
+            loss = F.cross_entropy(model(data.train_inputs[indices]), data.train_targets[indices])
             torch.autograd.backward(loss)
             optimizer.step()
 

@@ -15,9 +15,9 @@ from mbnorm.experiments.claims.trained import (
     trained,
     where,
 )
-from mbnorm.experiments.data import Sampling
 from mbnorm.experiments.grid import grid_settings
 from mbnorm.experiments.methods import Method
+from mbnorm.experiments.sampling import Sampling
 
 SAMPLINGS: tuple[Sampling, ...] = ("shuffled", "one-class")
 METHODS: tuple[Method, ...] = ("batch", "group", "momentum-constant", "memorized", "matched")

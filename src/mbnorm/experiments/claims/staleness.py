@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from mbnorm import DoubleForward, convert
 from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
-from mbnorm.experiments.data import digits, one_epoch
+from mbnorm.experiments.data import digits
+from mbnorm.experiments.sampling import one_epoch
 
 BATCH_SIZE = 8
 STEPS = 80
@@ -86,8 +87,8 @@ def _batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     draws = torch.Generator().manual_seed(seed)
     data = digits()
     while True:
-        for indices in one_epoch("shuffled", data.train_classes, BATCH_SIZE, draws):
-            yield data.train_images[indices], data.train_classes[indices]
+        for indices in one_epoch("shuffled", data.train_targets, BATCH_SIZE, draws):
+            yield data.train_inputs[indices], data.train_targets[indices]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import typer
 from mbnorm.experiments.bench.rows import Row, machine
 from mbnorm.experiments.claims import batch_size, cost, gap, noise, rates, sampling, staleness
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw
+from mbnorm.experiments.commands.options import choice
 
 CLAIMS: dict[str, Claim] = {
     "batch-size": batch_size.CLAIM,
@@ -42,8 +43,7 @@ def claim(
 
     It runs some minutes on one core; docs/results/README.md says what was found.
     """
-    if name not in CLAIMS:
-        raise typer.BadParameter(f"expected {', '.join(CLAIMS)}; got {name!r}", param_hint="NAME")
+    choice("NAME", name, list(CLAIMS))
     folder = Path("docs/results") / name if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)

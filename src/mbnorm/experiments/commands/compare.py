@@ -1,0 +1,185 @@
+"""`mbnorm compare`."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mbnorm.experiments.commands.options import (
+    ACCELERATORS,
+    at_least_1,
+    check_accelerator,
+    check_batch_fits,
+    choice,
+    choices,
+    models,
+    numbers,
+)
+from mbnorm.experiments.compare import report, train_missing
+from mbnorm.experiments.data import EMBEDDED, load
+from mbnorm.experiments.grid import (
+    SEEDS,
+    SUITES,
+    Run,
+    Setting,
+    grid_settings,
+    runs_of,
+    suite_runs,
+    suite_settings,
+)
+from mbnorm.experiments.methods import METHODS
+from mbnorm.experiments.models import MODELS, why_not
+from mbnorm.experiments.results import Results
+from mbnorm.experiments.sampling import SAMPLINGS
+
+
+def compare(
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="quick: an MLP on batches of 2 at lr 0.025, a CNN on one-class batches of 4, and for "
+            "reference batch norm on batches of 64. full: these, and the MLP on batches of m = 1 to 64 at "
+            "lr 0.1 m/64.",
+            metavar="|".join(SUITES),
+        ),
+    ] = "quick",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Methods, comma-separated: {', '.join(METHODS)}.", metavar="LIST", show_default="all"
+        ),
+    ] = ",".join(METHODS),
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Train from seeds 0 to N-1.", metavar="N", show_default="2, with --suite full 3"),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(help="Grid: batch sizes m, comma-separated.", metavar="LIST", show_default="2"),
+    ] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="Grid: how batches are drawn, comma-separated: shuffled, one-class (all images of a batch "
+            "are of one class).",
+            metavar="LIST",
+            show_default="shuffled",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Grid: nets, comma-separated: {', '.join(MODELS)}, timm:NAME.",
+            metavar="LIST",
+            show_default="mlp",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Grid: data sets, comma-separated: {', '.join(EMBEDDED)}.",
+            metavar="LIST",
+            show_default="digits",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Grid: epochs of training.", metavar="N", show_default="mlp 10, others 8"),
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            help="Grid: learning rates, comma-separated.", metavar="LIST", show_default="0.1 m/64 at each m"
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, table.md and compare.png.", metavar="FOLDER")
+    ] = Path("runs/compare"),
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time, a process each.", metavar="N", show_default="number of cores"),
+    ] = None,
+    accelerator: Annotated[
+        str,
+        typer.Option(
+            help="Where to train; nets this small gain nothing from a GPU.", metavar="|".join(ACCELERATORS)
+        ),
+    ] = "cpu",
+) -> None:
+    """Train small nets on digits with each normalization method: who survives small batches, and who loses.
+
+    The settings are those of --suite. If any option marked Grid is given, they are all combinations of the
+    Grid options instead, those not given at their defaults.
+
+    A result is stored as soon as its run ends. Stop with Ctrl-C; the same command, or another that shares
+    runs with it, trains only what is not in the folder yet.
+    """
+    chosen_suite = choice("--suite", suite, SUITES)
+    chosen_methods = choices("--methods", methods, METHODS)
+    seeds = at_least_1("--seeds", SEEDS[chosen_suite] if seeds is None else seeds)
+    jobs = at_least_1("--jobs", (os.cpu_count() or 1) if jobs is None else jobs)
+    check_accelerator(accelerator)
+    if (batch_sizes, sampling, model, data, epochs, lr) == (None,) * 6:
+        settings = suite_settings(chosen_suite)
+        runs = suite_runs(chosen_suite, chosen_methods, seeds)
+    else:
+        settings = grid_settings(
+            models("--model", "mlp" if model is None else model),
+            numbers("--batch-sizes", "2" if batch_sizes is None else batch_sizes, int),
+            choices("--sampling", "shuffled" if sampling is None else sampling, SAMPLINGS),
+            None if lr is None else numbers("--lr", lr, float),
+            None if epochs is None else at_least_1("--epochs", epochs),
+            choices("--data", "digits" if data is None else data, EMBEDDED),
+        )
+        _check_fit(settings)
+        runs = runs_of(settings, chosen_methods, seeds)
+    results = _results_in(out)
+    try:
+        _compare(settings, runs, results, out, jobs, accelerator)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {_stored(runs, results)}", err=True)
+        raise typer.Exit(130) from None
+    except BrokenProcessPool:
+        typer.echo(f"a process died, for want of memory perhaps: {_stored(runs, results)}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _compare(
+    settings: Sequence[Setting], runs: Sequence[Run], results: Results, out: Path, jobs: int, accelerator: str
+) -> None:
+    console = Console(highlight=False)
+    known = sum(run in results.outcomes for run in runs)
+    console.print(
+        f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
+    )
+    crashed = train_missing(runs, results, jobs, accelerator, console)
+    report(settings, runs, results, out, console)
+    for line in crashed:
+        typer.echo(f"crashed, to be repeated by the same command: {line}", err=True)
+    if crashed:
+        raise typer.Exit(1)
+
+
+def _stored(runs: Sequence[Run], results: Results) -> str:
+    known = sum(run in results.outcomes for run in runs)
+    return f"{known} of {len(runs)} runs are in {results.path}, and the same command continues from there"
+
+
+def _results_in(out: Path) -> Results:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return Results(out / "results.jsonl")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+
+
+def _check_fit(settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        why = why_not(setting.model, load(setting.data))
+        if why is not None:
+            raise typer.BadParameter(f"{why}: {setting.data}", param_hint="--model")
+        check_batch_fits(setting.batch_size, setting.sampling, setting.data, "--batch-sizes")

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from mbnorm.experiments import pictures
+from mbnorm.experiments.data import EMBEDDED, load
+from mbnorm.experiments.sampling import class_of_each, largest_batch, one_epoch
+
+on_every_data_set = pytest.mark.parametrize("name", EMBEDDED)
+
+
+@on_every_data_set
+def test_each_input_has_its_targets(name):
+    data = load(name)
+    for inputs, targets in ((data.train_inputs, data.train_targets), (data.test_inputs, data.test_targets)):
+        assert targets.shape in {inputs.shape[:1], (len(inputs), *inputs.shape[2:])}
+
+
+@on_every_data_set
+def test_both_parts_show_every_class(name):
+    data = load(name)
+    for targets in (data.train_targets, data.test_targets):
+        assert targets.unique().tolist() == list(range(data.classes))
+
+
+@on_every_data_set
+def test_what_is_trained_on_is_centred_and_scaled(name):
+    inputs = load(name).train_inputs
+    assert inputs.mean().item() == pytest.approx(0, abs=1e-4)
+    assert inputs.std().item() == pytest.approx(1, abs=1e-4)
+
+
+@on_every_data_set
+def test_a_data_set_is_the_same_every_time(name):
+    first = load(name)
+    again = load.__wrapped__(name)
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
+
+
+def test_patches_to_train_on_and_to_test_on_share_no_pixel(monkeypatch):
+    """Of a picture whose pixels are all different, each pixel is in one part only."""
+    numbered = torch.arange(300 * 451, dtype=torch.float32).view(1, 300, 451)
+    monkeypatch.setattr(pictures, "_picture", lambda name: numbered)
+    monkeypatch.setattr(pictures, "scaled", lambda data: data)
+    for data in (pictures.textures(), pictures.segments()):
+        train, test = (set(inputs.flatten().tolist()) for inputs in (data.train_inputs, data.test_inputs))
+        assert not train & test
+
+
+def test_a_mosaic_shows_at_each_pixel_the_texture_it_says(monkeypatch):
+    shades = {name: torch.full((1, 512, 512), float(c)) for c, name in enumerate(pictures.TEXTURES)}
+    monkeypatch.setattr(pictures, "_picture", shades.get)
+    monkeypatch.setattr(pictures, "scaled", lambda data: data)
+    data = pictures.segments()
+    assert torch.equal(data.train_inputs.squeeze(1), data.train_targets.float())
+
+
+def test_no_voxel_of_a_volume_tells_alone():
+    """The best threshold on single voxels gets a tenth of them wrong: a net must look around."""
+    data = load("volumes")
+    values = data.test_inputs.flatten()
+    inside = data.test_targets.flatten() == 1
+    best = max(((values > t) == inside).float().mean().item() for t in torch.linspace(-2, 4, 60))
+    assert best < 0.93
+
+
+def test_an_unknown_name_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="expected digits, textures, photos, segments, volumes; got 'faces'"):
+        load("faces")
+
+
+def test_one_class_batches_of_mosaics_share_their_most_frequent_texture():
+    targets = load("segments").train_targets
+    batches = one_epoch("one-class", targets, 4, torch.Generator().manual_seed(0))
+    commonest = class_of_each(targets)[batches]
+    assert (commonest == commonest[:, :1]).all()
+    assert commonest[:, 0].unique().numel() == 3
+
+
+def test_the_largest_batch_of_one_class_is_that_of_the_rarest():
+    targets = torch.tensor([0, 0, 0, 2, 2])
+    assert largest_batch("one-class", targets) == 2
+    assert largest_batch("shuffled", targets) == 5
