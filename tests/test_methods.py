@@ -50,39 +50,39 @@ def test_instance_norm_cannot_train_an_mlp_and_the_run_says_so(batch_size):
 
 def test_frozen_layers_start_with_the_statistics_of_the_training_images():
     net = net_of("frozen")
-    before_training("frozen", net, digits().train_images)
+    before_training("frozen", net, digits().train_inputs)
     first = next(m for m in net.modules() if isinstance(m, Frozen))
-    inputs = net[1](digits().train_images.flatten(1))
+    inputs = net[1](digits().train_inputs.flatten(1))
     torch.testing.assert_close(first.layer.running_mean, inputs.mean(0))
     assert net.training
 
 
 def test_frozen_layers_never_change_their_statistics():
     net = net_of("frozen")
-    before_training("frozen", net, digits().train_images)
+    before_training("frozen", net, digits().train_inputs)
     before = running_means(net)
-    net.train()(digits().train_images[:8])
+    net.train()(digits().train_inputs[:8])
     assert all(torch.equal(a, b) for a, b in zip(before, running_means(net), strict=True))
 
 
 def test_frozen_layers_train_their_weights():
     net = net_of("frozen")
-    net(digits().train_images[:8]).square().mean().backward()
+    net(digits().train_inputs[:8]).square().mean().backward()
     assert all(m.layer.weight.grad is not None for m in net.modules() if isinstance(m, Frozen))
 
 
 def test_recalibration_follows_training_and_keeps_the_weights():
     net = net_of("batch+recalibrate")
     weights = copy.deepcopy([p.data for p in net.parameters()])
-    after_training("batch+recalibrate", net, digits().train_images)
-    inputs = net[1](digits().train_images.flatten(1))
+    after_training("batch+recalibrate", net, digits().train_inputs)
+    inputs = net[1](digits().train_inputs.flatten(1))
     torch.testing.assert_close(running_means(net)[0], inputs.mean(0))
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
 
 
 def test_other_methods_are_not_recalibrated():
     net = net_of("batch")
-    after_training("batch", net, digits().train_images)
+    after_training("batch", net, digits().train_inputs)
     assert not any(mean.any() for mean in running_means(net))
 
 

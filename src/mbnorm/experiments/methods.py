@@ -27,6 +27,7 @@ Method: TypeAlias = Literal[
     "memorized+df",
     "matched",
     "matched+df",
+    "measured",
     "momentum-pooled",
     "memorized-averaged",
 ]
@@ -41,6 +42,7 @@ WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "
 REFERENCE_BATCH_SIZE = 64
 """Where batch norm is at ease, and how many samples an accumulated step takes."""
 
+MEASURED_VALUES = 32
 IMAGES_AT_ONCE = 100
 _BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -116,6 +118,8 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             _replace(model, lambda layer: Instance(layer.num_features))
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
+        case "measured":
+            convert(model, "matched", matched_values=MEASURED_VALUES, measured=True)
         case "momentum-pooled":
             convert(model, "momentum", batch_size=batch_size, variance="pooled")
         case "memorized-averaged":

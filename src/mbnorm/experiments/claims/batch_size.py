@@ -1,32 +1,32 @@
 """Accuracy by batch size."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
 
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table
+from mbnorm.experiments.claims.claim import Claim, Table, Tell
 from mbnorm.experiments.claims.trained import accuracies, accuracy_cell, scale_by_error, trained, where
-from mbnorm.experiments.grid import grid_settings
+from mbnorm.experiments.grid import grid_settings, runs_of
 from mbnorm.experiments.methods import Method
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-METHODS: tuple[Method, ...] = ("batch", "group", "momentum", "momentum-constant", "memorized", "matched")
-EPOCHS = 4
+BATCH_SIZES = (1, 2, 4, 8, 16, 64)
+METHODS: tuple[Method, ...] = ("batch", "group", "momentum-constant", "memorized", "matched")
+EPOCHS = 2
 SETTINGS = grid_settings(["mlp"], BATCH_SIZES, ["shuffled"], None, EPOCHS)
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
-    return trained(SETTINGS, METHODS, seeds, tell)
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    return trained(runs_of(SETTINGS, METHODS, seeds), tell, known)
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     lines = [
         [method, *(accuracy_cell(where(rows, method=method, batch_size=m)) for m in BATCH_SIZES)]
         for method in METHODS
     ]
-    return ["method", *(f"m = {m}" for m in BATCH_SIZES)], lines
+    return [(["method", *(f"m = {m}" for m in BATCH_SIZES)], lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
@@ -55,7 +55,8 @@ CLAIM = Claim(
         "given a memory by one forward of two images."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=1,
+    resumes=True,
 )

@@ -15,6 +15,10 @@ Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings, and lines of as many cells."""
 
 
+Tell: TypeAlias = Callable[[str], None]
+"""Is given a line now and then."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim: a sentence, its measurement, and how that is shown.
@@ -22,25 +26,29 @@ class Claim:
     Attributes:
         sentence: what is claimed.
         measured: what is measured for it, under the table.
-        rows: measures from seeds 0 to N-1, calling the second argument with a line now and then.
-        table: the rows as a table.
+        rows: measures from seeds 0 to N-1 what is not among the rows known already.
+        tables: the rows as tables.
         draw: the rows in ``panels`` panels of a figure.
         panels: how many.
+        resumes: whether rows that are known are left out, so that an interrupted measurement goes on.
     """
 
     sentence: str
     measured: str
-    rows: Callable[[int, Callable[[str], None]], Iterable[Row]]
-    table: Callable[[Sequence[Row]], Table]
+    rows: Callable[[int, Tell, Sequence[Row]], Iterable[Row]]
+    tables: Callable[[Sequence[Row]], Sequence[Table]]
     draw: Callable[[Sequence[Row], Sequence[Axes]], None]
     panels: int
+    resumes: bool = False
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
-    """Return the claim, its table and where it comes from."""
-    headings, lines = claim.table(rows)
-    table = [_line(headings), _line(["---"] + ["---:"] * (len(headings) - 1)), *map(_line, lines)]
-    return "\n\n".join([claim.sentence, "\n".join(table), claim.measured, f"Written by `{command}`."]) + "\n"
+    """Return the claim, its tables and where they come from."""
+    tables = [
+        "\n".join([_line(headings), _line(["---"] + ["---:"] * (len(headings) - 1)), *map(_line, lines)])
+        for headings, lines in claim.tables(rows)
+    ]
+    return "\n\n".join([claim.sentence, *tables, claim.measured, f"Written by `{command}`."]) + "\n"
 
 
 def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:

@@ -1,14 +1,14 @@
 """What accuracy costs in seconds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
 
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
+from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.claims.trained import accuracies, accuracy_cell, scale_by_error, trained, where
-from mbnorm.experiments.grid import Setting, linear_rate
+from mbnorm.experiments.grid import Setting, linear_rate, runs_of
 from mbnorm.experiments.methods import Method
 
 METHODS: tuple[Method, ...] = ("batch", "group", "momentum-constant", "memorized", "memorized+df", "matched")
@@ -17,11 +17,11 @@ BATCH_SIZE = 4
 SETTINGS = [Setting("mlp", BATCH_SIZE, "shuffled", linear_rate(BATCH_SIZE), epochs) for epochs in EPOCHS]
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
-    return trained(SETTINGS, METHODS, seeds, tell)
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    return trained(runs_of(SETTINGS, METHODS, seeds), tell, known)
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     lines = []
     for method in METHODS:
         line: list[str] = [method]
@@ -30,7 +30,7 @@ def _table(rows: Sequence[Row]) -> Table:
             line += [accuracy_cell(found), mean_and_spread(_seconds(found), 2)]
         lines.append(line)
     columns = [(f"{_epochs(e)}: accuracy, %", "seconds") for e in EPOCHS]
-    return ["method", *(name for pair in columns for name in pair)], lines
+    return [(["method", *(name for pair in columns for name in pair)], lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
@@ -64,7 +64,8 @@ CLAIM = Claim(
         "Nets this small show the overhead of a layer, not the arithmetic."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=1,
+    resumes=True,
 )

@@ -1,34 +1,34 @@
 """The same data in train mode and in eval mode."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
 
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table
+from mbnorm.experiments.claims.claim import Claim, Table, Tell
 from mbnorm.experiments.claims.trained import accuracy_cell, loss_cell, trained, where
-from mbnorm.experiments.grid import Setting
+from mbnorm.experiments.grid import Setting, runs_of
 from mbnorm.experiments.methods import Method
 
 METHODS: tuple[Method, ...] = ("batch", "momentum", "momentum-constant", "memorized", "matched")
-BATCH_SIZES = (2, 4, 8)
-EPOCHS = 3
+BATCH_SIZES = (2, 8)
+EPOCHS = 2
 SETTINGS = [Setting("mlp", m, "shuffled", 0.0125 * m, EPOCHS) for m in BATCH_SIZES]
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
-    return trained(SETTINGS, METHODS, seeds, tell)
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    return trained(runs_of(SETTINGS, METHODS, seeds), tell, known)
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     lines = []
     for m in BATCH_SIZES:
         for method in METHODS:
             found = where(rows, method=method, batch_size=m)
             losses = (loss_cell(found, "train_mode_loss"), loss_cell(found, "eval_mode_loss"))
             lines.append([method, str(m), *losses, accuracy_cell(found)])
-    return ["method", "m", "train-mode loss", "eval-mode loss", "test accuracy, %"], lines
+    return [(["method", "m", "train-mode loss", "eval-mode loss", "test accuracy, %"], lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
@@ -59,7 +59,8 @@ CLAIM = Claim(
         "memories read but not written."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=1,
+    resumes=True,
 )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, recalibrate
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
+from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.sampling import one_epoch
@@ -104,7 +104,7 @@ def _train(model: nn.Module, seed: int) -> None:
             optimizer.step()
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for seed in range(seeds):
         for name in MODELS:
             model = initial_model(Run("batch", Setting(name, TRAINING_BATCH, "shuffled", 0.1, 1), seed))
@@ -136,7 +136,7 @@ def _memory_rows(inputs: dict[str, Tensor], seed: int) -> Iterator[Row]:
             yield {"kind": kind, "value": value, "seed": seed, "layer": number, "left": left}
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     headings = ["what", "layer", "pixels"]
     headings += [f"m = {m}: mean, n times (theory 1)" for m in BATCH_SIZES]
     headings += [f"m = {m}: var / theory" for m in BATCH_SIZES]
@@ -147,19 +147,19 @@ def _table(rows: Sequence[Row]) -> Table:
         line += [mean_and_spread([_mean_ratio(r) for r in found[m]], 2) for m in BATCH_SIZES]
         line += [mean_and_spread([_var_ratio(r) for r in found[m]], 2) for m in BATCH_SIZES]
         lines.append(line)
+    return [(headings, lines), _memory_table(rows)]
+
+
+def _memory_table(rows: Sequence[Row]) -> Table:
+    lines = []
     for kind, value in MEMORIES:
-        left = {
-            n: [r["left"] for r in rows if (r["kind"], r.get("value"), r["layer"]) == (kind, value, n)]
-            for n in (0, 1)
-        }
-        texts = [f"layer {n}: {mean_and_spread(found, 4)}" for n, found in left.items()]
-        theory = f"theory {theory_of_memory(kind, value):.4f}"
-        lines.append(
-            [f"noise of the mean left with {kind} = {value:g}", "", "", *texts, theory, "", "", ""][
-                : len(headings)
-            ]
-        )
-    return headings, lines
+        line = [f"{kind} = {value:g}"]
+        for layer in (0, 1):
+            at = (kind, value, layer)
+            found = [r["left"] for r in rows if (r["kind"], r.get("value"), r["layer"]) == at]
+            line.append(mean_and_spread(found, 4))
+        lines.append([*line, f"{theory_of_memory(kind, value):.4f}"])
+    return ["noise of the mean left by", "layer 0", "layer 1", "theory"], lines
 
 
 def _layers(rows: Sequence[Row]) -> list[tuple[str, str, int, int]]:
@@ -222,12 +222,12 @@ CLAIM = Claim(
         f"standard "
         "deviation over the seeds. n is images times pixels: 1 means that pixels are as good as independent "
         "values, "
-        "more that they are worth less. The last lines: variance of the mean that normalizes batches of 2 "
+        "more that they are worth less. Second table: variance of the mean that normalizes batches of 2 "
         "in the "
         "trained MLP, in units of that of the batch's own."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=2,
 )

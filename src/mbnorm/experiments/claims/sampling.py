@@ -1,12 +1,12 @@
 """Batches that are poor samples of the data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
 
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table
+from mbnorm.experiments.claims.claim import Claim, Table, Tell
 from mbnorm.experiments.claims.trained import (
     accuracies,
     accuracy_cell,
@@ -15,29 +15,29 @@ from mbnorm.experiments.claims.trained import (
     trained,
     where,
 )
-from mbnorm.experiments.grid import grid_settings
+from mbnorm.experiments.grid import grid_settings, runs_of
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling
 
 SAMPLINGS: tuple[Sampling, ...] = ("shuffled", "one-class")
 METHODS: tuple[Method, ...] = ("batch", "group", "momentum-constant", "memorized", "matched")
 BATCH_SIZE = 4
-EPOCHS = 4
+EPOCHS = 2
 SETTINGS = grid_settings(["cnn"], [BATCH_SIZE], SAMPLINGS, None, EPOCHS)
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
-    return trained(SETTINGS, METHODS, seeds, tell)
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    return trained(runs_of(SETTINGS, METHODS, seeds), tell, known)
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     lines = []
     for sampling in SAMPLINGS:
         for method in METHODS:
             found = where(rows, method=method, sampling=sampling)
             losses = (loss_cell(found, "train_mode_loss"), loss_cell(found, "eval_mode_loss"))
             lines.append([method, sampling, accuracy_cell(found), *losses])
-    return ["method", "batches", "accuracy, %", "train-mode loss", "eval-mode loss"], lines
+    return [(["method", "batches", "accuracy, %", "train-mode loss", "eval-mode loss"], lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
@@ -60,7 +60,8 @@ CLAIM = Claim(
         "trained net on its training images, in batches of that kind in train mode, and in eval mode."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=1,
+    resumes=True,
 )

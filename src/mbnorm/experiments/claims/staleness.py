@@ -1,7 +1,7 @@
 """Double-Forward removes one step of staleness from the statistics in the memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mbnorm import DoubleForward, convert
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, mean_and_spread
+from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.sampling import one_epoch
 
@@ -102,7 +102,7 @@ def _distances(layer: Any, first: nn.Module, batches: Sequence[Tensor]) -> list[
     return distances
 
 
-def _rows(seeds: int, tell: Callable[[str], None]) -> Iterator[Row]:
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for case in CASES:
         for seed in range(seeds):
             for double_forward in (False, True):
@@ -135,7 +135,7 @@ def _plain(rows: Sequence[Row], case: Case, where: str) -> list[float]:
     return [r[where] for r in rows if (r["k"], r["lr"], r["micro_batches"], r["double_forward"]) == of_case]
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     headings = ["k", "learning rate", "micro-batches"]
     for where in ("at use", "at eval"):
         headings += [f"{where}: without", "with / without", "theory"]
@@ -149,7 +149,7 @@ def _table(rows: Sequence[Row]) -> Table:
                 f"{theory:.2f}",
             ]
         lines.append(line)
-    return headings, lines
+    return [(headings, lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
@@ -186,7 +186,7 @@ CLAIM = Claim(
         "steadily."
     ),
     rows=_rows,
-    table=_table,
+    tables=_tables,
     draw=_draw,
     panels=2,
 )

@@ -1,29 +1,33 @@
 """What the claims that rest on training have in common: their runs as rows, and rows in cells and curves."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import mean_and_spread
-from mbnorm.experiments.grid import Setting, runs_of
-from mbnorm.experiments.methods import Method
+from mbnorm.experiments.claims.claim import Tell, mean_and_spread
+from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import train
 
 TICKS = (0, 50, 80, 90, 95, 98)
 
 
-def trained(
-    settings: Sequence[Setting], methods: Sequence[Method], seeds: int, tell: Callable[[str], None]
-) -> Iterator[Row]:
-    """Train every method in every setting from every seed."""
-    for run in runs_of(settings, methods, seeds):
+def trained(runs: Sequence[Run], tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    """Train the runs that are not among the rows known already."""
+    for run in runs:
+        if where(of_setting(known, run.setting), method=run.method, seed=run.seed):
+            continue
         outcome = train(run)
         accuracy = "failed" if outcome.accuracy is None else f"{outcome.accuracy:.1f} %"
         tell(f"{run}: {accuracy}, {outcome.seconds:.1f} s")
         yield {"method": run.method, **asdict(run.setting), "seed": run.seed, **asdict(outcome)}
+
+
+def of_setting(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """Return the rows of a setting."""
+    return where(rows, **asdict(setting))
 
 
 def where(rows: Sequence[Row], **values: Any) -> list[Row]:
@@ -54,12 +58,15 @@ def accuracies(rows: Sequence[Row]) -> list[float]:
     return [row["accuracy"] for row in rows if row["accuracy"] is not None]
 
 
-def scale_by_error(panel: Axes) -> None:
+SPACED = "test accuracy, %, spaced by the error (lines: smallest to largest seed)"
+
+
+def scale_by_error(panel: Axes, label: str = SPACED) -> None:
     """Space the accuracies of a panel by the logarithm of the error."""
     panel.set_yscale("function", functions=(_spaced, _from_spaced))
     panel.set_yticks(TICKS, [str(tick) for tick in TICKS])
     panel.set_ylim(0, 99)
-    panel.set_ylabel("test accuracy, %, spaced by the error (lines: smallest to largest seed)", fontsize=8)
+    panel.set_ylabel(label, fontsize=8)
 
 
 def _spaced(accuracy: Any) -> Any:

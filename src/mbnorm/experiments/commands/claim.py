@@ -9,7 +9,7 @@ import torch
 import typer
 
 from mbnorm.experiments.bench.rows import Row, machine
-from mbnorm.experiments.claims import batch_size, cost, gap, noise, rates, sampling, staleness
+from mbnorm.experiments.claims import batch_size, cost, gap, noise, rates, sampling, staleness, suite
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw
 from mbnorm.experiments.commands.options import choice
 
@@ -21,6 +21,7 @@ CLAIMS: dict[str, Claim] = {
     "gap": gap.CLAIM,
     "rates": rates.CLAIM,
     "cost": cost.CLAIM,
+    "suite": suite.CLAIM,
 }
 
 
@@ -63,14 +64,21 @@ def _measure(claim: Claim, seeds: int, path: Path) -> list[Row]:
     # nets this small gain nothing from more threads, nor from what prepares for large ones
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    rows = []
+    rows = _read(path) if claim.resumes and path.exists() else []
     with path.open("w", encoding="utf-8") as file:
-        for row in claim.rows(seeds, lambda line: print(line, file=sys.stderr, flush=True)):
+        file.writelines(map(_line, rows))
+        for row in claim.rows(seeds, lambda line: print(line, file=sys.stderr, flush=True), tuple(rows)):
             rows.append(row | machine())
-            file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
+            file.write(_line(rows[-1]))
             file.flush()
     return rows
 
 
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
 def _read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # what follows the last line end was being written when its process died
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
