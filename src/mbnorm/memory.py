@@ -95,7 +95,7 @@ class MovingAverage(NamedTuple):
 class MeasuredAverage(NamedTuple):
     r"""A `MovingAverage` that measures how many independent values a batch of n is worth: :math:`n / r`.
 
-    ``last``, shape (C,), is the mean of the batch before, and ``ratio`` is r, 0-dim:
+    ``last``, shape (C,), is the mean of the batch before, and ``ratio``, shape (1,), is r:
 
     .. math::
         r \leftarrow (1-\beta)\, r + \beta\, \frac{n}{C} \sum_c
@@ -118,7 +118,7 @@ class MeasuredAverage(NamedTuple):
     def history_weight(self, n: int, matched_values: int) -> Tensor:
         """Return the weight that leaves a mean the noise of so many independent values."""
         # a batch is never worth less than one value; multiplied out, since r may be 0
-        worth = matched_values * self.ratio.clamp_max(max(n, 1))
+        worth = matched_values * self.ratio.sum().clamp_max(max(n, 1))
         return ((worth - n) / (worth + n)).clamp_min(0.0)
 
     def read(self, history_weight: Tensor | float) -> Past:

@@ -42,7 +42,6 @@ WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "
 REFERENCE_BATCH_SIZE = 64
 """Where batch norm is at ease, and how many samples an accumulated step takes."""
 
-MEASURED_VALUES = 32
 IMAGES_AT_ONCE = 100
 _BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -119,7 +118,7 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
         case "measured":
-            convert(model, "matched", matched_values=MEASURED_VALUES, measured=True)
+            convert(model, "measured")
         case "momentum-pooled":
             convert(model, "momentum", batch_size=batch_size, variance="pooled")
         case "memorized-averaged":

@@ -157,7 +157,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         average = MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
         if not self.measured:
             return average
-        return MeasuredAverage(*average, torch.empty_like(like), like.new_empty(()))
+        # torch.compile loses what is written to a 0-dim buffer of floats (torch 2.13)
+        return MeasuredAverage(*average, torch.empty_like(like), like.new_empty((1,)))
 
     def _memory(self) -> MovingAverage | MeasuredAverage:
         # the dictionary itself: attributes of modules are slow
