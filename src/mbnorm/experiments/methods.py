@@ -27,9 +27,15 @@ Method: TypeAlias = Literal[
     "memorized+df",
     "matched",
     "matched+df",
+    "measured",
+    "momentum-pooled",
+    "memorized-averaged",
 ]
-METHODS: tuple[Method, ...] = get_args(Method)
-OURS: tuple[Method, ...] = METHODS[METHODS.index("momentum") :]
+_ALL: tuple[Method, ...] = get_args(Method)
+VARIANTS: tuple[Method, ...] = ("momentum-pooled", "memorized-averaged")
+"""Other rules for the variance than the methods' own; claims train them, `compare` does not."""
+METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
+OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
 DOUBLE_FORWARD: tuple[Method, ...] = ("momentum+df", "memorized+df", "matched+df")
 WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "layer", "instance")
 
@@ -111,6 +117,12 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             _replace(model, lambda layer: Instance(layer.num_features))
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
+        case "measured":
+            convert(model, "measured")
+        case "momentum-pooled":
+            convert(model, "momentum", batch_size=batch_size, variance="pooled")
+        case "memorized-averaged":
+            convert(model, "memorized", batch_size=batch_size, variance="averaged")
         case "memorized" | "memorized+df":
             convert(model, "memorized", batch_size=batch_size)
         case "matched" | "matched+df":
@@ -121,7 +133,7 @@ def schedule_for(method: Method, model: nn.Module, total_steps: int, batch_size:
     """Return the schedule to step after each optimizer step, if the method has one."""
     if method in ("momentum", "momentum+df"):
         return MomentumSchedule(model, total_steps, batch_size=batch_size, schedule="paper")
-    if method == "momentum-constant":
+    if method in ("momentum-constant", "momentum-pooled"):
         return MomentumSchedule(model, total_steps, batch_size=batch_size, schedule="constant")
     if method == "renorm":
         return RenormSchedule(model, total_steps)

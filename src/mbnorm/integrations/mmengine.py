@@ -12,7 +12,7 @@ except ImportError as error:
     raise ImportError("mbnorm.integrations.mmengine needs MMEngine: pip install mmengine") from error
 
 
-class BatchNormMemoryHook(Hook):  # type: ignore[misc]
+class BatchNormMemoryHook(Hook):
     """Attach Double-Forward, the schedule or both while a Runner trains; resume goes on with them.
 
     Args:

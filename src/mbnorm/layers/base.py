@@ -27,9 +27,8 @@ from mbnorm.layers.undo import UndoLog
 from mbnorm.memory import (
     InferenceAverages,
     InferenceUpdate,
-    MovingAverage,
+    Memory,
     Past,
-    RecentBatches,
     commit,
 )
 from mbnorm.recompute import (
@@ -275,7 +274,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def _store(
         self,
-        memory: MovingAverage | RecentBatches,
+        memory: Memory,
         averages: InferenceAverages,
         result: BlendedBatchNorm,
         n: int,

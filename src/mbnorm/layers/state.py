@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 from mbnorm.functional import BACKENDS, Backend
 from mbnorm.layers.undo import UNDO_DEPTH, Snapshot, UndoLog, Written
-from mbnorm.memory import InferenceAverages, MovingAverage, RecentBatches
+from mbnorm.memory import InferenceAverages, Memory
 from mbnorm.recompute import CallLog
 
 
@@ -102,11 +102,11 @@ class StatefulBatchNorm(_BatchNorm):
         """The buffers that torch's batch norm has not."""
         return (*self.memory_buffers, "num_batches_skipped")
 
-    def _new_memory(self, like: Tensor) -> MovingAverage | RecentBatches:
+    def _new_memory(self, like: Tensor) -> Memory:
         """Return an uninitialized memory on the device and in the dtype of ``like``."""
         raise NotImplementedError
 
-    def _memory(self) -> MovingAverage | RecentBatches:
+    def _memory(self) -> Memory:
         """Return the memory made of this layer's buffers."""
         raise NotImplementedError
 

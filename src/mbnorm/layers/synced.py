@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from mbnorm.distributed import (
 from mbnorm.functional import Backend, BlendedBatchNorm, choose
 from mbnorm.layers.base import HistoryBatchNorm
 from mbnorm.layers.undo import Snapshot
-from mbnorm.memory import InferenceAverages, MovingAverage, Past, RecentBatches
+from mbnorm.memory import InferenceAverages, Memory, Past
 from mbnorm.recompute import Call
-
-Memory: TypeAlias = MovingAverage | RecentBatches
 
 
 class _Late:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mbnorm.experiments.commands import bench, compare, diagnose, train
+from mbnorm.experiments.commands import bench, claim, compare, diagnose, train
 from mbnorm.versions import describe
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -31,5 +31,5 @@ def root(
         typer.echo(context.get_help())
 
 
-for command in (compare.compare, train.train, diagnose.diagnose, bench.bench):
+for command in (compare.compare, train.train, diagnose.diagnose, claim.claim, bench.bench):
     app.command()(command)

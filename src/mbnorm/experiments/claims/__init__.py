@@ -1,0 +1,1 @@
+"""The papers' claims about small batches, each measured by a command."""

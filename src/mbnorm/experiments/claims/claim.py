@@ -1,0 +1,74 @@
+"""What a claim consists of, and the three files that it becomes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TypeAlias
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mbnorm.experiments.bench.rows import Row
+
+Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headings, and lines of as many cells."""
+
+
+Tell: TypeAlias = Callable[[str], None]
+"""Is given a line now and then."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim: a sentence, its measurement, and how that is shown.
+
+    Attributes:
+        sentence: what is claimed.
+        measured: what is measured for it, under the table.
+        rows: measures from seeds 0 to N-1 what is not among the rows known already.
+        tables: the rows as tables.
+        draw: the rows in ``panels`` panels of a figure.
+        panels: how many.
+        resumes: whether rows that are known are left out, so that an interrupted measurement goes on.
+    """
+
+    sentence: str
+    measured: str
+    rows: Callable[[int, Tell, Sequence[Row]], Iterable[Row]]
+    tables: Callable[[Sequence[Row]], Sequence[Table]]
+    draw: Callable[[Sequence[Row], Sequence[Axes]], None]
+    panels: int
+    resumes: bool = False
+
+
+def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
+    """Return the claim, its tables and where they come from."""
+    tables = [
+        "\n".join([_line(headings), _line(["---"] + ["---:"] * (len(headings) - 1)), *map(_line, lines)])
+        for headings, lines in claim.tables(rows)
+    ]
+    return "\n\n".join([claim.sentence, *tables, claim.measured, f"Written by `{command}`."]) + "\n"
+
+
+def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:
+    """Write the claim's figure."""
+    figure = Figure(figsize=(5.6 * claim.panels, 4.2), layout="constrained")
+    panels = list(figure.subplots(1, claim.panels, squeeze=False).flat)
+    claim.draw(rows, panels)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#eeeeee")
+        panel.set_axisbelow(True)
+        panel.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Return "mean ± standard deviation"."""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,81 @@
+"""What the claims that rest on training have in common: their runs as rows, and rows in cells and curves."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from mbnorm.experiments.bench.rows import Row
+from mbnorm.experiments.claims.claim import Tell, mean_and_spread
+from mbnorm.experiments.grid import Run, Setting
+from mbnorm.experiments.training import train
+
+TICKS = (0, 50, 80, 90, 95, 98)
+
+
+def trained(runs: Sequence[Run], tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    """Train the runs that are not among the rows known already."""
+    for run in runs:
+        if where(of_setting(known, run.setting), method=run.method, seed=run.seed):
+            continue
+        outcome = train(run)
+        accuracy = "failed" if outcome.accuracy is None else f"{outcome.accuracy:.1f} %"
+        tell(f"{run}: {accuracy}, {outcome.seconds:.1f} s")
+        yield {"method": run.method, **asdict(run.setting), "seed": run.seed, **asdict(outcome)}
+
+
+def of_setting(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """Return the rows of a setting."""
+    return where(rows, **asdict(setting))
+
+
+def where(rows: Sequence[Row], **values: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def accuracy_cell(rows: Sequence[Row]) -> str:
+    """Return the mean accuracy with its spread, and how many runs diverged or failed."""
+    values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+    text = mean_and_spread(values, 1) if values else "-"
+    for status in ("diverged", "failed"):
+        if count := sum(row["status"] == status for row in rows):
+            text += f" ({count} {status})"
+    return text
+
+
+def loss_cell(rows: Sequence[Row], key: str) -> str:
+    """Return the mean of a loss with its spread."""
+    values = [row[key] for row in rows if row["status"] != "failed"]
+    if not values:
+        return "-"
+    return "not finite" if None in values else mean_and_spread(values, 3)
+
+
+def accuracies(rows: Sequence[Row]) -> list[float]:
+    """Return the accuracy of every run that has one."""
+    return [row["accuracy"] for row in rows if row["accuracy"] is not None]
+
+
+SPACED = "test accuracy, %, spaced by the error (lines: smallest to largest seed)"
+
+
+def scale_by_error(panel: Axes, label: str = SPACED) -> None:
+    """Space the accuracies of a panel by the logarithm of the error."""
+    panel.set_yscale("function", functions=(_spaced, _from_spaced))
+    panel.set_yticks(TICKS, [str(tick) for tick in TICKS])
+    panel.set_ylim(0, 99)
+    panel.set_ylabel(label, fontsize=8)
+
+
+def _spaced(accuracy: Any) -> Any:
+    import numpy as np
+
+    return -np.log(np.maximum(100.0 - np.asarray(accuracy, float), 0.1))
+
+
+def _from_spaced(spaced: Any) -> Any:
+    import numpy as np
+
+    return 100.0 - np.exp(-np.asarray(spaced, float))
