@@ -45,7 +45,7 @@ class Comparison:
         parent = str(self.process.pid)
         while self.process.poll() is None:
             listing = subprocess.run(
-                ["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True, timeout=60
+                ["ps", "-axww", "-o", "pid=,ppid=,command="], capture_output=True, text=True, timeout=60
             ).stdout
             for pid, ppid, what in (line.split(None, 2) for line in listing.splitlines()):
                 if ppid == parent and "popen_loky" in what:
