@@ -41,11 +41,17 @@ class Comparison:
             assert self.process.poll() is None
             time.sleep(0.02)
 
-    def workers(self):
-        listing = subprocess.run(["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True).stdout
-        found = [line.split(None, 2) for line in listing.splitlines()]
+    def wait_for_a_worker(self):
         parent = str(self.process.pid)
-        return [int(pid) for pid, ppid, what in found if ppid == parent and "popen_loky" in what]
+        while self.process.poll() is None:
+            listing = subprocess.run(
+                ["ps", "-axww", "-o", "pid=,ppid=,command="], capture_output=True, text=True, timeout=60
+            ).stdout
+            for pid, ppid, what in (line.split(None, 2) for line in listing.splitlines()):
+                if ppid == parent and "popen_loky" in what:
+                    return int(pid)
+            time.sleep(0.1)
+        raise AssertionError("the comparison ended before it had workers")
 
     def group_is_gone_within(self, seconds):
         deadline = time.monotonic() + seconds
@@ -93,8 +99,7 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(comparis
 
 
 def test_a_killed_worker_ends_the_comparison_in_a_line_and_the_next_one_goes_on(comparison):
-    comparison.wait_for_results(1)
-    worker, *_ = comparison.workers()
+    worker = comparison.wait_for_a_worker()
     comparison.wait_for_results(2)
     os.kill(worker, signal.SIGKILL)
     status, err = comparison.finish()
