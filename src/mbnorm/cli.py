@@ -4,7 +4,17 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-NEEDED = ("lightning_fabric", "matplotlib", "numpy", "rich", "skimage", "sklearn", "typer")
+NEEDED = (
+    "jinja2",
+    "joblib",
+    "lightning_fabric",
+    "matplotlib",
+    "numpy",
+    "rich",
+    "skimage",
+    "sklearn",
+    "typer",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
