@@ -24,7 +24,6 @@ from mbnorm.backends import cpu
 METHODS = {
     "momentum": ("momentum", {}),
     "matched": ("matched", {}),
-    "measured": ("matched", {"measured": True}),
     "memorized": ("memorized", {"memory_size": 32}),
 }
 on_every_method = pytest.mark.parametrize("method", METHODS)

@@ -18,13 +18,12 @@ from mbnorm import (
 )
 from mbnorm.layers.momentum import STEPS_BEFORE_NOTICE
 
-METHODS = ["momentum", "memorized", "matched", "measured"]
+METHODS = ["momentum", "memorized", "matched"]
 on_every_method = pytest.mark.parametrize("method", METHODS)
 STOCK = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 OURS = {
     "momentum": [MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d],
     "matched": [MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d],
-    "measured": [MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d],
     "memorized": [MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d],
 }
 
@@ -176,7 +175,7 @@ def test_a_trained_norm_starts_where_it_was(method):
     want = copy.deepcopy(layer).eval()(x)
     convert(layer, method, batch_size=2)
     # the batch of 2 has a weight of its own, 1/64 to 1/16: close, not equal
-    near = {"momentum": 0.2, "matched": 0.2, "measured": 0.2, "memorized": 0.2}[method]
+    near = {"momentum": 0.2, "matched": 0.2, "memorized": 0.2}[method]
     plain = nn.BatchNorm1d(3).double()(x)
     assert (layer(x) - want).abs().max() < near
     assert (plain - want).abs().max() > 2 * near
@@ -219,10 +218,10 @@ def test_momentum_follows_the_batch_size(m, weight):
     assert layer.momentum == pytest.approx(1 - 0.9 ** (m / 32))
 
 
-def test_the_default_measures_what_batches_are_worth():
+def test_the_default_matches_the_noise():
     layer = nn.BatchNorm1d(3)
     convert(layer)
-    assert (layer.matched_values, layer.measured, layer.momentum) == (32, True, 0.1)
+    assert (layer.matched_values, layer.momentum) == (128, 0.1)
 
 
 def test_matched_needs_nothing():
@@ -343,11 +342,7 @@ def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (
-            {"method": "group"},
-            ValueError,
-            r"one of \('momentum', 'memorized', 'matched', 'measured'\), got 'group'",
-        ),
+        ({"method": "group"}, ValueError, r"one of \('momentum', 'memorized', 'matched'\), got 'group'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
         ({"method": "memorized", "matched_values": 3}, TypeError, "no option 'matched_values'"),

@@ -25,7 +25,6 @@ from mbnorm import (
 METHODS = {
     "momentum": (MomentumBatchNorm1d, reference.MomentumNorm, {"history_weight": 0.75}),
     "matched": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64}),
-    "measured": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64, "measured": True}),
     "memorized": (MemorizedBatchNorm1d, reference.MemorizedNorm, {"memory_size": 7}),
     "memorized-ema": (
         MemorizedBatchNorm1d,

@@ -15,7 +15,6 @@ from mbnorm import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MomentumBatchNorm
 METHODS = {
     "momentum": ("Momentum", {"history_weight": 0.75}),
     "matched": ("Momentum", {"matched_values": 64}),
-    "measured": ("Momentum", {"matched_values": 64, "measured": True}),
     "memorized": ("Memorized", {"memory_size": 4}),
     "memorized-ema": ("Memorized", {"memory_size": 4, "inference": "ema"}),
 }

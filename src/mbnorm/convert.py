@@ -19,13 +19,12 @@ from mbnorm.layers import (
 )
 from mbnorm.layers.state import all_finite
 
-Method: TypeAlias = Literal["momentum", "memorized", "matched", "measured"]
+Method: TypeAlias = Literal["momentum", "memorized", "matched"]
 
 SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
 MATCHED_VALUES = 128
-MEASURED_VALUES = 32
 
 _MOMENTUM: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
     nn.BatchNorm1d: MomentumBatchNorm1d,
@@ -60,7 +59,7 @@ class ConversionReport:
 
 
 def convert(
-    model: nn.Module, method: Method = "measured", *, batch_size: int | None = None, **options: Any
+    model: nn.Module, method: Method = "matched", *, batch_size: int | None = None, **options: Any
 ) -> ConversionReport:
     """Turn the batch norms of ``model`` into layers with a memory, in place.
 
@@ -72,13 +71,11 @@ def convert(
 
     Args:
         model: any module, a batch norm itself included.
-        method: "momentum" (Yong et al., ECCV 2020), "memorized" (Guo et al., AAAI 2018),
-            "matched" (Momentum BN whose noise is matched per layer: matched_values = 128) or "measured", the
-            default (the same for 32 values, by what the batches are measured to be worth; it has the best
-            mean rank in docs/results/suite). The last two need nothing else.
+        method: "matched" (Momentum BN whose noise is matched per layer, with matched_values = 128; needs
+            nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
-            1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" and "measured" do without.
+            1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
         **options: keyword options of the layers; they win over what follows from ``batch_size``.
 
     Returns:
@@ -172,8 +169,6 @@ def revert(model: nn.Module) -> ConversionReport:
 def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
     if method == "matched":
         return {"matched_values": MATCHED_VALUES}
-    if method == "measured":
-        return {"matched_values": MEASURED_VALUES, "measured": True}
     if batch_size is None:
         return {}
     if method == "memorized":

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from mbnorm.blend import Variance, blend
 
-RATIO_WEIGHT = 0.05
-"""Weight of a batch in what is measured of the batches' worth."""
-
 AS_MANY_AS_THE_BATCH = -1.0
 """Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""
 
@@ -73,81 +70,6 @@ class MovingAverage(NamedTuple):
         self.mean.zero_()
         self.var.fill_(1.0)
         self.filled.zero_()
-
-    def holds_anything(self) -> Tensor:
-        """Return whether there is something to read."""
-        return self.filled > 0
-
-    def snapshot(self) -> tuple[Tensor, ...]:
-        """Return what `rewind` needs to come back here."""
-        return _clones(self)
-
-    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Go back to a snapshot."""
-        for tensor, then in zip(self, snapshot, strict=True):
-            tensor.copy_(then)
-
-    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Go back to a snapshot, from wherever a `rewind` and commits have led."""
-        self.rewind(snapshot)
-
-
-class MeasuredAverage(NamedTuple):
-    r"""A `MovingAverage` that measures how many independent values a batch of n is worth: :math:`n / r`.
-
-    ``last``, shape (C,), is the mean of the batch before, and ``ratio``, shape (1,), is r:
-
-    .. math::
-        r \leftarrow (1-\beta)\, r + \beta\, \frac{n}{C} \sum_c
-            \frac{(m_{B,c} - \mathrm{last}_c)^2}{2\, \mathrm{var}_c}, \qquad \beta = 0.05
-
-    Two independent batch means differ by twice the variance of one, whatever the average lags behind. r
-    starts at 1, where all values are independent.
-    """
-
-    mean: Tensor
-    var: Tensor
-    filled: Tensor
-    last: Tensor
-    ratio: Tensor
-
-    @property
-    def _average(self) -> MovingAverage:
-        return MovingAverage(self.mean, self.var, self.filled)
-
-    def history_weight(self, n: int, matched_values: int) -> Tensor:
-        """Return the weight that leaves a mean the noise of so many independent values."""
-        # a batch is never worth less than one value; multiplied out, since r may be 0
-        worth = matched_values * self.ratio.sum().clamp_max(max(n, 1))
-        return ((worth - n) / (worth + n)).clamp_min(0.0)
-
-    def read(self, history_weight: Tensor | float) -> Past:
-        """Return the averages, weighing ``history_weight`` unless the memory is empty."""
-        return self._average.read(history_weight)
-
-    def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
-        """Replace the averages with the blended statistics of a forward, and measure it."""
-        mean, var = batch[0].to(self.mean.dtype), blended[1].to(self.var.dtype)
-        squares = (mean - self.last).square() / (2 * var)
-        # channels without variance show nothing
-        live = (var > 0) & torch.isfinite(squares)
-        noise = torch.where(live, squares, 0.0).sum() / live.sum().clamp_min(1)
-        ratio = (1 - RATIO_WEIGHT) * self.ratio + RATIO_WEIGHT * n * noise
-        _write(self.ratio, ratio, finite & (self.filled > 0) & live.any())
-        _write(self.last, mean, finite)
-        self._average.commit(finite, batch, blended, n)
-
-    def seed(self, mean: Tensor, var: Tensor) -> None:
-        """Start from known statistics."""
-        self._average.seed(mean, var)
-        self.last.copy_(mean)
-        self.ratio.fill_(1.0)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._average.clear()
-        self.last.zero_()
-        self.ratio.fill_(1.0)
 
     def holds_anything(self) -> Tensor:
         """Return whether there is something to read."""
@@ -267,7 +189,7 @@ class RecentBatches(NamedTuple):
         self.counts.copy_(counts)
 
 
-Memory: TypeAlias = MovingAverage | MeasuredAverage | RecentBatches
+Memory: TypeAlias = MovingAverage | RecentBatches
 
 
 class InferenceAverages(NamedTuple):

@@ -8,7 +8,6 @@ Sources: Guo et al., AAAI 2018 (Memorized BN, Double-Forward); Yong et al., ECCV
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +129,6 @@ class MomentumNorm(_Norm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
-        measured: bool = False,
         variance: str = "averaged",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -138,9 +136,6 @@ class MomentumNorm(_Norm):
         super().__init__(channels, eps=eps, momentum=momentum)
         self.history_weight = history_weight
         self.matched_values = matched_values
-        self.measured = measured
-        self.last: Tensor | None = None
-        self.r = 1.0  # a batch of n values is worth n / r independent ones
         self.variance = "pooled" if matched_values else variance
         self.M: Tensor | None = None
         self.V: Tensor | None = None
@@ -151,8 +146,7 @@ class MomentumNorm(_Norm):
         lam = self.history_weight
         if self.matched_values:
             N = self.matched_values
-            worth = max(n / self.r, 1.0) if self.measured else float(n)
-            lam = max(0.0, (N - worth) / (N + worth))
+            lam = max(0.0, (N - n) / (N + n))
         M, V = self.M, self.V
         if M is None or V is None:
             lam, M, V = 0.0, self.running_mean, self.running_var
@@ -160,9 +154,6 @@ class MomentumNorm(_Norm):
         if self.momentum == 0:
             return y
         self.M, self.V = mean, var
-        if self.last is not None:
-            self.r = 0.95 * self.r + 0.05 * n * float(((mB - self.last) ** 2 / (2 * var)).mean())
-        self.last = mB
         self.batches += 1
         if self._raw_average(mB, vB, n):
             return y
@@ -173,13 +164,13 @@ class MomentumNorm(_Norm):
             self._average(mB, vB, 1 - self.momentum, moments=False)
         return y
 
-    def mark(self) -> tuple[Any, ...]:
+    def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]:
         """Return the state to rewind to."""
-        return self.M, self.V, self.last, self.r, self.running_mean, self.running_var, self.batches
+        return self.M, self.V, self.running_mean, self.running_var, self.batches
 
-    def rewind(self, mark: tuple[Any, ...]) -> None:
+    def rewind(self, mark: tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]) -> None:
         """Go back to a mark."""
-        self.M, self.V, self.last, self.r, self.running_mean, self.running_var, self.batches = mark
+        self.M, self.V, self.running_mean, self.running_var, self.batches = mark
 
 
 class MemorizedNorm(_Norm):

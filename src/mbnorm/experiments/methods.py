@@ -27,13 +27,13 @@ Method: TypeAlias = Literal[
     "memorized+df",
     "matched",
     "matched+df",
-    "measured",
+    "matched-32",
     "momentum-pooled",
     "memorized-averaged",
 ]
 _ALL: tuple[Method, ...] = get_args(Method)
-VARIANTS: tuple[Method, ...] = ("momentum-pooled", "memorized-averaged")
-"""Other rules for the variance than the methods' own; claims train them, `compare` does not."""
+VARIANTS: tuple[Method, ...] = ("matched-32", "momentum-pooled", "memorized-averaged")
+"""Methods with other options than their own; claims train them, `compare` does not."""
 METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
 OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
 DOUBLE_FORWARD: tuple[Method, ...] = ("momentum+df", "memorized+df", "matched+df")
@@ -117,8 +117,8 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             _replace(model, lambda layer: Instance(layer.num_features))
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
-        case "measured":
-            convert(model, "measured")
+        case "matched-32":
+            convert(model, "matched", matched_values=32)
         case "momentum-pooled":
             convert(model, "momentum", batch_size=batch_size, variance="pooled")
         case "memorized-averaged":

@@ -14,7 +14,7 @@ from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
 from mbnorm.layers.base import moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
-from mbnorm.memory import InferenceUpdate, MeasuredAverage, MovingAverage, Past
+from mbnorm.memory import InferenceUpdate, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 
@@ -25,13 +25,11 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         "history_weight",
         "initial_history_weight",
         "matched_values",
-        "measured",
-        "memory_buffers",
         "scheduled",
         "_steps_as_plain_bn",
         "_notices_before",
     )
-    written_options = ("eps", "variance", "matched_values", "measured")
+    written_options = ("eps", "variance", "matched_values")
     memory_mean: Tensor
     memory_var: Tensor
     memory_filled: Tensor
@@ -50,7 +48,6 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         bias: bool = True,
         history_weight: float = 0.0,
         matched_values: int | None = None,
-        measured: bool = False,
         variance: Variance | None = None,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
@@ -60,7 +57,6 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self.set_up(
             history_weight=history_weight,
             matched_values=matched_values,
-            measured=measured,
             variance=variance,
             backend=backend,
             process_group=process_group,
@@ -72,7 +68,6 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
-        measured: bool = False,
         variance: Variance | None = None,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
@@ -91,14 +86,9 @@ class _MomentumBatchNorm(SyncedBatchNorm):
                 )
             if variance == "averaged":
                 raise ValueError('matched_values works with variance="pooled" only, got "averaged"')
-        elif measured:
-            raise ValueError("measured=True needs matched_values, the noise to be reached")
         if variance is None:
             variance = "averaged" if matched_values is None else "pooled"
         self._set_up_ranks(process_group, sync, backend)
-        self.measured = measured
-        own = ("memory_last", "memory_ratio") if measured else ()
-        self.memory_buffers = (*type(self).memory_buffers, *own)
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
         self._steps_as_plain_bn = 0
@@ -153,36 +143,22 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         if self.history_weight is not None and self.history_weight.is_meta:
             self._fill_history_weight(cast(Tensor, self.running_mean))
 
-    def _new_memory(self, like: Tensor) -> MovingAverage | MeasuredAverage:
+    def _new_memory(self, like: Tensor) -> MovingAverage:
         filled = torch.empty((), device=like.device, dtype=torch.int64)
-        average = MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
-        if not self.measured:
-            return average
-        # torch.compile loses what is written to a 0-dim buffer of floats (torch 2.13)
-        return MeasuredAverage(*average, torch.empty_like(like), like.new_empty((1,)))
+        return MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
 
-    def _memory(self) -> MovingAverage | MeasuredAverage:
+    def _memory(self) -> MovingAverage:
         # the dictionary itself: attributes of modules are slow
         buffers: dict[str, Any] = self._buffers
-        average = (buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"])
-        if not self.measured:
-            return MovingAverage(*average)
-        return MeasuredAverage(*average, buffers["memory_last"], buffers["memory_ratio"])
+        return MovingAverage(buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"])
 
     def _weight_of_history(self, n: int) -> Tensor | float:
         if self.matched_values is None:
             return self.history_weight
-        memory = self._memory()
-        if isinstance(memory, MeasuredAverage):
-            return memory.history_weight(n, self.matched_values)
         return max(0.0, (self.matched_values - n) / (self.matched_values + n))
 
     def _read(self, n: int) -> Past:
         return self._memory().read(self._weight_of_history(n))
-
-    def _fuses(self, input: Tensor) -> bool:
-        # the kernels know no measuring
-        return not self.measured and super()._fuses(input)
 
     def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
         weight = self._weight_of_history(n)
@@ -242,7 +218,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
 
     def _history_repr(self) -> str:
         if self.matched_values is not None:
-            method = f"matched_values={self.matched_values}" + ", measured=True" * self.measured
+            method = f"matched_values={self.matched_values}"
         else:
             method = f"history_weight={_number(self.history_weight)}"
         return f"{method}, variance={self.variance}, backend={self.backend}"
@@ -304,12 +280,6 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         history_weight: the paper's :math:`\lambda` in [0, 1), kept as a 0-dim tensor to be changed in place.
         matched_values: N; sets :math:`\lambda = \max(0, (N-n)/(N+n))` for each batch of n values per
             channel, so that the noise is that of N values (64 to 256; 128 is a good choice).
-        measured: with ``matched_values``: replaces n in :math:`\lambda` with the number of independent values
-            :math:`n/r` (at least 1) that a batch was measured to be worth, where
-            :math:`r \leftarrow 0.95\,r + 0.05\,n\,\overline{(m_B - m'_B)^2 / (2\,\mathrm{var})}`, a mean
-            over channels, :math:`m'_B` the mean of the batch before, r = 1 at first. Pixels of an image and
-            images of a class are alike, so n values are often worth few. The kernels that fuse a whole
-            forward on the CPU do without it, which costs some time there.
         variance: "averaged" as above (the paper's), or "pooled", which adds the variance between the
             two means; None is "pooled" with ``matched_values`` and "averaged" without.
         backend: as in `mbnorm.functional.blended_batch_norm`.
@@ -321,8 +291,7 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
 
     Raises:
         TypeError: ``process_group`` is none.
-        ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``;
-            ``measured`` without ``matched_values``.
+        ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``.
 
     Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small
     Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis.
