@@ -17,6 +17,8 @@ Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
 Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+cpu.differentiable_gradients = traceable.differentiable_gradients
+
 
 class BlendedBatchNorm(NamedTuple):
     """What `blended_batch_norm` returns: the output, and statistics detached from the graph."""

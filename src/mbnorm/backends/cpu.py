@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.backends import traceable
 from mbnorm.blend import Variance, statistics_dtype
 
 DEVICES = ("cpu",)
@@ -47,6 +46,9 @@ forward_with_ring: Any = None
 ...)``: the same with a `mbnorm.memory.RecentBatches`."""
 awaits_backward: Any = None
 """``(record) -> bool``: whether the backward pass that runs now comes through the forward of a record."""
+differentiable_gradients: Any = None
+"""How the kernels' gradients are had where they must be differentiable; `mbnorm.functional` sets it, since
+backends do not know one another."""
 commit_to_average: Any = None
 """``(sums, pooled, memory_mean, memory_var, filled, history_weight, running_mean, running_var, batches,
 skipped, blended, unbiased, new_weight, new_pooled)``: read a `mbnorm.memory.MovingAverage`, blend with it the
@@ -128,7 +130,10 @@ def _backward_differentiably(
     # a copy: the next backward pass raises the record's version, and the graph made here may outlive that
     past_mean, past_var, batch_weight = record[4:].clone()
     past = past_mean, past_var, batch_weight[0]
-    return traceable.differentiable_gradients(dy, x, weight, bias, *past, variance, eps, needs)
+    gradients: list[Tensor] = differentiable_gradients(
+        dy, x, weight, bias, *past, variance, eps, needs
+    )
+    return gradients
 
 
 def forward(
