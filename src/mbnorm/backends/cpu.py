@@ -130,9 +130,7 @@ def _backward_differentiably(
     # a copy: the next backward pass raises the record's version, and the graph made here may outlive that
     past_mean, past_var, batch_weight = record[4:].clone()
     past = past_mean, past_var, batch_weight[0]
-    gradients: list[Tensor] = differentiable_gradients(
-        dy, x, weight, bias, *past, variance, eps, needs
-    )
+    gradients: list[Tensor] = differentiable_gradients(dy, x, weight, bias, *past, variance, eps, needs)
     return gradients
 
 
