@@ -385,3 +385,15 @@ def test_function_transforms():
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(loss(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(loss)(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_empty_batch_has_statistics_of_the_usual_dtype(dtype):
+    past = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+    result = blended_batch_norm(
+        torch.empty(0, 3, dtype=dtype), None, None, *past, 0.5, variance="pooled", eps=1e-5
+    )
+    full = blended_batch_norm(
+        torch.ones(2, 3, dtype=dtype), None, None, *past, 0.5, variance="pooled", eps=1e-5
+    )
+    assert [s.dtype for s in result[1:]] == [s.dtype for s in full[1:]]

@@ -63,6 +63,8 @@ class Trainer:
 
 def race(net: str, rounds: int) -> dict[str, Timing]:
     """Return the seconds of a step of each method, timed in turns."""
+    # torch.compile takes the nets before for versions of these, and only so many versions
+    torch.compiler.reset()
     trainers = {method: Trainer(net, method) for method in METHODS}
     for trainer in trainers.values():
         for _ in range(3):
