@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -385,3 +388,55 @@ def test_the_sync_plugin_shares_ours_as_asked_and_replaces_the_rest():
     plugin.revert(model)
     assert [m.process_group for m in (model["ours"][1], model["ours"][6])] == [None, "world"]
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
+FORKED = """
+import sys, warnings
+
+warnings.simplefilter("ignore")
+import lightning.pytorch as lightning
+import torch
+from torch import nn
+
+from mbnorm import convert
+from mbnorm.integrations.lightning import BatchNormMemory
+from mbnorm.integrations.lightning_sync import MemorySyncBatchNorm
+
+
+class Net(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        convert(self.net, "memorized", memory_size=3)
+
+    def training_step(self, batch, number):
+        return self.net(batch + self.global_rank).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def on_train_end(self):
+        torch.save(self.net.state_dict(), f"{sys.argv[1]}/rank{self.global_rank}.pt")
+
+
+torch.set_num_threads(1)
+lightning.Trainer(
+    max_epochs=2, accelerator="cpu", devices=2, strategy="ddp_fork", sync_batchnorm=True,
+    plugins=[MemorySyncBatchNorm()], callbacks=[BatchNormMemory(module="net", double_forward=True)],
+    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    use_distributed_sampler=False,
+).fit(Net(), torch.utils.data.DataLoader(torch.randn(10, 4), batch_size=2))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_ranks_share_their_memories(tmp_path):
+    # a process of its own: this one has threads, which a fork would lose
+    loopback = {**os.environ, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
+    subprocess.run(
+        [sys.executable, "-c", FORKED, tmp_path], check=True, timeout=300, cwd=tmp_path, env=loopback
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert int(first["1.num_batches_tracked"]) == 10
