@@ -22,7 +22,7 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import Outcome, initial_model
 
 on_every_claim = pytest.mark.parametrize("name", CLAIMS)
-OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125)
+OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +143,19 @@ def test_goals_are_differences_of_means():
         row["accuracy"] = {"matched": 97.0, "batch": 70.0}.get(row["method"], 90.0)
     first = suite.goals(rows)[0]
     assert first[1:] == ["+20", "+27.0", "+20.0"]
+
+
+def test_each_half_of_the_test_images_says_which_number_of_values_is_better():
+    rows = rows_of("suite")
+    for row in rows:
+        if row["method"] == "matched-32":
+            row["even_accuracy"], row["odd_accuracy"] = 92.0, 80.0
+    (_, halves, _) = CLAIMS["suite"].tables(rows)
+    count = len(suite.SETTINGS)
+    assert halves[1] == [
+        ["even", "91.00", f"0 of {count}", "92.00", f"{count} of {count}"],
+        ["odd", "89.00", f"{count} of {count}", "80.00", f"0 of {count}"],
+    ]
 
 
 def tiny(rows_before):

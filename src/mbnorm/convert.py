@@ -73,7 +73,8 @@ def convert(
     Args:
         model: any module, a batch norm itself included.
         method: "matched" (Momentum BN whose noise is matched per layer, with matched_values = 128, and whose
-            averages do not start late, early_weight = 8; needs nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
+            averages do not start late, early_weight = 8; needs nothing else), "momentum" (Yong et al., ECCV
+            2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.

@@ -38,7 +38,10 @@ Status: TypeAlias = Literal["ok", "diverged", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: accuracy in percent, mean losses; None is what is missing or not finite."""
+    """What a run came to: accuracy in percent, mean losses; None is what is missing or not finite.
+
+    Even and odd test images by themselves are for choices on the one half that the other confirms.
+    """
 
     status: Status
     seconds: float
@@ -47,6 +50,8 @@ class Outcome:
     train_loss: float | None = None
     train_mode_loss: float | None = None
     eval_mode_loss: float | None = None
+    even_accuracy: float | None = None
+    odd_accuracy: float | None = None
 
 
 def train(run: Run, accelerator: str = "cpu") -> Outcome:
@@ -63,14 +68,16 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     model.eval()
     with torch.no_grad():
         eval_mode_loss = F.cross_entropy(logits_of(model, data.train_inputs), data.train_targets)
-        right = logits_of(model, data.test_inputs).argmax(1) == data.test_targets
+        right = (logits_of(model, data.test_inputs).argmax(1) == data.test_targets).float()
     return Outcome(
         "ok" if math.isfinite(train_loss) else "diverged",
         _seconds_since(start),
-        accuracy=100 * right.float().mean().item(),
+        accuracy=100 * right.mean().item(),
         train_loss=_finite(train_loss),
         train_mode_loss=_finite(in_train_mode),
         eval_mode_loss=_finite(eval_mode_loss.item()),
+        even_accuracy=100 * right[::2].mean().item(),
+        odd_accuracy=100 * right[1::2].mean().item(),
     )
 
 
