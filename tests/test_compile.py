@@ -271,7 +271,7 @@ def test_compiled_code_writes_the_state_in_place(method):
 @on_every_method
 def test_compiled_code_looks_for_no_recompute_and_remembers_no_forward(method, monkeypatch):
     net, _ = nets(method)
-    monkeypatch.setattr(recompute, "_graph_task_runs", lambda: pytest.fail("looked for a recompute"))
+    monkeypatch.setattr(recompute, "backward_runs", lambda: pytest.fail("looked for a recompute"))
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     for step in range(2):
         backward(net, compiled(images(step)), step)

@@ -23,10 +23,11 @@ def in_backward() -> bool:
 
     Compiled code repeats no forward with side effects, so there the answer is no.
     """
-    return not torch.compiler.is_compiling() and _graph_task_runs()
+    return not torch.compiler.is_compiling() and backward_runs()
 
 
-def _graph_task_runs() -> bool:
+def backward_runs() -> bool:
+    """Return whether uncompiled code is called from inside a backward pass."""
     # torch has no public test; this is the one that its own module tracker and FSDP use
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -44,7 +45,7 @@ def _recompute_runs() -> bool:
 
 
 if not hasattr(torch._C, "_current_graph_task_id"):
-    _graph_task_runs = _recompute_runs
+    backward_runs = _recompute_runs
 
 
 def callers() -> Iterator[FrameType]:
@@ -96,10 +97,8 @@ class Call:
         """What the forward had read."""
         return self._past
 
-    def watch(self, node: Node | None) -> None:
+    def watch(self, node: Node) -> None:
         """Count the backward passes through this call, whose last step is ``node``."""
-        if node is None:
-            return
         if not isinstance(node, torch.autograd.function.BackwardCFunction):
             node.register_hook(self._count)
             return
@@ -167,8 +166,13 @@ class CallLog:
 
     def drop_done(self) -> None:
         """Forget forwards whose backward has run; before the next, which can then use their memory."""
-        if torch.is_grad_enabled() and any(c.backwards for c in self.calls):
-            self.calls = deque((c for c in self.calls if not c.backwards), maxlen=CALLS_KEPT)
+        calls = self.calls
+        if not calls or not torch.is_grad_enabled():
+            return
+        while calls and calls[0].backwards:
+            calls.popleft()
+        if calls and any(c.backwards for c in calls):
+            self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
@@ -180,7 +184,8 @@ class CallLog:
 
     def note(self, call: Call, node: Node | None) -> None:
         """Add a forward, the first or a repeated one, to what is being recorded."""
-        call.watch(node)
+        if node is not None:
+            call.watch(node)
         for tape in self.tapes:
             tape.append(call)
 

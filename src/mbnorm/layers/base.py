@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mbnorm.backends import cpu, triton
+from mbnorm.backends import triton
 from mbnorm.blend import Variance, statistics_dtype
 from mbnorm.functional import (
     Backend,
@@ -22,8 +21,8 @@ from mbnorm.functional import (
     in_dtype,
     normalize_by_kernels,
 )
+from mbnorm.layers.prepared import PreparedForward, Remembered
 from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.layers.undo import UndoLog
 from mbnorm.memory import (
     CUMULATIVE,
     InferenceAverages,
@@ -35,14 +34,10 @@ from mbnorm.memory import (
 from mbnorm.recompute import (
     Call,
     Node,
-    RecordedCall,
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
 )
-
-Remembered: TypeAlias = tuple[Tensor, Tensor]
-"""Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
@@ -63,8 +58,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what tells the kernels how a batch of ``n`` values per channel reads the memory."""
         raise NotImplementedError
 
-    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
-        """Read, normalize and commit in one operator of ``kernels``, and return what that returns."""
+    def _fused_operator(self, kernels: ModuleType) -> Callable[..., Any]:
+        """Return the operator of ``kernels`` that reads, normalizes and commits."""
         raise NotImplementedError
 
     def _commit_fused(self, *arguments: Any) -> None:
@@ -73,6 +68,13 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the memory's help."""
+        if not torch.compiler.is_compiling():
+            prepared: PreparedForward | None = self.__dict__["_prepared"]
+            if prepared is not None and prepared.fits(self, input):
+                return prepared.run(self, input)[0]
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return self._leaf_of(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -99,16 +101,16 @@ class HistoryBatchNorm(StatefulBatchNorm):
             if reason := unsafe_to_compile():
                 # the backward would read the memory as it is after the forward
                 torch._dynamo.graph_break(msg=reason)
-                y: Tensor = in_eager_mode(HistoryBatchNorm.forward, self, input)
+                y: Tensor = in_eager_mode(HistoryBatchNorm._forward, self, input)
                 return y
             result = self._blend(input, saved_by_compiled_code(self._read(n)), backend)
         else:
             if repeated := self._repeat(input, n, backend):
                 return repeated.y
-            self._calls.drop_done()
             if backend == "cpu" and n > 0 and self._fuses(input):
                 stores = self.stores
-                return self._run_fused(input, n, m, logs=stores, stores=stores)[0]
+                return self._run_fused(input, n, logs=stores, stores=stores)[0]
+            self._calls.drop_done()
             if backend == "triton" and n > 0 and self._fuses(input):
                 return self._run_on_device(input, n, m)
             past = self._read(n)
@@ -128,21 +130,32 @@ class HistoryBatchNorm(StatefulBatchNorm):
         state = self._buffers["running_mean"]
         return state is not None and state.dtype == statistics_dtype(input.dtype)
 
-    def _run_fused(self, input: Tensor, n: int, m: int, *, logs: bool, stores: bool) -> Remembered:
+    def _run_fused(self, input: Tensor, n: int, *, logs: bool, stores: bool) -> Remembered:
         """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
-        undo = self._undo if logs else None
-        y, record = self._forward_fused(
-            cpu, input, *self._parameters_for(input), *self._rest_of_fused(n, m, undo, stores)
-        )
-        if undo is not None:
-            undo.add_written()
-        self._calls.remember(RecordedCall(n, record), None)
-        return y, record
+        prepared = PreparedForward(self, input, n, logs=logs, stores=stores)
+        # past Module's own way, which looks for parameters and is slow
+        self.__dict__["_prepared"] = prepared if n > 1 and self._repeats() else None
+        return prepared.run(self, input)
+
+    def _repeats(self) -> bool:
+        """Whether the next forward of the same kind needs nothing but the kernels."""
+        return True
 
     def _run_on_device(self, input: Tensor, n: int, m: int) -> Tensor:
         undo = self._undo if self.stores else None
-        rest = self._rest_of_fused(n, m, undo, self.stores)
-        forward = FusedForward(partial(self._forward_fused, triton), rest, self.variance, self.eps)
+        averages = self._averages()
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
+        rules = (self.variance == "pooled", self.eps)
+        rest = (
+            *rules,
+            *self._memory(),
+            *self._how_read(n),
+            *averages,
+            *log,
+            self.stores,
+            *self._fused_update(m),
+        )
+        forward = FusedForward(self._fused_operator(triton), rest, self.variance, self.eps)
         y = normalize_by_kernels(forward, input, *self._parameters_for(input))
         if undo is not None:
             undo.add_written()
@@ -150,14 +163,10 @@ class HistoryBatchNorm(StatefulBatchNorm):
         self._calls.remember(Call(n, forward.statistics, past), y.grad_fn)
         return y
 
-    def _rest_of_fused(self, n: int, m: int, undo: UndoLog | None, stores: bool) -> tuple[Any, ...]:
-        """Return what the kernels that read and commit take after input, weight and bias."""
-        averages = self._averages()
-        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
+    def _fused_update(self, m: int) -> tuple[bool, bool, float, bool, float]:
+        """Return what tells the kernels what goes into the averages for inference."""
         blended, unbiased, new_weight, rule, early = self._update(m)
-        update = (blended, unbiased, new_weight, rule == "pooled", early)
-        rules = (self.variance == "pooled", self.eps)
-        return *rules, *self._memory(), *self._how_read(n), *averages, *log, stores, *update
+        return blended, unbiased, new_weight, rule == "pooled", early
 
     def _parameters_for(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         dtype = statistics_dtype(input.dtype)

@@ -1,6 +1,7 @@
 """Memorized batch normalization."""
 
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, cast
 
@@ -21,6 +22,7 @@ Inference: TypeAlias = Literal["memory", "ema"]
 class _MemorizedBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_counts", "memory_position")
     options = ("memory_size", "memory_values", "decay", "inference")
+    settings = (*SyncedBatchNorm.settings, *options)
     written_options = ("eps", "variance", "memory_values", "decay", "inference")
     memory_mean: Tensor
     memory_var: Tensor
@@ -142,8 +144,8 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
     def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
         return self._entries_read(n), self.decay
 
-    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
-        return kernels.forward_with_ring(*arguments)
+    def _fused_operator(self, kernels: ModuleType) -> Callable[..., Any]:
+        return cast(Callable[..., Any], kernels.forward_with_ring)
 
     def _commit_fused(self, *arguments: Any) -> None:
         cpu.commit_to_ring(*arguments)

@@ -22,6 +22,7 @@ STEPS_BEFORE_NOTICE = 100
 
 class _MomentumBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_filled")
+    settings = (*SyncedBatchNorm.settings, "matched_values", "early_weight", "scheduled")
     options = (
         "history_weight",
         "initial_history_weight",
@@ -174,8 +175,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         on_device = isinstance(weight, Tensor) and not weight.is_cpu
         return (weight if on_device else float(weight),)
 
-    def _forward_fused(self, kernels: ModuleType, *arguments: Any) -> Any:
-        return kernels.forward_with_average(*arguments)
+    def _fused_operator(self, kernels: ModuleType) -> Callable[..., Any]:
+        return cast(Callable[..., Any], kernels.forward_with_average)
 
     def _commit_fused(self, *arguments: Any) -> None:
         cpu.commit_to_average(*arguments)
@@ -188,16 +189,22 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         """Whether `_read` gives batches of different numbers of values different answers."""
         return self.matched_values is not None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the past averages' help."""
-        y = super().forward(input)
-        if (
-            self._steps_as_plain_bn < STEPS_BEFORE_NOTICE
-            and self.matched_values is None
-            and not self.scheduled
-        ):
+    def _forward(self, input: Tensor) -> Tensor:
+        y = super()._forward(input)
+        if not self._had_notice():
             self._notice_missing_schedule()
         return y
+
+    def _had_notice(self) -> bool:
+        """Whether nothing is left to say of a missing schedule."""
+        return (
+            self.matched_values is not None
+            or self.scheduled
+            or self._steps_as_plain_bn >= STEPS_BEFORE_NOTICE
+        )
+
+    def _repeats(self) -> bool:
+        return self._had_notice() and super()._repeats()
 
     def _has_past(self) -> bool:
         if torch.compiler.is_compiling() or self._holds_past:

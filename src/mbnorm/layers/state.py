@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 from mbnorm.functional import BACKENDS, Backend
+from mbnorm.layers.prepared import PreparedForward
 from mbnorm.layers.undo import UNDO_DEPTH, Snapshot, UndoLog, Written
 from mbnorm.memory import InferenceAverages, Memory
 from mbnorm.recompute import CallLog
@@ -26,6 +27,17 @@ class StatefulBatchNorm(_BatchNorm):
     memory_buffers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     written_options: tuple[str, ...] = ()
+    settings: tuple[str, ...] = (
+        "training",
+        "track_running_stats",
+        "momentum",
+        "eps",
+        "variance",
+        "backend",
+        "_frozen",
+        "_undo",
+    )
+    """Attributes that decide how a forward goes."""
     num_batches_skipped: Tensor
 
     def __init__(
@@ -57,6 +69,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._holds_past = False
         self._undo: UndoLog | None = UndoLog()
         self._calls = CallLog()
+        self._prepared: PreparedForward | None = None
         # set where conversion changes it, for the way back
         self.torchs_momentum: float | None = None
         if self.running_mean is None or self.running_var is None:
@@ -86,6 +99,7 @@ class StatefulBatchNorm(_BatchNorm):
             "_holds_past",
             "_undo",
             "_calls",
+            "_prepared",
             "torchs_momentum",
         )
         if self.torchs_momentum is not None:
@@ -221,6 +235,7 @@ class StatefulBatchNorm(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulBatchNorm":
+        self._prepared = None
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
@@ -297,7 +312,7 @@ class StatefulBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state |= {"_undo": UndoLog(), "_calls": CallLog(), "_frozen": 0}
+        state |= {"_undo": UndoLog(), "_calls": CallLog(), "_prepared": None, "_frozen": 0}
         return state
 
     @property

@@ -81,6 +81,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
     ``process_group``.
     """
 
+    settings = (*HistoryBatchNorm.settings, "_ranks")
     _ranks: Ranks
     _late: "_Late | None" = None
 
@@ -119,14 +120,13 @@ class SyncedBatchNorm(HistoryBatchNorm):
         """The ranks that share statistics with this one: a group, "world", or None."""
         return self._ranks.process_group
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with memory's and ranks' help."""
+    def _forward(self, input: Tensor) -> Tensor:
         if (
             self._ranks.process_group is None
             or not (self.training and self.has_memory)
             or isinstance(input, Proxy)
         ):
-            return super().forward(input)
+            return super()._forward(input)
         if torch.compiler.is_compiling():
             # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
             from mbnorm.tracing import in_eager_mode
@@ -134,12 +134,15 @@ class SyncedBatchNorm(HistoryBatchNorm):
             return cast(Tensor, in_eager_mode(self._forward_synced, input))
         return self._forward_synced(input)
 
+    def _repeats(self) -> bool:
+        return self._ranks.process_group is None
+
     def _forward_synced(self, input: Tensor) -> Tensor:
         group = self._ranks.group()
         if group is None:
             # the other ranks may be gone since the last forward
             self.catch_up()
-            return super().forward(input)
+            return super()._forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.shape[1] != self.num_features:
             raise ValueError(
@@ -202,7 +205,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
         # alike on all ranks, also where this one's part is empty: they must round alike
         commits_fused = backend == "cpu" and self._fuses(input)
         if commits_fused and n > 0:
-            y, record = self._run_fused(input, n, m, logs=stores, stores=False)
+            y, record = self._run_fused(input, n, logs=stores, stores=False)
             local = record[0], record[1]
         else:
             past = self._read(n)
@@ -260,9 +263,8 @@ class SyncedBatchNorm(HistoryBatchNorm):
                 self._enter_blended(late.past, pooled_of(sums, late.exchange.dtype), memory, averages)
                 return
             how_read = self._how_read(n) if self.past_depends_on_count else late.past
-            blended, unbiased, weight, rule, early = self._update(m)
-            rules = (blended, unbiased, weight, rule == "pooled", early)
-            self._commit_fused(sums, self.variance == "pooled", *memory, *how_read, *averages, *rules)
+            update = self._fused_update(m)
+            self._commit_fused(sums, self.variance == "pooled", *memory, *how_read, *averages, *update)
         finally:
             self.__dict__["momentum"] = present
 

@@ -30,13 +30,13 @@ class Written(NamedTuple):
 
 
 class UndoLog:
-    """The states before the last forwards of a layer, newest last."""
+    """The states before the last forwards of a layer, newest last; ``slot`` is where kernels write next."""
 
     def __init__(self) -> None:
         self._entries: deque[Snapshot | int] = deque(maxlen=UNDO_DEPTH)
         self._written: Written | None = None
         self._kind: tuple[torch.dtype, torch.device, int] | None = None
-        self._slot = 0
+        self.slot = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -59,12 +59,12 @@ class UndoLog:
             self._written = Written(rows, counters)
             self._kind = kind
         rows, counters = self._written
-        return rows, counters, self._slot
+        return rows, counters, self.slot
 
     def add_written(self) -> None:
         """Add the state that kernels have written."""
-        self._entries.append(self._slot)
-        self._slot = (self._slot + 1) % UNDO_DEPTH
+        self._entries.append(self.slot)
+        self.slot = (self.slot + 1) % UNDO_DEPTH
 
     def before(self, calls: int) -> Snapshot | Written:
         """Return the state before the last ``calls`` forwards."""

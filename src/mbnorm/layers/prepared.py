@@ -1,0 +1,95 @@
+"""A layer's forward by the CPU kernels, prepared once and run again for as long as nothing has changed.
+
+On small maps the Python around the kernels takes longer than they do: it finds out what kind of call this is,
+and puts the same arguments together.
+"""
+
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mbnorm.backends import cpu
+from mbnorm.recompute import RecordedCall, backward_runs
+
+if TYPE_CHECKING:
+    from mbnorm.layers.base import HistoryBatchNorm
+
+Remembered: TypeAlias = tuple[Tensor, Tensor]
+"""Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
+
+
+class PreparedForward:
+    """What the kernels take beside an input of one shape, and what that rests on.
+
+    Args:
+        layer: the layer, in train mode.
+        input: of the shape to come, such as the kernels take.
+        n: values per channel of ``input``.
+        logs: whether the state before a forward is noted for `HistoryBatchNorm.undo`.
+        stores: whether a forward is stored.
+    """
+
+    __slots__ = (
+        "_after",
+        "_before",
+        "_buffers",
+        "_kernels",
+        "_kind",
+        "_log",
+        "_n",
+        "_parameters",
+        "_settings",
+        "_settings_of",
+        "_undo",
+    )
+
+    def __init__(self, layer: "HistoryBatchNorm", input: Tensor, n: int, *, logs: bool, stores: bool) -> None:
+        self._settings_of = itemgetter(*layer.settings)
+        self._settings = self._settings_of(layer.__dict__)
+        self._buffers = tuple(layer._buffers.values())
+        self._kind = (input.shape, input.dtype, input.device)
+        self._n = n
+        self._parameters = layer._parameters_for(input)
+        self._kernels = layer._fused_operator(cpu)
+        averages = layer._averages()
+        self._undo = layer._undo if logs else None
+        rows, counters, _ = (None, None, 0) if self._undo is None else self._undo.to_write(averages.mean)
+        self._before = (layer.variance == "pooled", layer.eps, *layer._memory())
+        self._log = (*averages, rows, counters)
+        self._after = (stores, *layer._fused_update(input.shape[0]))
+
+    def fits(self, layer: "HistoryBatchNorm", input: Tensor) -> bool:
+        """Return whether a forward of ``input`` now is the one that was prepared."""
+        buffers, own = layer._buffers.values(), layer._parameters.values()
+        return (
+            type(input) is Tensor
+            and (input.shape, input.dtype, input.device) == self._kind
+            and self._settings_of(layer.__dict__) == self._settings
+            and len(buffers) == len(self._buffers)
+            and all(map(is_, buffers, self._buffers))
+            and len(own) == 2
+            # parameters of another dtype are cast at each call
+            and all(map(is_, own, self._parameters))
+            and layer._calls.script is None
+            and not backward_runs()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and not torch._C._is_tracing()
+        )
+
+    def run(self, layer: "HistoryBatchNorm", input: Tensor) -> Remembered:
+        """Read the memory, normalize, and store or not."""
+        calls, undo, n = layer._calls, self._undo, self._n
+        calls.drop_done()
+        slot = 0 if undo is None else undo.slot
+        how = layer._how_read(n)
+        remembered: Remembered = self._kernels(
+            input, *self._parameters, *self._before, *how, *self._log, slot, *self._after
+        )
+        if undo is not None:
+            undo.add_written()
+        calls.remember(RecordedCall(n, remembered[1]), None)
+        return remembered
