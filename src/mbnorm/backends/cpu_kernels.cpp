@@ -189,8 +189,18 @@ inline double total(const V (&v)[4]) {
 
 // Values of one channel that are summed in the precision of the statistics before double takes over.
 constexpr int64_t TILE = 512;
-constexpr int64_t BLOCK_ROWS = 8;       // channels last: rows that are walked side by side
 constexpr int64_t TILE_CHANNELS = 256;  // channels last: a tile has up to twice as many
+
+// Channels last: rows that are walked side by side, so that what belongs to a channel stays in registers, which
+// is worth most where it must be converted first. But one by one where the values come from beyond the level-2
+// cache: prefetchers follow the order of memory, if the rows are long enough.
+template <class T>
+inline int64_t block_rows(const Layout& at) {
+  constexpr int64_t SHORT = 64, MANY = 256 << 10;
+  if (sizeof(T) == 2) return 8;
+  const bool long_rows = SHORT <= at.channels && at.channels <= 2 * TILE_CHANNELS;
+  return long_rows && at.rows() * at.channels > MANY ? 1 : 4;
+}
 
 // Clear the lanes of indices below `seen`.
 template <int L, class V, class A>
@@ -242,10 +252,11 @@ inline void tiles(const Layout& at, int64_t channel, F f) {
 // Channels last: call f(offset, rows, channel, vector, width) on blocks of a few rows and up to W vectors of
 // channels, along the rows as they lie in memory. `vector` counts them; the last of a row may reach back over
 // channels of the one before.
-template <int L, int W, class F>
+template <class T, int L, int W, class F>
 inline void blocks(const Layout& at, const Range& in, F f) {
-  for (int64_t r = in.r0; r < in.r1; r += BLOCK_ROWS) {
-    const int64_t rows = std::min(BLOCK_ROWS, in.r1 - r), offset = r * at.channels;
+  const int64_t most = block_rows<T>(at);
+  for (int64_t r = in.r0; r < in.r1; r += most) {
+    const int64_t rows = std::min(most, in.r1 - r), offset = r * at.channels;
     int64_t c = in.c0, vector = 0;
     for (; c + W * L <= in.c1; c += W * L, vector += W)
       f(offset + c, rows, c, vector, integral_constant<int, W>());
@@ -259,7 +270,7 @@ template <class F>
 inline void tiles(const Range& in, F f) {
   for (int64_t c = in.c0; c < in.c1;) {
     // what is left joins the last one: a tile is no narrower than a vector
-    const int64_t end = in.c1 - c < 2 * TILE_CHANNELS ? in.c1 : c + TILE_CHANNELS;
+    const int64_t end = in.c1 - c <= 2 * TILE_CHANNELS ? in.c1 : c + TILE_CHANNELS;
     for (int64_t r = in.r0; r < in.r1; r += TILE_ROWS) f(Range{c, end, r, std::min(r + TILE_ROWS, in.r1)});
     c = end;
   }
@@ -385,12 +396,12 @@ struct Last {
     }
     tiles(in, [&](const Range& tile) {
       V shifts[VECTORS], sums[VECTORS], squares[VECTORS];
-      const int64_t second_block = (tile.r0 + BLOCK_ROWS) * at.channels;
-      blocks<L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t, int64_t vector, auto width) {
+      const int64_t second_block = (tile.r0 + block_rows<T>(at)) * at.channels;
+      const int64_t pilots = std::min<int64_t>(tile.r1 - tile.r0, 4);
+      blocks<T, L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t, int64_t vector, auto width) {
         constexpr int W = width;
         const T* xs = static_cast<const T*>(x) + offset;
         if (offset < second_block) {
-          const int64_t pilots = std::min<int64_t>(rows, 4);
 #pragma GCC unroll 4
           for (int j = 0; j < W; ++j) {
             const V origin = load<T, L>(xs + j * L);
@@ -432,7 +443,7 @@ struct Last {
     for (int64_t c = in.c0; c < in.c1; ++c) out.sum[c] = out.product[c] = 0;
     tiles(in, [&](const Range& tile) {
       V sums[VECTORS] = {}, products[VECTORS] = {};
-      blocks<L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t c, int64_t vector, auto width) {
+      blocks<T, L, WIDE>(at, tile, [&](int64_t offset, int64_t rows, int64_t c, int64_t vector, auto width) {
         constexpr int W = width;
         const T* gs = static_cast<const T*>(g) + offset;
         const T* xs = static_cast<const T*>(x) + offset;
@@ -466,7 +477,7 @@ struct Last {
 
   [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
                                          const A* mean, const A* scale, const A* bias) {
-    blocks<L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+    blocks<T, L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
       constexpr int W = width;
       const T* xs = static_cast<const T*>(x) + offset;
       T* ys = static_cast<T*>(y) + offset;
@@ -486,7 +497,7 @@ struct Last {
   [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
                                              void* dx, const A* center, const A* scale, const A* slope,
                                              const A* shift) {
-    blocks<L, L == 16 ? 1 : 4>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
+    blocks<T, L, L == 16 ? 1 : 4>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
       constexpr int W = width;
       const T* gs = static_cast<const T*>(g) + offset;
       const T* xs = static_cast<const T*>(x) + offset;
