@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mbnorm.backends.triton_forward import batch_weight_of_average
 from mbnorm.backends.triton_tiles import my_channels
 
 
@@ -34,8 +35,53 @@ def _log(
         tl.store(counters + slot * 3 + 2, tl.load(counter))
 
 
+@triton.jit
+def _note_average(
+    memory_mean,
+    memory_var,
+    filled,
+    history,
+    fixed_weight,
+    past,
+    batch_weight,
+    running_mean,
+    running_var,
+    batches,
+    skipped,
+    log,
+    log_counters,
+    slot,
+    channel,
+    channels,
+):
+    """Write what a forward reads of a moving average: rows of ``past``, (2, C), and the batch's weight."""
+    there = channel < channels
+    mean = tl.load(memory_mean + channel, mask=there, other=0.0)
+    var = tl.load(memory_var + channel, mask=there, other=0.0)
+    tl.store(past + channel, mean, mask=there)
+    tl.store(past + channels + channel, var, mask=there)
+    if tl.program_id(0) == 0:
+        weight = batch_weight_of_average(filled, history, fixed_weight)
+        tl.store(batch_weight, weight.to(batch_weight.dtype.element_ty))
+    if log is not None:
+        _log(
+            log,
+            log_counters,
+            slot,
+            mean,
+            var,
+            running_mean,
+            running_var,
+            batches,
+            skipped,
+            filled,
+            channel,
+            channels,
+        )
+
+
 @triton.jit(do_not_specialize=["slot"])
-def read_average(
+def note_average(
     memory_mean,
     memory_var,
     filled,
@@ -53,32 +99,25 @@ def read_average(
     channels,
     BLOCK_C: tl.constexpr,
 ):
-    """Read a moving average: rows of ``past``, (2, C), and the weight of the batch."""
-    channel = my_channels(BLOCK_C)
-    there = channel < channels
-    mean = tl.load(memory_mean + channel, mask=there, other=0.0)
-    var = tl.load(memory_var + channel, mask=there, other=0.0)
-    tl.store(past + channel, mean, mask=there)
-    tl.store(past + channels + channel, var, mask=there)
-    if tl.program_id(0) == 0:
-        weight = fixed_weight if history is None else tl.load(history).to(tl.float64)
-        held = (tl.load(filled) > 0).to(tl.float64)
-        tl.store(batch_weight, (1.0 - held * weight).to(batch_weight.dtype.element_ty))
-    if log is not None:
-        _log(
-            log,
-            log_counters,
-            slot,
-            mean,
-            var,
-            running_mean,
-            running_var,
-            batches,
-            skipped,
-            filled,
-            channel,
-            channels,
-        )
+    """Write what a forward that stores nothing has read of a moving average."""
+    _note_average(
+        memory_mean,
+        memory_var,
+        filled,
+        history,
+        fixed_weight,
+        past,
+        batch_weight,
+        running_mean,
+        running_var,
+        batches,
+        skipped,
+        log,
+        log_counters,
+        slot,
+        my_channels(BLOCK_C),
+        channels,
+    )
 
 
 @triton.jit
@@ -202,7 +241,7 @@ def _averages_after(
     return mean, var
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "slot"])
 def commit(
     statistics,
     memory_mean,
@@ -216,6 +255,13 @@ def commit(
     new_weight: tl.float64,
     n,
     size,
+    history,
+    fixed_weight: tl.float64,
+    past,
+    batch_weight,
+    log,
+    log_counters,
+    slot,
     channels,
     BLENDED: tl.constexpr,
     UNBIASED: tl.constexpr,
@@ -227,7 +273,8 @@ def commit(
 ):
     """Store a forward in a memory, a ring if it has ``counts``, and in the averages, if all of it is finite.
 
-    One program does it: what one channel has decides on all of them.
+    One program does it: what one channel has decides on all of them. What the forward has read of a moving
+    average is written elsewhere before it is overwritten.
     """
     batch = tl.load(batches).to(tl.float64) + 1.0
     # the zero, since a float alone is float32 where kernels are interpreted
@@ -241,6 +288,25 @@ def commit(
     for first in range(0, channels, BLOCK_C):
         channel = first + lanes
         there = channel < channels
+        if counts is None:
+            _note_average(
+                memory_mean,
+                memory_var,
+                counter,
+                history,
+                fixed_weight,
+                past,
+                batch_weight,
+                running_mean,
+                running_var,
+                batches,
+                skipped,
+                log,
+                log_counters,
+                slot,
+                channel,
+                channels,
+            )
         mean, var = _averages_after(
             statistics,
             running_mean,
@@ -287,6 +353,8 @@ def commit(
         tl.store(memory_var + place, tl.load(stored + channels + channel, mask=there, other=0.0), mask=mask)
         tl.store(running_mean + channel, mean, mask=mask)
         tl.store(running_var + channel, var, mask=mask)
+    # every thread has read these scalars for itself, and one of them writes them
+    tl.debug_barrier()
     if counts is None:
         tl.store(counter, 1, mask=finite)
     else:
