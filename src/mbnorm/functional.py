@@ -18,7 +18,7 @@ Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 OWN_KERNELS: dict[str, tuple[Chosen, ModuleType]] = {"cpu": ("cpu", cpu)}
-"""What "auto" prefers to ATen, by device: not ``"cuda": ("triton", triton)`` before a GPU has shown it right."""
+"""What "auto" prefers to ATen, by device; ``"cuda": ("triton", triton)`` once a GPU has shown it right."""
 
 cpu.differentiable_gradients = traceable.differentiable_gradients
 

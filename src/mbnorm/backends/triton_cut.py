@@ -1,7 +1,7 @@
 """How the Triton backend cuts the values of a tensor into programs, without a look at the device."""
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -62,7 +62,8 @@ def runs_of(x: Tensor) -> Runs:
     return Runs(1, x.shape[0] * values, True, 1)
 
 
-@cache
+# detectors and the like have thousands of shapes
+@lru_cache(4096)
 def cut(channels: int, outer: int, inner: int, rows: bool, processors: int) -> Cut:
     """Return the division for ``outer`` runs of ``inner`` values, where ``rows`` have one of each channel."""
     of_one = _tile(channels, outer, inner, rows, WIDEST, processors)

@@ -36,25 +36,31 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], key: Any, *arguments: Any, warps: int = 4) -> None:
+def launch(kernel: Any, grid: tuple[int, int], key: Any, *arguments: Any, warps: int = 4) -> None:
     """Launch a kernel on the current device.
 
     Triton looks at every argument to find what it has compiled, which takes longer than the launch. Where all
-    tensors are aligned, ``key`` says as much: types, shapes and constants of the arguments follow from it.
+    tensors are aligned, ``key`` says as much: it has the device, the types and all that it is compiled for.
     """
-    addresses = 0
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            addresses |= argument.data_ptr()
-    whole = kernel, grid, warps, key
-    known = None if addresses % ALIGNED else _compiled.get(whole)
-    if known is not None:
-        known(*arguments)
+    # the hash of a kernel itself takes a lock
+    whole = id(kernel), warps, key
+    known = _compiled.get(whole)
+    # on ROCm it depends on the sizes of storages, too
+    follows = torch.version.hip is None and not any(
+        argument.data_ptr() % ALIGNED for argument in arguments if isinstance(argument, Tensor)
+    )
+    if known is not None and follows:
+        known[(*grid, 1)](*arguments)
         return
     made = kernel[grid](*arguments, num_warps=warps)
     # interpreted kernels are not compiled
-    if made is not None and addresses % ALIGNED == 0:
-        _compiled[whole] = made[(*grid, 1, 1)[:3]]
+    if made is not None and follows:
+        _compiled[whole] = made
+
+
+def kind_of(x: Tensor) -> tuple[torch.device, int, torch.Size | None]:
+    """Return what every kernel is compiled for: device, channels, and where 32 bits do not suffice, sizes."""
+    return x.device, x.shape[1], x.shape if x.numel() >= 2**31 else None
 
 
 def forward(
@@ -93,7 +99,7 @@ def normalize(
     sizes = channels, outer, inner // unit, made.per_split
     tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
     optional = weight is None, bias is None, past[2] is None, getattr(past[4], "dtype", None)
-    key = x.device, x.dtype, x.shape, rows, made, optional, pooled, eps
+    key = *kind_of(x), x.dtype, tiles, optional, pooled, eps
     given = x, y, weight, bias
     if made.splits == 1:
         launch(
@@ -114,7 +120,7 @@ def normalize(
     s, c, blocks = parts_cut(made.splits, channels)
     launch(triton_forward.moments_part, grid, key, x, parts, *sizes, *tiles, warps=warps)
     numbers = channels, made.splits, pooled, s, c
-    launch(triton_forward.blend_parts, (blocks,), key, parts, *past, statistics, *numbers)
+    launch(triton_forward.blend_parts, (blocks, 1), (key, s, c), parts, *past, statistics, *numbers)
     launch(triton_forward.normalize_part, grid, key, *given, statistics, *sizes, eps, *tiles, warps=warps)
     return y, statistics
 
@@ -145,7 +151,7 @@ def backward(
     statistics = statistics.contiguous()
     given = dy, x, dx, weight, batch_weight, statistics, parameters
     tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
-    key = x.device, x.dtype, x.shape, rows, made, weight is None, need_dx, pooled, eps
+    key = *kind_of(x), x.dtype, tiles, weight is None, need_dx, pooled, eps
     with on_device_of(x):
         if made.splits == 1:
             whole = triton_backward.backward_whole
@@ -156,7 +162,9 @@ def backward(
             sums = dy, x, statistics, parts
             launch(triton_backward.sums_part, grid, key, *sums, *sizes, *tiles, warps=warps)
             numbers = channels, made.splits, eps, s, c
-            launch(triton_backward.add_parts, (blocks,), key, parts, statistics, parameters, *numbers)
+            launch(
+                triton_backward.add_parts, (blocks, 1), (key, s, c), parts, statistics, parameters, *numbers
+            )
             if need_dx:
                 part = triton_backward.input_gradient_part
                 launch(part, grid, key, *given, *sizes, eps, pooled, *tiles, warps=warps)

@@ -32,7 +32,7 @@ class _Forward:
         self._check(states)
         self.past = x.new_empty((2, self.channels), dtype=self.dtype)
         self.batch_weight = x.new_empty((), dtype=self.dtype)
-        self.key = x.device, x.shape, self.dtype
+        self.key = *triton_launch.kind_of(x), self.dtype
 
     def _check(self, states: tuple[Tensor, ...]) -> None:
         """Refuse states that kernels cannot write in place.
@@ -62,17 +62,18 @@ class _Forward:
         counts, log = memory[2], read[4]
         # the constants that decide what is computed
         rules = blended, unbiased and self.n > 1, new_weight is None, new_weight == 1, new_pooled
-        sizes = self.n, 1 if counts is None else counts.shape[0]
+        size = 1 if counts is None else counts.shape[0]
         block = min(power_of_two(self.channels), CHANNELS_OF_ONE)
         triton_launch.launch(
             triton_memory.commit,
-            (1,),
-            (*self.key, rules, sizes, block, counts is None, getattr(read[0], "dtype", None), log is None),
+            (1, 1),
+            (*self.key, rules, size, block, counts is None, getattr(read[0], "dtype", None), log is None),
             statistics,
             *memory,
             *averages,
             1.0 if new_weight is None else new_weight,
-            *sizes,
+            self.n,
+            size,
             *read,
             self.channels,
             *rules,
@@ -120,7 +121,7 @@ def forward_with_average(
             noted = *memory, *history, made.past, made.batch_weight, *averages, log, log_counters, slot
             triton_launch.launch(
                 triton_memory.note_average,
-                (-(-made.channels // block),),
+                (-(-made.channels // block), 1),
                 (*made.key, block, getattr(history_weight, "dtype", None), log is None),
                 *noted,
                 made.channels,
@@ -162,7 +163,7 @@ def forward_with_ring(
     with triton_launch.on_device_of(x):
         triton_launch.launch(
             triton_memory.read_ring,
-            (-(-made.channels // block),),
+            (-(-made.channels // block), 1),
             (*made.key, size, entries, block, decay, pooled, log is None),
             *memory,
             limit,
