@@ -42,19 +42,20 @@ def launch(kernel: Any, grid: tuple[int, int], key: Any, *arguments: Any, warps:
     Triton looks at every argument to find what it has compiled, which takes longer than the launch. Where all
     tensors are aligned, ``key`` says as much: it has the device, the types and all that it is compiled for.
     """
+    addresses = 0
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            addresses |= argument.data_ptr()
+    # on ROCm it depends on the sizes of storages, too
+    follows = addresses % ALIGNED == 0 and torch.version.hip is None
     # the hash of a kernel itself takes a lock
     whole = id(kernel), warps, key
-    known = _compiled.get(whole)
-    # on ROCm it depends on the sizes of storages, too
-    follows = torch.version.hip is None and not any(
-        argument.data_ptr() % ALIGNED for argument in arguments if isinstance(argument, Tensor)
-    )
-    if known is not None and follows:
+    if follows and (known := _compiled.get(whole)):
         known[(*grid, 1)](*arguments)
         return
     made = kernel[grid](*arguments, num_warps=warps)
     # interpreted kernels are not compiled
-    if made is not None and follows:
+    if follows and made is not None:
         _compiled[whole] = made
 
 

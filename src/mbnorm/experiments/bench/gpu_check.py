@@ -99,10 +99,9 @@ def checked_cases() -> list[Case]:
 
 
 def checks() -> list[tuple[str, Case]]:
-    """Return every backend with shapes of all kinds, and Triton and its layers with all that is timed."""
+    """Return every backend with shapes of all kinds, and Triton's layers with all that is timed."""
     pairs: list[tuple[str, Case]] = [(backend, case) for case in checked_cases() for backend in BACKENDS]
-    timed = [(name, case) for case in gpu_cases() for name in ("triton", *REMEMBERING)]
-    return list(dict.fromkeys(pairs + timed))
+    return pairs + [(name, case) for case in gpu_cases() for name in REMEMBERING]
 
 
 def jobs(device: str, share: int, shares: int) -> list[Job]:
