@@ -78,8 +78,8 @@ def cut(channels: int, outer: int, inner: int, rows: bool, processors: int) -> C
 
 def _tile(channels: int, outer: int, inner: int, rows: bool, widest: int, processors: int) -> Cut:
     """Return the division into programs that take all tiles of their channels."""
-    # runs of 16 values are 32 bytes at least, what memory moves at once
-    c, fewest = (min(power_of_two(channels), 64), 16) if rows else (power_of_two(channels), 1)
+    # 32 values in a row are 64 bytes at least, what memory moves at once
+    c, fewest = (min(power_of_two(channels), 64), 32) if rows else (power_of_two(channels), 1)
     if rows:
         while c > fewest and -(-channels // c) < processors:
             c //= 2
