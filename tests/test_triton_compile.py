@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mbnorm.backends import triton_backward, triton_forward, triton_memory
+from mbnorm.backends import triton_backward, triton_commit, triton_forward, triton_memory
 
 pytestmark = pytest.mark.triton
 
@@ -39,7 +39,7 @@ KERNELS = {
         triton_backward.input_gradient_part,
         triton_memory.note_average,
         triton_memory.read_ring,
-        triton_memory.commit,
+        triton_commit.commit,
     )
 }
 VALUES = ("x", "y", "dy", "dx")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.backends import triton_launch, triton_memory
+from mbnorm.backends import triton_commit, triton_launch, triton_memory
 from mbnorm.backends.triton_cut import power_of_two
 from mbnorm.blend import statistics_dtype
 
@@ -65,7 +65,7 @@ class _Forward:
         size = 1 if counts is None else counts.shape[0]
         block = min(power_of_two(self.channels), CHANNELS_OF_ONE)
         triton_launch.launch(
-            triton_memory.commit,
+            triton_commit.commit,
             (1, 1),
             (*self.key, rules, size, block, counts is None, getattr(read[0], "dtype", None), log is None),
             statistics,
