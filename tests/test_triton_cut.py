@@ -68,6 +68,15 @@ def test_rows_of_a_program_are_as_long_as_memory_moves_at_once():
     assert made.c * torch.bfloat16.itemsize >= 64
 
 
+@pytest.mark.parametrize("batch", [2, 8, 32])
+def test_parts_of_rows_are_small_beside_what_they_are_of(batch):
+    for channels, side in ((64, 112), (256, 56), (128, 56), (512, 28)):
+        made = cut_of(batch, channels, side * side, rows=True)
+        # two sums in float32 of each part in the backward
+        part = 2 * 4 * made.splits / (batch * side * side * torch.bfloat16.itemsize)
+        assert part < 0.04
+
+
 def test_how_values_lie_is_seen():
     assert runs_of(torch.empty(2, 3, 14, 14)) == Runs(2, 196, False, 4)
     assert runs_of(torch.empty(2, 3, 7, 7)) == Runs(2, 49, False, 1)

@@ -15,6 +15,7 @@ NARROWEST = 512
 STEPS_OF_ONE = 4
 """Widest tiles of a channel up to which one program takes them all: launches of further kernels cost more."""
 PROGRAMS_A_PROCESSOR = 8
+"""Of four warps each; of wider ones fewer."""
 MOST_SPLITS = 512
 MOST_WARPS = 16
 
@@ -69,8 +70,21 @@ def cut(channels: int, outer: int, inner: int, rows: bool, processors: int) -> C
     of_one = _tile(channels, outer, inner, rows, WIDEST, processors)
     if of_one.steps <= STEPS_OF_ONE:
         return of_one
-    made = _tile(channels, outer, inner, rows, TILE, 1)
-    wanted = PROGRAMS_A_PROCESSOR * processors
+    made = _split(channels, outer, inner, rows, TILE, processors)
+    # a part of a few rows is larger than what it saves to read
+    wider = 2 * TILE
+    while rows and wider <= WIDEST:
+        other = _split(channels, outer, inner, rows, wider, processors)
+        if 2 * other.blocks * other.splits < processors:
+            break
+        made, wider = other, 2 * wider
+    return made
+
+
+def _split(channels: int, outer: int, inner: int, rows: bool, widest: int, processors: int) -> Cut:
+    """Return the division into programs that take parts of their channels."""
+    made = _tile(channels, outer, inner, rows, widest, 1)
+    wanted = PROGRAMS_A_PROCESSOR * processors * 4 // made.warps
     splits = max(1, min(wanted // made.blocks, made.steps, MOST_SPLITS))
     per_split = -(-made.steps // splits)
     return made._replace(splits=-(-made.steps // per_split), per_split=per_split)
