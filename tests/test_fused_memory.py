@@ -145,7 +145,12 @@ def test_more_channels_and_entries_than_a_program_takes_at_once(
     if kernels is triton:
         from mbnorm.backends import triton_remember
 
-        for limit, at_once in (("MOST_ENTRIES", 8), ("READ_TILE", 32), ("CHANNELS_OF_ONE", 8)):
+        for limit, at_once in (
+            ("MOST_ENTRIES", 8),
+            ("READ_TILE", 32),
+            ("NOTE_TILE", 8),
+            ("CHANNELS_OF_ONE", 8),
+        ):
             monkeypatch.setattr(triton_remember, limit, at_once)
     channels, size = 37, 21
     sizes = {"channels": channels, "device": device}

@@ -28,7 +28,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
 
-from mbnorm.backends import triton_launch
+from mbnorm.backends import triton_cut
 
 assert kernels.missing() is None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,11 +69,11 @@ NUMBERS = [
 def tiles(request, monkeypatch):
     """Small tiles: small inputs, which are quick to interpret, cross all borders and are split."""
     if request.param == "small tiles":
-        monkeypatch.setattr(triton_launch, "TILE", 64)
-        monkeypatch.setattr(triton_launch, "STEPS_OF_ONE", 3)
-    triton_launch.cut.cache_clear()
+        for size, small in (("TILE", 64), ("WIDEST", 64), ("NARROWEST", 16), ("STEPS_OF_ONE", 3)):
+            monkeypatch.setattr(triton_cut, size, small)
+    triton_cut.cut.cache_clear()
     yield
-    triton_launch.cut.cache_clear()
+    triton_cut.cut.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mbnorm.backends import triton_backward, triton_forward, triton_memory
+from mbnorm.backends import triton_backward, triton_commit, triton_forward, triton_memory
 
 pytestmark = pytest.mark.triton
 
@@ -37,13 +37,13 @@ KERNELS = {
         triton_backward.sums_part,
         triton_backward.add_parts,
         triton_backward.input_gradient_part,
-        triton_memory.read_average,
+        triton_memory.note_average,
         triton_memory.read_ring,
-        triton_memory.commit,
+        triton_commit.commit,
     )
 }
 VALUES = ("x", "y", "dy", "dx")
-SIZES = ("channels", "outer", "inner", "per_split", "splits", "n", "size", "limit", "slot")
+SIZES = ("channels", "outer", "units", "per_split", "splits", "n", "size", "limit", "slot")
 COUNTERS = ("filled", "position", "counter", "batches", "skipped", "log_counters")
 SCALARS = ("fixed_weight", "new_weight", "early")
 OPTIONAL = {"weight": None, "bias": None, "history": None, "counts": None, "log": None, "log_counters": None}
@@ -56,6 +56,7 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
         "POOLED": True,
         "STATE": getattr(tl, {"fp32": "float32", "fp64": "float64"}[state]),
         "ROWS": rows,
+        "UNIT": 1 if rows else 4,
         "BLOCK_C": 32 if rows else 4,
         "BLOCK_O": 1 if rows else 8,
         "BLOCK_I": 64,
@@ -100,7 +101,7 @@ def test_every_kernel_compiles_without_what_is_optional(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_compiles_for_sizes_of_one_and_for_huge_ones(name):
     kernel = KERNELS[name]
-    ones = {"channels": 1, "outer": 1, "inner": 1, "per_split": 1, "BLOCK_C": 1, "BLOCK_O": 1, "BLOCK_I": 1}
+    ones = {"channels": 1, "outer": 1, "units": 1, "per_split": 1, "BLOCK_C": 1, "BLOCK_O": 1, "BLOCK_I": 1}
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", False, **ones)) > 1000
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", True, **ones)) > 1000
     assert len(compile_for(TARGETS["sm_90"], kernel, "bf16", False, size="i64")) > 1000

@@ -78,9 +78,9 @@ def test_offsets_beyond_two_billion():
     statistics = torch.empty(4, channels, device=DEVICE)
     past = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
     a = torch.tensor(1.0, device=DEVICE)
-    sizes = channels, 2, inner, 16
+    sizes, past = (channels, 2, inner // 16, 16), (*past, a, None, None, 0.0)
     triton_forward.forward_whole[(1, 1)](
-        x, y, None, None, *past, a, statistics, *sizes, EPS, False, tl.float32, False, 1, 1, 2048
+        x, y, None, None, *past, statistics, *sizes, EPS, False, tl.float32, False, 16, 1, 1, 2048
     )
     want, mean, var, *_ = reference.blended_batch_norm(
         values.double(), None, None, torch.zeros(1), torch.ones(1), 1.0, "averaged", EPS

@@ -17,6 +17,9 @@ Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
 Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+OWN_KERNELS: dict[str, tuple[Chosen, ModuleType]] = {"cpu": ("cpu", cpu)}
+"""What "auto" prefers to ATen, by device; ``"cuda": ("triton", triton)`` once a GPU has shown it right."""
+
 cpu.differentiable_gradients = traceable.differentiable_gradients
 
 
@@ -48,8 +51,10 @@ def backend_for(x: Tensor) -> Chosen:
         or forward_ad._current_level >= 0
     ):
         return "traceable"
-    if x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.missing() is None:
-        return "cpu"
+    if x.device.type in OWN_KERNELS:
+        name, kernels = OWN_KERNELS[x.device.type]
+        if x.dtype in kernels.DTYPES and kernels.missing() is None:
+            return name
     return "aten"
 
 

@@ -191,15 +191,14 @@ inline double total(const V (&v)[4]) {
 constexpr int64_t TILE = 512;
 constexpr int64_t TILE_CHANNELS = 256;  // channels last: a tile has up to twice as many
 
-// Channels last: rows that are walked side by side, so that what belongs to a channel stays in registers, which
-// is worth most where it must be converted first. But one by one where the values come from beyond the level-2
-// cache: prefetchers follow the order of memory, if the rows are long enough.
+// Channels last: rows that are walked side by side, so that what belongs to a channel stays in registers; but one
+// by one where the values come from beyond the level-2 cache and need no conversion: prefetchers follow the order
+// of memory, if the rows are long enough.
 template <class T>
 inline int64_t block_rows(const Layout& at) {
   constexpr int64_t SHORT = 64, MANY = 256 << 10;
-  if (sizeof(T) == 2) return 8;
   const bool long_rows = SHORT <= at.channels && at.channels <= 2 * TILE_CHANNELS;
-  return long_rows && at.rows() * at.channels > MANY ? 1 : 4;
+  return sizeof(T) > 2 && long_rows && at.rows() * at.channels > MANY ? 1 : 8;
 }
 
 // Clear the lanes of indices below `seen`.

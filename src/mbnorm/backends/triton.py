@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mbnorm.blend import Variance
 
@@ -17,11 +18,9 @@ from mbnorm.blend import Variance
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_forward: Any = None
-_backward: Any = None
-_forward_with_average: Any = None
-forward_with_ring: Any = None
-"""As `mbnorm.backends.cpu.forward_with_ring`."""
+_launch: Any = None
+_remember: Any = None
+_operators: Any = None
 
 
 @cache
@@ -29,15 +28,22 @@ def missing() -> str | None:
     """Return why these kernels cannot be used here, in one line, or None; the first call imports Triton."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    global _forward, _backward, _forward_with_average, forward_with_ring
-    from mbnorm.backends import triton_launch, triton_remember  # noqa: F401
+    global _launch, _remember, _operators
+    from mbnorm.backends import triton_launch, triton_remember
 
-    operators = torch.ops.mbnorm_triton
-    _forward = operators.forward.default
-    _backward = operators.backward.default
-    _forward_with_average = operators.forward_with_average.default
-    forward_with_ring = operators.forward_with_ring.default
+    _launch, _remember, _operators = triton_launch, triton_remember, torch.ops.mbnorm_triton
     return None
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher, which takes longer than a launch, would do no more than call a function."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_inference_mode_enabled()
+        and all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+    )
 
 
 def forward(
@@ -51,7 +57,8 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
-    y, statistics = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
+    run = _launch.forward if _is_plain(x, weight, bias) else _operators.forward.default
+    y, statistics = run(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
     return y, statistics
 
 
@@ -70,11 +77,32 @@ def forward_with_average(
     """Do as `mbnorm.backends.cpu.forward_with_average`; a history weight on the device stays there."""
     given = history_weight if isinstance(history_weight, Tensor) else None
     fixed = 0.0 if isinstance(history_weight, Tensor) else history_weight
-    memory = memory_mean, memory_var, filled
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _forward_with_average(
-        x, weight, bias, pooled, eps, *memory, given, fixed, *rest
-    )
+    arguments = x, weight, bias, pooled, eps, memory_mean, memory_var, filled, given, fixed, *rest
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    if not _is_plain(x, weight, bias):
+        result = _operators.forward_with_average.default(*arguments)
+        return result
+    result = _remember.forward_with_average(*arguments)
+    _written(memory_mean, memory_var, filled, *rest)
     return result
+
+
+def forward_with_ring(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, pooled: bool, eps: float, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do as `mbnorm.backends.cpu.forward_with_ring`."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    if not _is_plain(x, weight, bias):
+        result = _operators.forward_with_ring.default(x, weight, bias, pooled, eps, *rest)
+        return result
+    result = _remember.forward_with_ring(x, weight, bias, pooled, eps, *rest)
+    _written(*rest)
+    return result
+
+
+def _written(*states: Any) -> None:
+    """Tell autograd what the kernels wrote, as the dispatcher does."""
+    torch.autograd.graph.increment_version([s for s in states if isinstance(s, Tensor)])
 
 
 def backward(
@@ -88,5 +116,6 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
-    dx, (dw, db) = _backward(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
+    run = _launch.backward if _is_plain(dy, x, weight) else _operators.backward.default
+    dx, (dw, db) = run(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

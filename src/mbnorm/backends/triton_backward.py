@@ -69,7 +69,8 @@ def _input_gradient(
     share = tl.load(batch_weight) / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw
-    for step in range(begin, end):
+    for back in range(begin, end):
+        step = begin + end - 1 - back
         offsets, mask, _ = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
         gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(STATE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
@@ -78,7 +79,7 @@ def _input_gradient(
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def backward_whole(
     dy,
     x,
@@ -89,17 +90,19 @@ def backward_whole(
     parameters,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """All of a backward, for channels that one program can go through twice; without ``dx`` once."""
+    inner = units * UNIT
     channel = my_channels(BLOCK_C)
     there = channel < channels
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
@@ -136,7 +139,7 @@ def backward_whole(
         )
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def sums_part(
     dy,
     x,
@@ -144,15 +147,17 @@ def sums_part(
     parts,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """The sums of dy (x - mean) and of dy over a part of the values: rows of ``parts``, (2, splits, C)."""
+    inner = units * UNIT
     channel = my_channels(BLOCK_C)
     there = channel < channels
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
@@ -189,7 +194,7 @@ def add_parts(
     tl.store(parameters + channels + channel, plain, mask=there)
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def input_gradient_part(
     dy,
     x,
@@ -200,20 +205,22 @@ def input_gradient_part(
     parameters,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """The gradient of the input for a part of the values."""
-    channel = my_channels(BLOCK_C)
+    inner = units * UNIT
+    channel = my_channels(BLOCK_C, True)
     there = channel < channels
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
     dw = tl.load(parameters + channel, mask=there, other=0.0)
     db = tl.load(parameters + channels + channel, mask=there, other=0.0)
     _input_gradient(

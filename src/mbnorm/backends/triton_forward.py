@@ -57,12 +57,23 @@ def _moments(
 
 
 @triton.jit
+def batch_weight_of_average(filled, history, fixed_weight):
+    """Return what a batch weighs beside a moving average whose weight is ``history`` or else a number."""
+    weight = fixed_weight if history is None else tl.load(history).to(tl.float64)
+    held = (tl.load(filled) > 0).to(tl.float64)
+    return 1.0 - held * weight
+
+
+@triton.jit
 def _blend(
     batch_mean,
     batch_var,
     past_mean,
     past_var,
     batch_weight,
+    filled,
+    history,
+    fixed_weight,
     statistics,
     channel,
     channels,
@@ -72,7 +83,10 @@ def _blend(
     there = channel < channels
     old_mean = tl.load(past_mean + channel, mask=there, other=0.0)
     old_var = tl.load(past_var + channel, mask=there, other=1.0)
-    weight = tl.load(batch_weight)
+    if batch_weight is None:
+        weight = batch_weight_of_average(filled, history, fixed_weight).to(old_mean.dtype)
+    else:
+        weight = tl.load(batch_weight)
     rest = 1.0 - weight
     mean = weight * batch_mean + rest * old_mean
     var = weight * batch_var + rest * old_var
@@ -112,14 +126,15 @@ def _normalize(
     shift = tl.zeros_like(scale)
     if bias is not None:
         shift += tl.load(bias + channel, mask=channel < channels, other=0.0)
-    for step in range(begin, end):
+    for back in range(begin, end):
+        step = begin + end - 1 - back
         offsets, mask, _ = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
         result = (values - mean[:, None]) * scale[:, None] + shift[:, None]
         tl.store(y + offsets, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def forward_whole(
     x,
     y,
@@ -128,20 +143,25 @@ def forward_whole(
     past_mean,
     past_var,
     batch_weight,
+    filled,
+    history,
+    fixed_weight: tl.float64,
     statistics,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """All of a forward, for channels that one program can go through twice."""
+    inner = units * UNIT
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
     total, mean, rest, m2, centre = _moments(
@@ -150,7 +170,18 @@ def forward_whole(
     # where an outlier has pulled the centre away, the first sum cancels, and the rest counts
     mean = centre + mean + rest
     mean, var = _blend(
-        mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED
+        mean,
+        m2 / total,
+        past_mean,
+        past_var,
+        batch_weight,
+        filled,
+        history,
+        fixed_weight,
+        statistics,
+        channel,
+        channels,
+        POOLED,
     )
     _normalize(
         x,
@@ -173,21 +204,23 @@ def forward_whole(
     )
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def moments_part(
     x,
     parts,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """What `_moments` finds in a part of the values: rows of ``parts``, (5, splits, C)."""
+    inner = units * UNIT
     channel = my_channels(BLOCK_C)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
     total, mean, rest, m2, centre = _moments(
@@ -209,6 +242,9 @@ def blend_parts(
     past_mean,
     past_var,
     batch_weight,
+    filled,
+    history,
+    fixed_weight: tl.float64,
     statistics,
     channels,
     splits,
@@ -230,10 +266,23 @@ def blend_parts(
     # all parts have the same centre
     centre = tl.load(parts + 4 * rows + channel, mask=channel < channels, other=0.0)
     mean = centre + mean + rest
-    _blend(mean, m2 / total, past_mean, past_var, batch_weight, statistics, channel, channels, POOLED)
+    _blend(
+        mean,
+        m2 / total,
+        past_mean,
+        past_var,
+        batch_weight,
+        filled,
+        history,
+        fixed_weight,
+        statistics,
+        channel,
+        channels,
+        POOLED,
+    )
 
 
-@triton.jit(do_not_specialize=["outer", "per_split"])
+@triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def normalize_part(
     x,
     y,
@@ -242,18 +291,20 @@ def normalize_part(
     statistics,
     channels,
     outer,
-    inner,
+    units,
     per_split,
     EPS: tl.constexpr,
     STATE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """The output for a part of the values."""
-    channel = my_channels(BLOCK_C)
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    inner = units * UNIT
+    channel = my_channels(BLOCK_C, True)
+    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
     mean = tl.load(statistics + 2 * channels + channel, mask=channel < channels, other=0.0)
     var = tl.load(statistics + 3 * channels + channel, mask=channel < channels, other=1.0)
     _normalize(

@@ -1,64 +1,22 @@
-"""The registered operators of the Triton backend: how a tensor is cut into programs, and their launch."""
+"""The registered operators of the Triton backend, and how kernels are launched."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from mbnorm.backends import triton_backward, triton_forward
+from mbnorm.backends.triton_cut import cut, parts_cut, runs_of
 from mbnorm.blend import statistics_dtype
 
-TILE = 2048
-STEPS_OF_ONE = 16
-"""Tiles of a channel up to which one program takes them all: launches of further kernels cost more."""
-PROGRAMS_A_PROCESSOR = 8
-MOST_SPLITS = 512
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
+ALIGNED = 16
+"""Bytes; what kernels are compiled for depends on whether tensors begin at a multiple of them."""
 
-
-class Cut(NamedTuple):
-    """How the values of all channels are divided among programs.
-
-    A tile has ``c`` channels and ``o`` times ``i`` values of each. Of the ``steps`` tiles a channel has, a
-    program takes ``per_split``; ``blocks`` times ``splits`` programs do it all.
-    """
-
-    c: int
-    o: int
-    i: int
-    blocks: int
-    steps: int
-    splits: int
-    per_split: int
-
-
-def power_of_two(number: int) -> int:
-    """Return the next power of two."""
-    return 1 << (number - 1).bit_length()
-
-
-@cache
-def cut(channels: int, outer: int, inner: int, rows: bool, processors: int) -> Cut:
-    """Return the division for ``outer`` runs of ``inner`` values, where ``rows`` have one of each channel."""
-    if rows:
-        c = min(power_of_two(channels), 64)
-        o, i = 1, min(power_of_two(inner), TILE // c)
-    else:
-        i = min(power_of_two(inner), TILE)
-        o = min(power_of_two(outer), TILE // i)
-        c = min(power_of_two(channels), TILE // (o * i))
-    blocks = -(-channels // c)
-    steps = -(-outer // o) * -(-inner // i)
-    wanted = PROGRAMS_A_PROCESSOR * processors
-    splits = 1
-    if steps > STEPS_OF_ONE:
-        splits = max(1, min(wanted // blocks, steps, MOST_SPLITS))
-    per_split = -(-steps // splits)
-    return Cut(c, o, i, blocks, steps, -(-steps // per_split), per_split)
+_compiled: dict[Any, Any] = {}
 
 
 @cache
@@ -73,24 +31,37 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def _runs(x: Tensor) -> tuple[int, int, bool]:
-    """Return outer, inner and rows of a dense ``x``."""
-    values = math.prod(x.shape[2:])
-    if x.is_contiguous() and values > 1:
-        return x.shape[0], values, False
-    return 1, x.shape[0] * values, True
-
-
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Return what makes Triton launch on the device of ``x``: it does on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _blocks_of_parts(made: Cut, channels: int) -> tuple[int, int, int]:
-    """Return how many splits and channels a program puts together, and how many programs that takes."""
-    splits = power_of_two(made.splits)
-    c = max(1, TILE // splits // 2)
-    return splits, c, -(-channels // c)
+def launch(kernel: Any, grid: tuple[int, int], key: Any, *arguments: Any, warps: int = 4) -> None:
+    """Launch a kernel on the current device.
+
+    Triton looks at every argument to find what it has compiled, which takes longer than the launch. Where all
+    tensors are aligned, ``key`` says as much: it has the device, the types and all that it is compiled for.
+    """
+    addresses = 0
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            addresses |= argument.data_ptr()
+    # on ROCm it depends on the sizes of storages, too
+    follows = addresses % ALIGNED == 0 and torch.version.hip is None
+    # the hash of a kernel itself takes a lock
+    whole = id(kernel), warps, key
+    if follows and (known := _compiled.get(whole)):
+        known[(*grid, 1)](*arguments)
+        return
+    made = kernel[grid](*arguments, num_warps=warps)
+    # interpreted kernels are not compiled
+    if follows and made is not None:
+        _compiled[whole] = made
+
+
+def kind_of(x: Tensor) -> tuple[torch.device, int, torch.Size | None]:
+    """Return what every kernel is compiled for: device, channels, and where 32 bits do not suffice, sizes."""
+    return x.device, x.shape[1], x.shape if x.numel() >= 2**31 else None
 
 
 def forward(
@@ -104,29 +75,54 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
+    past = past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device)
+    with on_device_of(x):
+        return normalize(x, weight, bias, (*past, None, None, 0.0), pooled, eps)
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, past: tuple[Any, ...], pooled: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Do as `forward` on the current device.
+
+    ``past`` has mean, variance and the weight of the batch; where that is None, then whether there is a past,
+    and what it weighs, a tensor or else a number.
+    """
     x = _dense(x)
     y = torch.empty_like(x)
     channels = x.shape[1]
     dtype = statistics_dtype(x.dtype)
     statistics = x.new_empty((4, channels), dtype=dtype)
-    outer, inner, rows = _runs(x)
+    outer, inner, rows, unit = runs_of(x)
     made = cut(channels, outer, inner, rows, _processors(x.device))
-    state, grid = STATES[dtype], (made.blocks, made.splits)
-    sizes = channels, outer, inner, made.per_split
-    past = past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device)
     weight, bias = _contiguous(weight), _contiguous(bias)
-    tiles = state, rows, made.c, made.o, made.i
-    with on_device_of(x):
-        if made.splits == 1:
-            triton_forward.forward_whole[grid](
-                x, y, weight, bias, *past, statistics, *sizes, eps, pooled, *tiles
-            )
-            return y, statistics
-        parts = x.new_empty((5, made.splits, channels), dtype=dtype)
-        s, c, blocks = _blocks_of_parts(made, channels)
-        triton_forward.moments_part[grid](x, parts, *sizes, *tiles)
-        triton_forward.blend_parts[(blocks,)](parts, *past, statistics, channels, made.splits, pooled, s, c)
-        triton_forward.normalize_part[grid](x, y, weight, bias, statistics, *sizes, eps, *tiles)
+    grid, warps = (made.blocks, made.splits), made.warps
+    sizes = channels, outer, inner // unit, made.per_split
+    tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
+    optional = weight is None, bias is None, past[2] is None, getattr(past[4], "dtype", None)
+    key = *kind_of(x), x.dtype, tiles, optional, pooled, eps
+    given = x, y, weight, bias
+    if made.splits == 1:
+        launch(
+            triton_forward.forward_whole,
+            grid,
+            key,
+            *given,
+            *past,
+            statistics,
+            *sizes,
+            eps,
+            pooled,
+            *tiles,
+            warps=warps,
+        )
+        return y, statistics
+    parts = x.new_empty((5, made.splits, channels), dtype=dtype)
+    s, c, blocks = parts_cut(made.splits, channels)
+    launch(triton_forward.moments_part, grid, key, x, parts, *sizes, *tiles, warps=warps)
+    numbers = channels, made.splits, pooled, s, c
+    launch(triton_forward.blend_parts, (blocks, 1), (key, s, c), parts, *past, statistics, *numbers)
+    launch(triton_forward.normalize_part, grid, key, *given, statistics, *sizes, eps, *tiles, warps=warps)
     return y, statistics
 
 
@@ -148,26 +144,31 @@ def backward(
     channels = x.shape[1]
     dtype = statistics_dtype(x.dtype)
     parameters = x.new_empty((2, channels), dtype=dtype)
-    outer, inner, rows = _runs(x)
+    outer, inner, rows, unit = runs_of(x)
     made = cut(channels, outer, inner, rows, _processors(x.device))
-    state, grid = STATES[dtype], (made.blocks, made.splits)
-    sizes = channels, outer, inner, made.per_split
+    grid, warps = (made.blocks, made.splits), made.warps
+    sizes = channels, outer, inner // unit, made.per_split
     weight, batch_weight = _contiguous(weight), batch_weight.to(x.device)
     statistics = statistics.contiguous()
-    given = weight, batch_weight, statistics, parameters
-    tiles = state, rows, made.c, made.o, made.i
+    given = dy, x, dx, weight, batch_weight, statistics, parameters
+    tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
+    key = *kind_of(x), x.dtype, tiles, weight is None, need_dx, pooled, eps
     with on_device_of(x):
         if made.splits == 1:
-            triton_backward.backward_whole[grid](dy, x, dx, *given, *sizes, eps, pooled, *tiles)
+            whole = triton_backward.backward_whole
+            launch(whole, grid, key, *given, *sizes, eps, pooled, *tiles, warps=warps)
         else:
             parts = x.new_empty((2, made.splits, channels), dtype=dtype)
-            s, c, blocks = _blocks_of_parts(made, channels)
-            triton_backward.sums_part[grid](dy, x, statistics, parts, *sizes, *tiles)
-            triton_backward.add_parts[(blocks,)](
-                parts, statistics, parameters, channels, made.splits, eps, s, c
+            s, c, blocks = parts_cut(made.splits, channels)
+            sums = dy, x, statistics, parts
+            launch(triton_backward.sums_part, grid, key, *sums, *sizes, *tiles, warps=warps)
+            numbers = channels, made.splits, eps, s, c
+            launch(
+                triton_backward.add_parts, (blocks, 1), (key, s, c), parts, statistics, parameters, *numbers
             )
             if need_dx:
-                triton_backward.input_gradient_part[grid](dy, x, dx, *given, *sizes, eps, pooled, *tiles)
+                part = triton_backward.input_gradient_part
+                launch(part, grid, key, *given, *sizes, eps, pooled, *tiles, warps=warps)
     return x.new_empty(0) if dx is None else dx, parameters
 
 

@@ -6,30 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.backends import triton_launch, triton_memory
+from mbnorm.backends import triton_commit, triton_launch, triton_memory
+from mbnorm.backends.triton_cut import power_of_two
 from mbnorm.blend import statistics_dtype
 
+NOTE_TILE = 256
 READ_TILE = 2048
 MOST_ENTRIES = 256
 """Entries of a ring that a program looks at in one go."""
 CHANNELS_OF_ONE = 1024
 """Channels that the one program which commits looks at in one go."""
+WARPS_OF_ONE = 8
 
 Remembered = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class _Normalized:
-    """The rest of a forward once the past is read, and its commit."""
+class _Forward:
+    """A forward with a memory: what it is about, and its commit."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, states: tuple[Tensor, ...]) -> None:
         self.x = x
         self.channels = x.shape[1]
         self.n = x.numel() // x.shape[1]
         self.dtype = statistics_dtype(x.dtype)
+        self._check(states)
         self.past = x.new_empty((2, self.channels), dtype=self.dtype)
         self.batch_weight = x.new_empty((), dtype=self.dtype)
+        self.key = *triton_launch.kind_of(x), self.dtype
 
-    def check(self, *states: Tensor) -> None:
+    def _check(self, states: tuple[Tensor, ...]) -> None:
         """Refuse states that kernels cannot write in place.
 
         Raises:
@@ -42,48 +47,45 @@ class _Normalized:
                     f"got {state.dtype} with strides {state.stride()}"
                 )
 
-    def run(
+    def commit(
         self,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        pooled: bool,
-        eps: float,
+        statistics: Tensor,
         memory: tuple[Tensor, Tensor, Tensor | None, Tensor],
-        averages: tuple[Tensor, Tensor, Tensor, Tensor],
-        store: bool,
+        averages: tuple[Tensor, ...],
+        read: tuple[Any, ...],
         blended: bool,
         unbiased: bool,
         new_weight: float,
         new_pooled: bool,
         early: float,
-    ) -> Remembered:
-        """Normalize with what was read, and commit."""
-        mean, var = self.past.unbind()
-        y, statistics = triton_launch.forward(self.x, weight, bias, mean, var, self.batch_weight, pooled, eps)
-        if store:
-            counts = memory[2]
-            size = 1 if counts is None else counts.shape[0]
-            triton_memory.commit[(1,)](
-                statistics,
-                *memory,
-                *averages,
-                new_weight,
-                early,
-                self.n,
-                size,
-                self.channels,
-                blended,
-                unbiased and self.n > 1,
-                early > 0,
-                new_weight == 1,
-                new_pooled,
-                triton_launch.STATES[self.dtype],
-                min(triton_launch.power_of_two(self.channels), CHANNELS_OF_ONE),
-            )
-        return y, statistics, self.past, self.batch_weight
+    ) -> None:
+        """Store a forward; ``read`` tells what of a moving average to write elsewhere before."""
+        counts, log = memory[2], read[4]
+        # the constants that decide what is computed
+        rules = blended, unbiased and self.n > 1, early > 0, new_weight == 1, new_pooled
+        size = 1 if counts is None else counts.shape[0]
+        block = min(power_of_two(self.channels), CHANNELS_OF_ONE)
+        triton_launch.launch(
+            triton_commit.commit,
+            (1, 1),
+            (*self.key, rules, size, block, counts is None, getattr(read[0], "dtype", None), log is None),
+            statistics,
+            *memory,
+            *averages,
+            new_weight,
+            early,
+            self.n,
+            size,
+            *read,
+            self.channels,
+            *rules,
+            triton_launch.STATES[self.dtype],
+            block,
+            warps=WARPS_OF_ONE,
+        )
 
 
-def _with_average(
+def forward_with_average(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -101,32 +103,36 @@ def _with_average(
     log: Tensor | None,
     log_counters: Tensor | None,
     slot: int,
-    *rest: Any,
+    store: bool,
+    *update: Any,
 ) -> Remembered:
+    """Read a moving average, normalize and store or not; see `mbnorm.backends.cpu.forward_with_average`."""
     averages = running_mean, running_var, batches, skipped
-    made = _Normalized(x)
-    made.check(memory_mean, memory_var, filled, *averages)
-    block = min(triton_launch.power_of_two(made.channels), READ_TILE // 8)
+    made = _Forward(x, (memory_mean, memory_var, filled, *averages))
+    history = history_weight, fixed_weight
     with triton_launch.on_device_of(x):
-        triton_memory.read_average[(-(-made.channels // block),)](
-            memory_mean,
-            memory_var,
-            filled,
-            history_weight,
-            fixed_weight,
-            made.past,
-            made.batch_weight,
-            *averages,
-            log,
-            log_counters,
-            slot,
-            made.channels,
-            block,
-        )
-        return made.run(weight, bias, pooled, eps, (memory_mean, memory_var, None, filled), averages, *rest)
+        past = memory_mean, memory_var, None, filled, *history
+        y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
+        # only now: the commit overwrites what was read
+        if store:
+            read = *history, made.past, made.batch_weight, log, log_counters, slot
+            made.commit(statistics, (memory_mean, memory_var, None, filled), averages, read, *update)
+        else:
+            block = min(power_of_two(made.channels), NOTE_TILE)
+            memory = memory_mean, memory_var, filled
+            noted = *memory, *history, made.past, made.batch_weight, *averages, log, log_counters, slot
+            triton_launch.launch(
+                triton_memory.note_average,
+                (-(-made.channels // block), 1),
+                (*made.key, block, getattr(history_weight, "dtype", None), log is None),
+                *noted,
+                made.channels,
+                block,
+            )
+    return y, statistics, made.past, made.batch_weight
 
 
-def _with_ring(
+def forward_with_ring(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -145,20 +151,23 @@ def _with_ring(
     log: Tensor | None,
     log_counters: Tensor | None,
     slot: int,
-    *rest: Any,
+    store: bool,
+    *update: Any,
 ) -> Remembered:
+    """Read recent batches, normalize and store or not; see `mbnorm.backends.cpu.forward_with_ring`."""
     averages = running_mean, running_var, batches, skipped
-    made = _Normalized(x)
-    made.check(memory_mean, memory_var, counts, position, *averages)
+    memory = memory_mean, memory_var, counts, position
+    made = _Forward(x, (*memory, *averages))
     size = counts.shape[0]
-    entries = min(triton_launch.power_of_two(size), MOST_ENTRIES)
-    block = min(triton_launch.power_of_two(made.channels), max(1, READ_TILE // entries))
+    entries = min(power_of_two(size), MOST_ENTRIES)
+    block = min(power_of_two(made.channels), max(1, READ_TILE // entries))
+    past_mean, past_var = made.past.unbind()
     with triton_launch.on_device_of(x):
-        triton_memory.read_ring[(-(-made.channels // block),)](
-            memory_mean,
-            memory_var,
-            counts,
-            position,
+        triton_launch.launch(
+            triton_memory.read_ring,
+            (-(-made.channels // block), 1),
+            (*made.key, size, entries, block, decay, pooled, log is None),
+            *memory,
             limit,
             made.n,
             size,
@@ -175,8 +184,12 @@ def _with_ring(
             entries,
             block,
         )
-        memory = memory_mean, memory_var, counts, position
-        return made.run(weight, bias, pooled, eps, memory, averages, *rest)
+        past = past_mean, past_var, made.batch_weight, None, None, 0.0
+        y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
+        if store:
+            unread = None, 0.0, None, None, None, None, 0
+            made.commit(statistics, memory, averages, unread, *update)
+    return y, statistics, made.past, made.batch_weight
 
 
 def _shapes(x: Tensor, *_: Any) -> Remembered:
@@ -200,7 +213,8 @@ _library.define(
     "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
     "float decay, " + _AROUND.format(*"efghij")
 )
-for _name, _operator in (("forward_with_average", _with_average), ("forward_with_ring", _with_ring)):
+_operators = {"forward_with_average": forward_with_average, "forward_with_ring": forward_with_ring}
+for _name, _operator in _operators.items():
     # on the CPU they run under TRITON_INTERPRET=1
     for _key in ("CUDA", "CPU"):
         _library.impl(_name, _operator, _key)

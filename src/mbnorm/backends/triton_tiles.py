@@ -3,9 +3,11 @@
 The values of a channel lie in ``outer`` runs of ``inner`` values; with ``ROWS`` a channel's neighbours in
 memory are the other channels (channels_last, or no map), and there is one run. Tiles are walked block by
 block of a run, through all runs each; as a tile is of one run or a run one block, a lane that falls out stays
-out. A program takes all tiles of its channels or ``per_split`` of them.
+out. A program takes all tiles of its channels or ``per_split`` of them. What goes through the values a second
+time goes last first: what was read last is in the cache.
 
-Numbers of runs, samples and parts are not compiled into the kernels: a new batch size compiles nothing.
+Kernels get ``inner`` as ``units`` times ``UNIT``, the power of two up to 16 in it: by that the compiler knows
+how wide it may load. Numbers of runs, samples and parts are not compiled into them.
 """
 
 import triton
@@ -13,16 +15,29 @@ import triton.language as tl
 
 
 @triton.jit
-def my_channels(BLOCK_C: tl.constexpr):
+def my_channels(BLOCK_C: tl.constexpr, LAST_FIRST: tl.constexpr = False):
     """Return the channels of this program; the last ones may not be there."""
-    return tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(0)
+    if LAST_FIRST:
+        block = tl.num_programs(0) - 1 - block
+    return block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
-def my_tiles(outer, inner, per_split, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+def my_tiles(
+    outer,
+    inner,
+    per_split,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    LAST_FIRST: tl.constexpr = False,
+):
     """Return the first of this program's tiles, and the first that is not."""
     steps = tl.cdiv(outer, BLOCK_O) * tl.cdiv(inner, BLOCK_I)
-    begin = tl.program_id(1) * per_split
+    split = tl.program_id(1)
+    if LAST_FIRST:
+        split = tl.num_programs(1) - 1 - split
+    begin = split * per_split
     return begin, tl.minimum(begin + per_split, steps)
 
 

@@ -1,38 +1,51 @@
 """One run on a GPU: `python -m mbnorm.experiments.bench.gpu OUT` checks, then measures, in 8 minutes at most.
 
-Numbers of every backend first; then steps of a ResNet-50; then forward and backward of layers in its shapes,
-launched one by one and replayed from a CUDA graph, with their peak memory; then compiled layers, and tiles of
-other sizes. It writes OUT/gpu.jsonl, row by row, and OUT/gpu.md. Each part is a process of its own, since an
-error on the device ends all work of a process. What does not run, or what the time did not suffice for,
-becomes a row that says why.
+Numbers of every backend and layer first; then steps of a ResNet-50; then forward and backward of layers in
+its shapes, launched one by one and replayed from a CUDA graph, with their peak memory; then compiled layers,
+and other ways to cut tensors. It writes OUT/gpu.jsonl, row by row, and OUT/gpu.md, and ends with a verdict on
+each goal. Each part is done by processes of its own (`gpu_parts`), since an error on the device ends all work
+of a process. What does not run, or what the time did not suffice for, becomes a row that says why.
 """
 
 import argparse
 import json
-import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mbnorm.experiments.bench import gpu_check, gpu_layers, gpu_steps
+from mbnorm.experiments.bench.gpu_parts import Job, Note, supervise, work
 from mbnorm.experiments.bench.gpu_report import table
-from mbnorm.experiments.bench.rows import Row, failure, machine, read
+from mbnorm.experiments.bench.gpu_verdicts import verdicts
+from mbnorm.experiments.bench.rows import Row, machine, read
+
+
+class Part(NamedTuple):
+    """Seconds of a part at most, with what those before it left over, and seconds without progress."""
+
+    seconds: float
+    patience: float
+    processes: int = 1
+
 
 PARTS = {
-    "check": 100.0,
-    "steps": 50.0,
-    "graphed steps": 50.0,
-    "layers": 150.0,
-    "compiled": 80.0,
-    "cuts": 20.0,
+    # nearly all of that time goes into imports and into compiling kernels
+    "check": Part(115.0, 45.0, 12),
+    "steps": Part(50.0, 50.0),
+    "graphed steps": Part(45.0, 45.0),
+    "layers": Part(140.0, 30.0),
+    "compiled": Part(60.0, 50.0),
+    "cuts": Part(20.0, 20.0),
 }
-"""Seconds of each part at most, with what those before it left over."""
-CHECKERS = 12
-"""Processes that check side by side: nearly all of that time goes into compiling kernels."""
+SECONDS = sum(part.seconds for part in PARTS.values())
 
 
 def gpu_machine() -> Row:
@@ -51,28 +64,32 @@ def gpu_machine() -> Row:
     return row
 
 
-def rows_of(part: str, until: float, share: int) -> Iterator[Row]:
-    """Yield the rows of a part, as far as the time goes."""
+def jobs_of(part: str, share: int) -> list[Job]:
+    """Return what a process does for a part: its share, where several do it."""
     match part:
         case "check":
-            yield from gpu_check.check(gpu_check.checked_cases()[share::CHECKERS], "cuda")
+            return gpu_check.jobs("cuda", share, PARTS["check"].processes)
         case "steps":
-            yield from gpu_steps.step_rows(until, "eager")
+            return gpu_steps.jobs("eager")
         case "graphed steps":
-            yield from gpu_steps.step_rows(until, "graph")
+            return gpu_steps.jobs("graph")
         case "layers":
-            yield from gpu_layers.all_layer_rows(until, gpu_layers.gpu_cases(), gpu_layers.EAGER)
+            return gpu_layers.layer_jobs(gpu_layers.gpu_cases(), gpu_layers.EAGER)
         case "compiled":
-            yield from gpu_layers.all_layer_rows(until, gpu_layers.compiled_cases(), gpu_layers.COMPILED)
+            return gpu_layers.layer_jobs(gpu_layers.compiled_cases(), gpu_layers.COMPILED)
         case "cuts":
-            yield from gpu_layers.cut_rows(until)
+            return gpu_layers.cut_jobs()
+    raise ValueError(f"expected one of {', '.join(PARTS)}, got {part!r}")
 
 
-def do(part: str, out: Path, seconds: float, share: int) -> None:
-    """Do a part in this process, and append its rows as they come."""
+def do(part: str, out: Path, until: float, share: int, first: int, note: Note) -> int:
+    """Do a part in this process, append its rows as they come, and return the exit status."""
     where = gpu_machine()
-    for row in rows_of(part, time.monotonic() + seconds, share):
+
+    def write(row: Row) -> None:
         append(out, {**row, **where})
+
+    return work(part, jobs_of(part, share), first, until, note, write, torch.cuda.synchronize)
 
 
 def append(out: Path, row: Row) -> None:
@@ -81,63 +98,67 @@ def append(out: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def run(part: str, out: Path, until: float) -> Iterator[Row]:
+def run(name: str, out: Path, until: float) -> Iterator[Row]:
     """Do a part in processes of their own; yield why they failed, if they did."""
-    seconds = until - time.monotonic()
-    command = [sys.executable, "-m", "mbnorm.experiments.bench.gpu", str(out), "--part", part]
-    command += ["--seconds", f"{0.9 * seconds - 5:.0f}"]
-    started = []
-    for share in range(CHECKERS if part == "check" else 1):
-        log = (out / f"{part.replace(' ', '-')}-{share}.log").open("w+", encoding="utf-8")
-        process = subprocess.Popen([*command, "--share", str(share)], stdout=log, stderr=log)
-        started.append((process, log))
-    for process, log in started:
-        try:
-            status = process.wait(max(until - time.monotonic(), 0.1))
-            why = f"exit status {status}" if status else None
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            why = "killed: no time left"
-        log.seek(0)
-        said = log.read().strip().splitlines()
-        log.close()
-        if why is not None:
-            yield failure("part", part, RuntimeError(f"{why}; {said[-1] if said else 'it said nothing'}"))
+    part = PARTS[name]
+    command = [sys.executable, "-m", "mbnorm.experiments.bench.gpu", str(out), "--part", name]
+
+    def of_share(share: int) -> list[Row]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            shared = [*command, "--share", str(share)]
+            return list(supervise(name, shared, Path(scratch), until, part.patience))
+
+    with ThreadPoolExecutor(part.processes) as pool:
+        for rows in pool.map(of_share, range(part.processes)):
+            yield from rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m mbnorm.experiments.bench.gpu", description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--part", choices=PARTS, help="only this, in this process")
-    parser.add_argument("--seconds", type=float, default=sum(PARTS.values()), help="for all of it")
-    parser.add_argument("--share", type=int, default=0, help="which share of the checks")
+    parser.add_argument("--share", type=int, default=0, help="which share of a part")
+    parser.add_argument("--first", type=int, default=0, help="which of its jobs to begin with")
+    parser.add_argument("--until", type=float, help="when no job begins any more, by time.monotonic")
+    parser.add_argument("--note", type=Path, help="file for the job it is at")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("this measures a GPU, and torch sees none", file=sys.stderr)
+        print("no GPU: this measures one, and torch sees none", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part is not None:
-        do(options.part, options.out, options.seconds, options.share)
-        return 0
+        until = time.monotonic() + options.seconds if options.until is None else options.until
+        note = Note(options.note or options.out / "note")
+        return do(options.part, options.out, until, options.share, options.first, note)
     (options.out / "gpu.jsonl").unlink(missing_ok=True)
     measure(options.out, options.seconds)
     return 0
 
 
 def measure(out: Path, seconds: float) -> None:
-    """Do all parts in so many seconds, and write what they found."""
+    """Do all parts in so many seconds, write what they found and print a verdict on each goal."""
     where = gpu_machine()
-    until = time.monotonic()
-    for part, share in PARTS.items():
-        until += share * seconds / sum(PARTS.values())
-        for row in run(part, out, until):
+    start = until = time.monotonic()
+    said = ""
+    for name, part in PARTS.items():
+        until += part.seconds * seconds / SECONDS
+        for row in run(name, out, until):
             append(out, {**row, **where})
-        text = table(read(out / "gpu.jsonl")) if (out / "gpu.jsonl").exists() else ""
-        (out / "gpu.md").write_text(text, encoding="utf-8")
-        print(f"{part} done", flush=True)
-    print(text)
+        said = _report(out)
+        (out / "gpu.md").write_text(said, encoding="utf-8")
+        print(f"{name} done after {time.monotonic() - start:.0f} s", flush=True)
+    print(said)
+
+
+def _report(out: Path) -> str:
+    """Return tables and verdicts, or why there are none: the measurement goes on."""
+    try:
+        rows = read(out / "gpu.jsonl") if (out / "gpu.jsonl").exists() else []
+        return "\n".join([table(rows) if rows else "Nothing was measured.\n", *verdicts(rows)]) + "\n"
+    except Exception:
+        return traceback.format_exc()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Forward and backward of layers on a GPU, launched one by one and replayed from a CUDA graph."""
 
-import time
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import mbnorm
 from mbnorm.experiments.bench.cases import DTYPES, PROVIDERS, RESNET50, Case, Layout, Provider
-from mbnorm.experiments.bench.gpu_steps import captured
-from mbnorm.experiments.bench.rows import Row, failure
+from mbnorm.experiments.bench.gpu_parts import Job, told
+from mbnorm.experiments.bench.gpu_steps import DEVICE, captured
+from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.bench.timing import Timing
 
 BATCHES = (2, 8, 32)
@@ -17,9 +19,18 @@ LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
 COMPILED_SHAPES = ((64, 112, 112), (256, 56, 56), (2048, 7, 7))
 ROUNDS = 5
 SECONDS_A_ROUND = 0.01
-CUT_SHAPES = ((2, 64, 112, 112), (2, 2048, 7, 7), (32, 256, 56, 56), (32, 512, 28, 28))
-TILES = (1024, 2048, 4096)
-STEPS_OF_ONE = (4, 16)
+CUT_SHAPES = ((2, 64, 112, 112), (32, 256, 56, 56), (2, 2048, 7, 7), (32, 512, 28, 28))
+CUTS = {
+    "as it is": {},
+    "never split": {"STEPS_OF_ONE": 10**6},
+    "split early": {"STEPS_OF_ONE": 1},
+    "narrow programs": {"WIDEST": 2048, "STEPS_OF_ONE": 16},
+    "few splits": {"PROGRAMS_A_PROCESSOR": 4},
+    "many splits": {"PROGRAMS_A_PROCESSOR": 16},
+}
+"""Other ways to cut a tensor into programs, by what they change in `mbnorm.backends.triton_cut`."""
+LARGE = 100e6
+"""Bytes of an input above which the caches do not hold it."""
 
 
 def _momentum(case: Case) -> nn.Module:
@@ -130,13 +141,16 @@ def copy_rate(source: Tensor) -> float:
 
 def _values(case: Case) -> tuple[Tensor, Tensor]:
     """Return input and gradient, drawn on the device: on the host it takes longer than all else."""
-    x, dy = (torch.randn(case.shape, device="cuda").to(DTYPES[case.dtype]) for _ in range(2))
+    x, dy = (torch.randn(case.shape, device=DEVICE).to(DTYPES[case.dtype]) for _ in range(2))
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     return x.contiguous(memory_format=memory_format), dy.contiguous(memory_format=memory_format)
 
 
 def layer_rows(case: Case, providers: dict[str, Provider]) -> Iterator[Row]:
     """Yield the times and peak memory of layers, each launched and replayed from a graph."""
+    if "torch._dynamo" in sys.modules:
+        # one case's compiled graphs are of no use to the next
+        torch.compiler.reset()
     x, dy = _values(case)
     copied = copy_rate(x)
     runners: dict[str, Runner] = {}
@@ -149,14 +163,14 @@ def layer_rows(case: Case, providers: dict[str, Provider]) -> Iterator[Row]:
             peaks[name] = runner.peak_bytes()
             runners[name] = runner
         except Exception as error:
-            yield {**described(case), **failure("layer", name, error)}
+            yield {**described(case), **told("layer", f"{name} on {case}", error)}
     for launched in ("eager", "graph"):
         calls: dict[str, Callable[[], object]] = {}
         for name, runner in runners.items():
             try:
                 calls[name] = runner if launched == "eager" else captured(runner)
             except Exception as error:
-                yield {**described(case), **failure("layer", f"{name}, {launched}", error)}
+                yield {**described(case), **told("layer", f"{name} on {case}, {launched}", error)}
         for name, timing in race(calls).items():
             yield {
                 "kind": "layer",
@@ -173,38 +187,34 @@ def layer_rows(case: Case, providers: dict[str, Provider]) -> Iterator[Row]:
             }
 
 
-def all_layer_rows(until: float, cases: list[Case], providers: dict[str, Provider]) -> Iterator[Row]:
-    """Yield the rows of all cases, as far as the time goes."""
-    for number, case in enumerate(cases):
-        if time.monotonic() > until:
-            yield failure("layer", f"{len(cases) - number} cases", TimeoutError("no time left"))
-            return
-        # one case's compiled graphs are of no use to the next
-        torch.compiler.reset()
+def layer_jobs(cases: list[Case], providers: dict[str, Provider]) -> list[Job]:
+    """Return a job for each case, those first that the caches do not hold."""
+    ordered = sorted(cases, key=lambda case: case.bytes <= LARGE)
+    return [Job(str(case), partial(layer_rows, case, providers)) for case in ordered]
+
+
+def cut_jobs() -> list[Job]:
+    """Return a job for each shape and layout that is cut in other ways, too."""
+    cases = [Case(shape, "float32", layout) for shape in CUT_SHAPES for layout in LAYOUTS]
+    return [Job(str(case), partial(cut_rows, case)) for case in cases]
+
+
+def cut_rows(case: Case) -> Iterator[Row]:
+    """Yield the times of the Triton kernels for tensors cut in other ways than theirs."""
+    from mbnorm.backends import triton_cut
+
+    usual = {name: getattr(triton_cut, name) for changes in CUTS.values() for name in changes}
+    calls: dict[str, Callable[[], object]] = {}
+    x, dy = _values(case)
+    for cut, changes in (CUTS | {"": {}}).items():
+        for name, value in (usual | changes).items():
+            setattr(triton_cut, name, value)
+        triton_cut.cut.cache_clear()
+        if not cut:
+            break
         try:
-            yield from layer_rows(case, providers)
+            calls[cut] = captured(Runner(_momentum(case), x, dy))
         except Exception as error:
-            yield {**described(case), **failure("layer", "all", error)}
-
-
-def cut_rows(until: float) -> Iterator[Row]:
-    """Yield the times of the Triton kernels for tiles of other sizes than theirs."""
-    from mbnorm.backends import triton_launch
-
-    for shape in CUT_SHAPES:
-        for layout in LAYOUTS:
-            case = Case(shape, "float32", layout)
-            calls: dict[str, Callable[[], object]] = {}
-            for tile in TILES:
-                for steps in STEPS_OF_ONE:
-                    if time.monotonic() > until:
-                        yield failure("cut", f"{case} and on", TimeoutError("no time left"))
-                        return
-                    triton_launch.TILE, triton_launch.STEPS_OF_ONE = tile, steps
-                    triton_launch.cut.cache_clear()
-                    try:
-                        calls[f"{tile}, {steps}"] = captured(Runner(_momentum(case), *_values(case)))
-                    except Exception as error:
-                        yield {**described(case), **failure("cut", f"{tile}, {steps}", error)}
-            for name, timing in race(calls).items():
-                yield {"kind": "cut", "cut": name, **described(case), "median_s": timing.median}
+            yield {**described(case), **told("cut", f"{case}, {cut}", error)}
+    for name, timing in race(calls).items():
+        yield {"kind": "cut", "cut": name, **described(case), "median_s": timing.median}

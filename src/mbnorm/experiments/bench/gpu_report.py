@@ -1,12 +1,13 @@
 """The tables of a run on a GPU, from its rows alone."""
 
+import math
+
+from mbnorm.experiments.bench.gpu_layers import LARGE
 from mbnorm.experiments.bench.rows import Row, geometric_mean
 
 BASE = "batch_norm"
 PASSES = 5
 """Tensors of the input's size that a forward and backward must read or write at least."""
-LARGE = 100e6
-"""Bytes of an input above which the caches do not hold it."""
 
 
 def table(rows: list[Row]) -> str:
@@ -26,12 +27,18 @@ def table(rows: list[Row]) -> str:
 
 def _errors(rows: list[Row]) -> list[str]:
     lines = ["Largest error against float64, in units of the largest value.", ""]
-    lines += ["| backend, dtype | y | dx | dw | db |", "| --- |" + " ---: |" * 4]
+    lines += ["| backend or layer, dtype | y | dx | dw | db | state |", "| --- |" + " ---: |" * 5]
     for backend, dtype in dict.fromkeys((r["backend"], r["dtype"]) for r in rows):
         here = [r for r in rows if (r["backend"], r["dtype"]) == (backend, dtype)]
-        worst = (f"{max(r[name] for r in here):.1e}" for name in ("y", "dx", "dw", "db"))
+        found = ([r[name] for r in here if name in r] for name in ("y", "dx", "dw", "db", "state"))
+        worst = (f"{_largest(values):.1e}" if values else "-" for values in found)
         lines.append(f"| {backend}, {dtype} | " + " | ".join(worst) + " |")
     return lines
+
+
+def _largest(values: list[float]) -> float:
+    # NaN has no place in an order, and is the worst there is
+    return max(values, key=lambda v: math.inf if math.isnan(v) else v)
 
 
 def _layers(rows: list[Row]) -> list[str]:
@@ -57,34 +64,39 @@ def _layers(rows: list[Row]) -> list[str]:
             cells.append(f"{geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else "-")
         ours = [(t["momentum"], t[BASE]) for t in here if "momentum" in t]
         peak = max((m["peak_bytes"] / b["peak_bytes"] for m, b in ours), default=None)
-        shares = [
-            PASSES * m["bytes"] / m["median_s"] / m["copy_bytes_per_s"] for m, _ in ours if m["bytes"] > LARGE
-        ]
+        shares = [share_of_copy(m) for m, _ in ours if m["bytes"] > LARGE]
         cells += [f"{peak:.3f}" if peak else "-", f"{min(shares):.2f}" if shares else "-"]
         lines.append(f"| {launched}, {batch}, {dtype}, {layout} | " + " | ".join(cells) + " |")
     return lines
 
 
+def share_of_copy(row: Row) -> float:
+    """Return the rate at which a layer moves what it must, over that of a copy."""
+    return float(PASSES * row["bytes"] / row["median_s"] / row["copy_bytes_per_s"])
+
+
 def _steps(rows: list[Row]) -> list[str]:
-    lines = ["Training steps of a ResNet-50 at batch 2 and 224 pixels.", ""]
-    lines += [
-        "| launched, norm | ms | over batch norm | peak over batch norm |",
-        "| --- | ---: | ---: | ---: |",
+    lines = [
+        "Training steps of a ResNet-50 at batch 2 and 224 pixels, in turns with its own batch norms.",
+        "",
     ]
-    base = {r["threads"]: r for r in rows if r["method"] == "batch"}
+    lines += [
+        "| launched, norm | ms | ms of batch norm | over it | peak over its |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for row in rows:
-        other = base.get(row["threads"])
-        time = f"{row['median_s'] / other['median_s']:.2f}" if other else "-"
-        peak = f"{row['peak_bytes'] / other['peak_bytes']:.3f}" if other else "-"
-        lines.append(f"| {row['threads']}, {row['method']} | {1e3 * row['median_s']:.2f} | {time} | {peak} |")
+        times = (
+            f"{1e3 * row['median_s']:.2f} | {1e3 * row['base_s']:.2f} | {row['median_s'] / row['base_s']:.3f}"
+        )
+        peak = f"{row['peak_bytes'] / row['base_peak_bytes']:.3f}"
+        lines.append(f"| {row['threads']}, {row['method']} | {times} | {peak} |")
     return lines
 
 
 def _cuts(rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(r["cut"] for r in rows))
     lines = [
-        "Microseconds of `momentum`, forward and backward in a CUDA graph, with tiles of other sizes, and "
-        "other numbers of them that one program takes.",
+        "Microseconds of `momentum`, forward and backward in a CUDA graph, cut into programs in other ways.",
         "",
         "| shape, layout | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * len(names),

@@ -2,20 +2,23 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 import mbnorm
-from mbnorm.experiments.bench.rows import Row, failure
+from mbnorm.experiments.bench.gpu_parts import Job
+from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.bench.timing import Timing
 from mbnorm.experiments.nets import resnet50
 
 Launched: TypeAlias = Literal["eager", "graph"]
-METHODS = ("batch", "momentum", "momentum-aten", "memorized", "momentum+df", "memorized+df")
+METHODS = ("momentum", "memorized", "momentum+df", "memorized+df", "momentum-aten")
+DEVICE = "cuda"
 BATCH = 2
-ROUNDS = 5
+ROUNDS = 7
 STEPS_A_ROUND = 5
 WARM_UP = 4
 
@@ -69,40 +72,56 @@ class GpuTrainer:
         return torch.cuda.max_memory_allocated() - before
 
 
-def step_rows(until: float, launched: Launched) -> Iterator[Row]:
-    """Yield times and peak memory of the steps, all methods in turns."""
-    calls: dict[str, Callable[[], None]] = {}
-    peaks = {}
-    for method in METHODS:
-        try:
-            trainer = GpuTrainer(method, "cuda")
-            peaks[method] = trainer.peak_bytes()
-            calls[method] = trainer.step if launched == "eager" else captured(trainer.step)
-        except Exception as error:
-            yield failure("step", f"{method}, {launched}", error)
-    seconds: dict[str, list[float]] = {method: [] for method in calls}
+class Ready(NamedTuple):
+    """A training step, launched one by one or as the replay of a graph, and its peak memory."""
+
+    step: Callable[[], None]
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, method: str, launched: Launched) -> "Ready":
+        """Make a net with this norm, and warm it up."""
+        trainer = GpuTrainer(method, DEVICE)
+        peak = trainer.peak_bytes()
+        return cls(trainer.step if launched == "eager" else captured(trainer.step), peak)
+
+
+def jobs(launched: Launched) -> list[Job]:
+    """Return a job for each method, which is timed in turns with batch norm."""
+    made: list[Ready] = []
+
+    def base() -> Ready:
+        if not made:
+            made.append(Ready.of("batch", launched))
+        return made[0]
+
+    def rows(method: str) -> Iterator[Row]:
+        yield step_row(method, launched, base(), Ready.of(method, launched))
+
+    return [Job(method, partial(rows, method)) for method in METHODS]
+
+
+def step_row(method: str, launched: Launched, base: Ready, ours: Ready) -> Row:
+    """Return time and peak memory of a step, and those of batch norm."""
+    seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
-        if time.monotonic() > until:
-            break
-        for method, call in calls.items():
+        for ready, found in zip((base, ours), seconds, strict=True):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(STEPS_A_ROUND):
-                call()
+                ready.step()
             torch.cuda.synchronize()
-            seconds[method].append((time.perf_counter() - start) / STEPS_A_ROUND)
-    for method, found in seconds.items():
-        if len(found) < 2:
-            yield failure("step", f"{method}, {launched}", TimeoutError("no time left"))
-            continue
-        timing = Timing.of(found)
-        yield {
-            "kind": "step",
-            "net": "resnet50",
-            "method": method,
-            "threads": launched,
-            "median_s": timing.median,
-            "low_s": timing.low,
-            "high_s": timing.high,
-            "peak_bytes": peaks[method],
-        }
+            found.append((time.perf_counter() - start) / STEPS_A_ROUND)
+    timing = Timing.of(seconds[1])
+    return {
+        "kind": "step",
+        "net": "resnet50",
+        "method": method,
+        "threads": launched,
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "peak_bytes": ours.peak_bytes,
+        "base_s": Timing.of(seconds[0]).median,
+        "base_peak_bytes": base.peak_bytes,
+    }

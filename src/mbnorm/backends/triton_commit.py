@@ -1,0 +1,164 @@
+"""The commit of `mbnorm.memory` as a Triton kernel, after a forward."""
+
+import triton
+import triton.language as tl
+
+from mbnorm.backends.triton_memory import note_of_average
+
+
+@triton.jit
+def _averages_after(
+    statistics,
+    running_mean,
+    running_var,
+    weight,
+    correction,
+    channel,
+    channels,
+    BLENDED: tl.constexpr,
+    REPLACES: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """Return the averages for inference as they are once this forward is in them."""
+    there = channel < channels
+    row = statistics + (2 * channels if BLENDED else 0) + channel
+    mean = tl.load(row, mask=there, other=0.0)
+    var = tl.load(row + channels, mask=there, other=0.0) * correction
+    if not REPLACES:
+        old_mean = tl.load(running_mean + channel, mask=there, other=0.0)
+        old_var = tl.load(running_var + channel, mask=there, other=0.0)
+        rest = 1.0 - weight
+        away = mean - old_mean
+        mean = weight * mean + rest * old_mean
+        var = weight * var + rest * old_var
+        if POOLED:
+            var += weight * rest * away * away
+    return mean, var
+
+
+@triton.jit(do_not_specialize=["n", "slot"])
+def commit(
+    statistics,
+    memory_mean,
+    memory_var,
+    counts,
+    counter,
+    running_mean,
+    running_var,
+    batches,
+    skipped,
+    new_weight: tl.float64,
+    early: tl.float64,
+    n,
+    size,
+    history,
+    fixed_weight: tl.float64,
+    past,
+    batch_weight,
+    log,
+    log_counters,
+    slot,
+    channels,
+    BLENDED: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    EARLY: tl.constexpr,
+    REPLACES: tl.constexpr,
+    POOLED: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store a forward in a memory, a ring if it has ``counts``, and in the averages, if all of it is finite.
+
+    One program does it: what one channel has decides on all of them. What the forward has read of a moving
+    average is written elsewhere before it is overwritten.
+    """
+    before = tl.load(batches).to(tl.float64)
+    # the zero, since a float alone is float32 where kernels are interpreted
+    weight = 0.0 * before + new_weight
+    if EARLY:
+        weight = tl.maximum(weight, early / (before + early))
+    weight = weight.to(STATE)
+    correction = (0.0 * before + 1.0).to(STATE)
+    if UNBIASED:
+        values = tl.cast(n, tl.float64)
+        correction = (values / tl.maximum(values - 1.0, 1.0)).to(STATE)
+    lanes = tl.arange(0, BLOCK_C)
+    wrong = tl.zeros((BLOCK_C,), tl.int32)
+    for first in range(0, channels, BLOCK_C):
+        channel = first + lanes
+        there = channel < channels
+        if counts is None:
+            note_of_average(
+                memory_mean,
+                memory_var,
+                counter,
+                history,
+                fixed_weight,
+                past,
+                batch_weight,
+                running_mean,
+                running_var,
+                batches,
+                skipped,
+                log,
+                log_counters,
+                slot,
+                channel,
+                channels,
+            )
+        mean, var = _averages_after(
+            statistics,
+            running_mean,
+            running_var,
+            weight,
+            correction,
+            channel,
+            channels,
+            BLENDED,
+            REPLACES,
+            POOLED,
+        )
+        blended = statistics + 2 * channels + channel
+        finite = (tl.abs(mean) < float("inf")) & (tl.abs(var) < float("inf"))
+        finite &= tl.abs(tl.load(blended, mask=there, other=0.0)) < float("inf")
+        finite &= tl.abs(tl.load(blended + channels, mask=there, other=0.0)) < float("inf")
+        wrong += tl.where(there & (finite == 0), 1, 0)
+    finite = tl.sum(wrong, 0) == 0
+    here = tl.load(counter)
+    if counts is None:
+        row = 0
+        stored = statistics + 2 * channels
+    else:
+        row = here % size
+        stored = statistics
+    for first in range(0, channels, BLOCK_C):
+        channel = first + lanes
+        there = channel < channels
+        mean, var = _averages_after(
+            statistics,
+            running_mean,
+            running_var,
+            weight,
+            correction,
+            channel,
+            channels,
+            BLENDED,
+            REPLACES,
+            POOLED,
+        )
+        mask = there & finite
+        place = row * channels + channel
+        tl.store(memory_mean + place, tl.load(stored + channel, mask=there, other=0.0), mask=mask)
+        tl.store(memory_var + place, tl.load(stored + channels + channel, mask=there, other=0.0), mask=mask)
+        tl.store(running_mean + channel, mean, mask=mask)
+        tl.store(running_var + channel, var, mask=mask)
+    # every thread has read these scalars for itself, and one of them writes them
+    tl.debug_barrier()
+    if counts is None:
+        tl.store(counter, 1, mask=finite)
+    else:
+        tl.store(counts + row, tl.cast(n, STATE), mask=finite)
+        tl.store(counter, here + 1, mask=finite)
+    stores = finite.to(tl.int64)
+    tl.store(batches, tl.load(batches) + stores)
+    tl.store(skipped, tl.load(skipped) + 1 - stores)
