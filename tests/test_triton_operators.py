@@ -52,7 +52,7 @@ def test_the_operators_that_write_memories_are_well_formed(shape, layout, dtype)
     channels = shape[1]
     x = make_input(shape, dtype, layout).to(DEVICE)
     log = torch.zeros(3, 4, channels, device=DEVICE), torch.zeros(3, 3, dtype=torch.int64, device=DEVICE), 1
-    rest = (*averages_of(torch.float32, channels, DEVICE), *log, True, False, True, None, True)
+    rest = (*averages_of(torch.float32, channels, DEVICE), *log, True, False, True, 0.0, True, 1.0)
     first = (x, None, None, True, EPS)
     ring, average = (memory_of(kind, torch.float32, channels, device=DEVICE) for kind in ("ring", "average"))
     weight = torch.tensor(0.5, device=DEVICE)
@@ -64,7 +64,7 @@ def test_state_that_cannot_be_written_in_place_is_refused():
     x = make_input((6, 11), torch.float32).to(DEVICE)
     memory, averages = memory_of("average", torch.float32, device=DEVICE), averages_of(torch.float32)
     averages = averages._replace(mean=torch.zeros(22, device=DEVICE)[::2])
-    update = (None, None, 0, True, False, False, 0.1, False)
+    update = (None, None, 0, True, False, False, 0.1, False, 0.0)
     with pytest.raises(RuntimeError, match=r"contiguous state in torch.float32 .* strides \(2,\)"):
         kernels.forward_with_average(x, None, None, True, EPS, *memory, 0.5, *averages, *update)
 
