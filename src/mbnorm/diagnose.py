@@ -125,7 +125,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if verdict == "fine":
         reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
     return LayerDiagnosis(
-        name, own, noise, verdict, recommendation, memory_size, ideal_batch_size, "; ".join(reasons)
+        name, own, noise, verdict, recommendation, memory_size, ideal_batch_size, stale, "; ".join(reasons)
     )
 
 
@@ -174,37 +174,41 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     return words
 
 
-def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | None, int | None, str]:
+def _overall(
+    layers: tuple[LayerDiagnosis, ...],
+) -> tuple[Recommendation, int | None, int | None, bool, str]:
     memory_size = _largest(layer.memory_size for layer in layers)
     ideal_batch_size = _largest(layer.ideal_batch_size for layer in layers)
     wanted = {layer.recommendation for layer in layers}
     noisy = sum(layer.ideal_batch_size is not None for layer in layers)
+    stale = sum(layer.stale for layer in layers)
     of_all = f"{noisy} of {len(layers)} layers normalize training batches with too few effective values"
+    first = f"; recalibrate before you evaluate this net: {stale} layers are stale" if stale else ""
     if "memorized" in wanted:
         return (
             "memorized",
             memory_size,
             ideal_batch_size,
+            stale > 0,
             f'recommended: mbnorm.convert(model, "memorized", memory_size={memory_size}, '
             f'inference="ema"), or shuffled batches of {ideal_batch_size}: {of_all}, and their values are '
-            'worth so little that the blend of "matched", which goes by their number, is not enough',
+            f'worth so little that the blend of "matched", which goes by their number, is not enough{first}',
         )
     if "matched" in wanted:
         batches = f"shuffled batches of {ideal_batch_size}"
-        reason = f'recommended: mbnorm.convert(model, "matched"), or {batches}: {of_all}'
-        return "matched", None, ideal_batch_size, reason
-    if "recalibrate" in wanted:
-        stale = sum(layer.recommendation == "recalibrate" for layer in layers)
+        reason = f'recommended: mbnorm.convert(model, "matched"), or {batches}: {of_all}{first}'
+        return "matched", None, ideal_batch_size, stale > 0, reason
+    if stale:
         reason = (
             f"recommended: mbnorm.recalibrate(model, batches): {stale} of {len(layers)} layers have running "
             "statistics that are not those of the data"
         )
-        return "recalibrate", None, None, reason
+        return "recalibrate", None, None, True, reason
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = f"recommended: no other normalization: enough effective values in all {len(layers)} layers"
     if broken:
         reason = f"recommended: mend the {broken} layers with dead or exploding channels first"
-    return "none", None, None, reason
+    return "none", None, None, False, reason
 
 
 def _channels(indices: tuple[int, ...]) -> str:

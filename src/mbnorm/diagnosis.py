@@ -26,7 +26,8 @@ class LayerDiagnosis:
         memory_size: of "memorized", else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
             needs none now.
-        reason: both in words.
+        stale: whether the running statistics are so far off, whatever the verdict.
+        reason: all in words.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerDiagnosis:
     recommendation: Recommendation
     memory_size: int | None
     ideal_batch_size: int | None
+    stale: bool
     reason: str
 
 
@@ -50,6 +52,8 @@ class Diagnosis:
             "recalibrate", else "none".
         memory_size: of "memorized": the largest that a layer needs.
         ideal_batch_size: the largest that a layer needs; None if none does.
+        stale: whether a layer's running statistics are: then `mbnorm.recalibrate` before evaluating this net
+            as it is, whatever is recommended for its training.
         reason: in words.
     """
 
@@ -58,6 +62,7 @@ class Diagnosis:
     recommendation: Recommendation
     memory_size: int | None
     ideal_batch_size: int | None
+    stale: bool
     reason: str
 
     def __str__(self) -> str:

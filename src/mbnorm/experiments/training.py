@@ -56,7 +56,7 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     """
     start = time.perf_counter()
     try:
-        model, data, train_loss = _fit(run, accelerator)
+        model, data, train_loss = fit(run, accelerator)
     except ValueError as error:
         return Outcome("failed", _seconds_since(start), error=str(error).partition("\n")[0])
     in_train_mode = train_mode_loss(model, data, run.setting)
@@ -74,15 +74,19 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     )
 
 
-def _fit(run: Run, accelerator: str) -> tuple[nn.Module, Data, float]:
-    """Return the trained net, the data it was trained on, and the mean loss of the last epoch."""
+def fit(run: Run, accelerator: str = "cpu", model: nn.Module | None = None) -> tuple[nn.Module, Data, float]:
+    """Return the trained net, the data it was trained on, and the mean loss of the last epoch.
+
+    A given ``model``, on the CPU, is trained in place of the run's own.
+    """
     # takes seconds, and the process that hands out the runs never trains
     from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator=accelerator, devices=1)
     setting = run.setting
     data = load(setting.data).to(fabric.device)
-    model = initial_model(run)
+    if model is None:
+        model = initial_model(run)
     accumulated = batches_a_step(run.method, setting.batch_size)
     plain_optimizer = torch.optim.SGD(
         model.parameters(),

@@ -9,7 +9,17 @@ import torch
 import typer
 
 from mbnorm.experiments.bench.rows import Row, machine
-from mbnorm.experiments.claims import batch_size, cost, gap, noise, rates, sampling, staleness, suite
+from mbnorm.experiments.claims import (
+    batch_size,
+    cost,
+    gap,
+    noise,
+    rates,
+    recommendation,
+    sampling,
+    staleness,
+    suite,
+)
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw
 from mbnorm.experiments.commands.options import choice
 
@@ -22,6 +32,7 @@ CLAIMS: dict[str, Claim] = {
     "rates": rates.CLAIM,
     "cost": cost.CLAIM,
     "suite": suite.CLAIM,
+    "recommendation": recommendation.CLAIM,
 }
 
 
