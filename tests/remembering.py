@@ -5,7 +5,7 @@ import torch
 from helpers import layout_id
 
 from mbnorm.backends import cpu
-from mbnorm.memory import InferenceAverages, InferenceUpdate, MovingAverage, RecentBatches, commit
+from mbnorm.memory import CUMULATIVE, InferenceAverages, InferenceUpdate, MovingAverage, RecentBatches, commit
 
 EPS = 1e-3
 SHAPE = (6, 11, 3)
@@ -52,7 +52,7 @@ def fused(kernels, x, parameters, state, how_read, variance, update, *, store=Tr
     memory, averages = state
     ring = isinstance(memory, RecentBatches)
     operator = kernels.forward_with_ring if ring else kernels.forward_with_average
-    blended, unbiased, weight, rule = update
+    blended, unbiased, weight, rule, early = update
     result = operator(
         x,
         *parameters,
@@ -67,6 +67,7 @@ def fused(kernels, x, parameters, state, how_read, variance, update, *, store=Tr
         unbiased,
         weight,
         rule == "pooled",
+        early,
     )
     if kernels is not cpu:
         return result
@@ -90,8 +91,9 @@ def step_by_step(kernels, x, parameters, state, how_read, variance, update):
 BAD = (torch.nan, torch.inf, -torch.inf)
 UPDATES = [
     InferenceUpdate(False, False, 0.1, "averaged"),
-    InferenceUpdate(False, True, None, "averaged"),
+    CUMULATIVE,
     InferenceUpdate(False, True, 1.0, "averaged"),
     InferenceUpdate(True, False, 1.0, "averaged"),
     InferenceUpdate(False, False, 0.2, "pooled"),
+    InferenceUpdate(False, False, 0.55, "pooled", early=4.0),
 ]

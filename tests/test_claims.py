@@ -5,8 +5,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from mbnorm import cli
-from mbnorm.experiments.claims import recommendation, suite
+from mbnorm import cli, convert
+from mbnorm.experiments.claims import averages, recommendation, suite
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw, mean_and_spread
 from mbnorm.experiments.claims.noise import (
     layer_inputs,
@@ -22,8 +22,8 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import Outcome, initial_model
 
 on_every_claim = pytest.mark.parametrize("name", CLAIMS)
-OTHERS = ("staleness", "noise", "recommendation")
-OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125)
+OTHERS = ("staleness", "noise", "averages", "recommendation")
+OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +204,51 @@ def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_
     assert f"| {SMALLEST} | matched" in text
     draw(claim, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_half_of_the_test_images_says_which_number_of_values_is_better():
+    rows = rows_of("suite")
+    for row in rows:
+        if row["method"] == "matched-32":
+            row["even_accuracy"], row["odd_accuracy"] = 92.0, 80.0
+    (_, halves, _) = CLAIMS["suite"].tables(rows)
+    count = len(suite.SETTINGS)
+    assert halves[1] == [
+        ["even", "91.00", f"0 of {count}", "92.00", f"{count} of {count}"],
+        ["odd", "89.00", f"{count} of {count}", "80.00", f"0 of {count}"],
+    ]
+
+
+def test_averages_are_followed_as_the_layer_itself_has_them():
+    layers = [torch.nn.BatchNorm2d(3) for _ in averages.EARLY_WEIGHTS]
+    followed = []
+    for early, layer in zip(averages.EARLY_WEIGHTS, layers, strict=True):
+        convert(layer, "matched", early_weight=early)
+        followed.append(averages.Averages(layer))
+    for step in range(20):
+        for layer in layers:
+            layer.train(step % 5 != 4)(normal(2, 3, 4, 4) * (1 + step) + step)
+    for number, layer in enumerate(layers):
+        torch.testing.assert_close(followed[0].of[number].mean, layer.running_mean)
+        torch.testing.assert_close(followed[0].of[number].var, layer.running_var)
+
+
+def test_the_table_of_averages_says_how_far_above_exact_statistics_they_are(tmp_path):
+    of = dict.fromkeys((*averages.NAMES, averages.MEMORY), 0.75) | {"8": 0.25, averages.EXACT: 0.5}
+    rows = [{**asdict(s), "seed": seed, "losses": of} for s in averages.SETTINGS for seed in (0, 1)]
+    ((_, lines),) = averages.CLAIM.tables(rows)
+    assert len(lines) == len(averages.SETTINGS) + 2
+    for line in lines:
+        assert line[2:] == ["+0.250"] * 4 + ["-0.250"] + ["+0.250"] * 2
+    draw(averages.CLAIM, rows, tmp_path / "plot.png")
+
+
+def test_a_training_ends_with_the_averages_that_were_followed():
+    setting = Setting("mlp", 8, "shuffled", 0.0125, 1)
+    found = averages.losses(setting, 0)
+    (row,) = trained([Run("matched", setting, 0)], lambda _: None, [])
+    assert found["8"] == pytest.approx(row["eval_mode_loss"], rel=1e-4)
+    assert len({round(loss, 6) for loss in found.values()}) > 4
 
 
 def tiny(rows_before):

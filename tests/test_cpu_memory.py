@@ -36,7 +36,7 @@ def test_one_operator_commits_the_batch_of_all_ranks(kind, how_read, update, var
     memory, averages = memory_of(kind, dtype), averages_of(dtype)
     wanted = copy_of(memory), copy_of(averages)
     operator = cpu.commit_to_ring if kind == "ring" else cpu.commit_to_average
-    blended, unbiased, weight, rule = update
+    blended, unbiased, weight, rule, early = update
     for step in range(12):
         x = make_input((2 + step % 3, *SHAPE[1:]), dtype, seed=step)
         if step % 4 == 1:
@@ -45,7 +45,7 @@ def test_one_operator_commits_the_batch_of_all_ranks(kind, how_read, update, var
             sums_of(local_statistics(part), part.numel() // SHAPE[1], len(part))
             for part in (x[:1], x[1:], x[:0])
         ]
-        rules = (blended, unbiased, weight, rule == "pooled")
+        rules = (blended, unbiased, weight, rule == "pooled", early)
         operator(sum(ranks), variance == "pooled", *memory, *how_read, *averages, *rules)
         step_by_step(x, (None, None), wanted, how_read, variance, update)
         assert_close((*memory, *averages), (*wanted[0], *wanted[1]))
@@ -95,12 +95,12 @@ def test_a_log_that_does_not_fit_is_refused():
 def test_the_operators_are_well_formed(dtype):
     x, parameters = make_input(SHAPE, dtype), make_parameters(SHAPE[1], dtype)
     log = (torch.zeros(3, 4, SHAPE[1], dtype=dtype), torch.zeros(3, 3, dtype=torch.int64), 1)
-    rest = (*averages_of(dtype), *log, True, False, True, None, True)
+    rest = (*averages_of(dtype), *log, True, False, True, 0.1, True, 2.0)
     operators = torch.ops.mbnorm_cpu
     first = (x, *parameters, True, EPS)
     opcheck(operators.forward_with_ring.default, (*first, *memory_of("ring", dtype), 3, 0.9, *rest))
     opcheck(operators.forward_with_average.default, (*first, *memory_of("average", dtype), 0.5, *rest))
     sums = sums_of(local_statistics(x), 18, 6), True
-    rest = (*averages_of(dtype), False, True, None, True)
+    rest = (*averages_of(dtype), False, True, 0.1, True, 2.0)
     opcheck(operators.commit_to_ring.default, (*sums, *memory_of("ring", dtype), 3, 0.9, *rest))
     opcheck(operators.commit_to_average.default, (*sums, *memory_of("average", dtype), 0.5, *rest))

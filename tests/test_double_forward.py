@@ -25,6 +25,11 @@ from mbnorm import (
 METHODS = {
     "momentum": (MomentumBatchNorm1d, reference.MomentumNorm, {"history_weight": 0.75}),
     "matched": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64}),
+    "matched-early": (
+        MomentumBatchNorm1d,
+        reference.MomentumNorm,
+        {"matched_values": 64, "early_weight": 8.0},
+    ),
     "memorized": (MemorizedBatchNorm1d, reference.MemorizedNorm, {"memory_size": 7}),
     "memorized-ema": (
         MemorizedBatchNorm1d,

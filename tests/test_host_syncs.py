@@ -16,6 +16,7 @@ from mbnorm.backends import triton
 METHODS = {
     "momentum": (MomentumBatchNorm2d, {"history_weight": 0.5}),
     "matched": (MomentumBatchNorm2d, {"matched_values": 128}),
+    "matched, early": (MomentumBatchNorm2d, {"matched_values": 128, "early_weight": 8.0}),
     "memorized": (MemorizedBatchNorm2d, {"memory_size": 4}),
     "memorized, ema": (MemorizedBatchNorm2d, {"memory_size": 4, "memory_values": 32}),
 }

@@ -15,6 +15,9 @@ MOMENTUM_OPTIONS = [
     {"history_weight": 0.6, "momentum": 0.3},
     {"matched_values": 64},
     {"matched_values": 8, "momentum": 0.2},
+    {"matched_values": 64, "early_weight": 1.0},
+    {"matched_values": 64, "early_weight": 4.5, "momentum": 0.9},
+    {"history_weight": 0.75, "early_weight": 3.0, "momentum": 0.4},
 ]
 MEMORIZED_OPTIONS = [
     {"memory_size": 1},
@@ -41,6 +44,8 @@ def pairs():
         yield pytest.param("Memorized", reference.MemorizedNorm, options, id=f"memorized-{name(options)}")
     for momentum in ANY_MOMENTUM:
         options = {"history_weight": 0.75, "momentum": momentum}
+        yield pytest.param("Momentum", reference.MomentumNorm, options, id=f"momentum-{name(options)}")
+        options = {"matched_values": 64, "early_weight": 8.0, "momentum": momentum}
         yield pytest.param("Momentum", reference.MomentumNorm, options, id=f"momentum-{name(options)}")
         options = {"memory_size": 4, "momentum": momentum}
         yield pytest.param("Memorized", reference.MemorizedNorm, options, id=f"memorized-{name(options)}")

@@ -169,15 +169,25 @@ def averages():
     return InferenceAverages(torch.zeros(1), torch.ones(1), zero, zero.clone())
 
 
-def blend_in(state, mean, var, weight, variance="averaged"):
-    state.commit(YES, *state.after(torch.tensor([mean]), torch.tensor([var]), weight, variance))
+def blend_in(state, mean, var, weight, variance="averaged", early=0.0):
+    state.commit(YES, *state.after(torch.tensor([mean]), torch.tensor([var]), weight, variance, early))
 
 
-def test_inference_averages_without_a_weight_are_cumulative():
+def test_inference_averages_where_a_batch_weighs_as_much_as_any_before_are_cumulative():
     state = averages()
     for value in (1.0, 2.0, 6.0):
-        blend_in(state, value, value, None)
+        blend_in(state, value, value, 0.0, early=1.0)
     assert (state.mean.item(), state.var.item(), int(state.batches)) == (3.0, 3.0, 3)
+
+
+def test_the_first_of_early_batches_takes_all_the_weight_and_later_ones_less_down_to_the_given_one():
+    state, found = averages(), []
+    for _ in range(5):
+        blend_in(state, 0.0, 1.0, 0.5, early=2.0)
+        state.mean.fill_(0.0)
+        found.append(state.after(torch.tensor([1.0]), torch.tensor([1.0]), 0.5, "averaged", 2.0)[0].item())
+    # after 1, 2, ... batches; 2 / (3 + 2) would be less than 0.5
+    assert found == [torch.tensor(2 / 3).item(), 0.5, 0.5, 0.5, 0.5]
 
 
 def test_inference_averages_of_moments_count_the_spread_of_the_means():

@@ -142,7 +142,9 @@ momentum_options = st.one_of(
             "variance": st.sampled_from(["averaged", "pooled"]),
         }
     ),
-    st.fixed_dictionaries({"matched_values": st.integers(1, 200)}),
+    st.fixed_dictionaries(
+        {"matched_values": st.integers(1, 200), "early_weight": st.sampled_from([0.0, 1.0, 8.0])}
+    ),
 )
 memorized_options = st.fixed_dictionaries(
     {

@@ -15,7 +15,7 @@ from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, reference
 LAYERS = {
     "momentum": ("Momentum", {"history_weight": 0.7}),
     "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance": "pooled"}),
-    "matched": ("Momentum", {"matched_values": 64}),
+    "matched": ("Momentum", {"matched_values": 64, "early_weight": 8.0}),
     "memorized": ("Memorized", {"memory_size": 3}),
     "averaged": ("Memorized", {"memory_size": 3, "variance": "averaged"}),
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),

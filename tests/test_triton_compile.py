@@ -45,7 +45,7 @@ KERNELS = {
 VALUES = ("x", "y", "dy", "dx")
 SIZES = ("channels", "outer", "inner", "per_split", "splits", "n", "size", "limit", "slot")
 COUNTERS = ("filled", "position", "counter", "batches", "skipped", "log_counters")
-SCALARS = ("fixed_weight", "new_weight")
+SCALARS = ("fixed_weight", "new_weight", "early")
 OPTIONAL = {"weight": None, "bias": None, "history": None, "counts": None, "log": None, "log_counters": None}
 
 
@@ -63,7 +63,7 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
         "LOG2_DECAY": -0.5,
         "BLENDED": True,
         "UNBIASED": True,
-        "CUMULATIVE": False,
+        "EARLY": True,
         "REPLACES": False,
     }
     constants |= {"outer": 1} if rows else {}
@@ -93,7 +93,7 @@ def test_every_kernel_compiles_for_every_type_and_layout(name):
 def test_every_kernel_compiles_without_what_is_optional(name):
     kernel = KERNELS[name]
     without = {k: v for k, v in OPTIONAL.items() if name != "read_ring" or k != "counts"}
-    without |= {"POOLED": False, "LOG2_DECAY": 0.0, "CUMULATIVE": True, "REPLACES": True}
+    without |= {"POOLED": False, "LOG2_DECAY": 0.0, "EARLY": False, "REPLACES": True}
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **without)) > 1000
 
 

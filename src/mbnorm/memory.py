@@ -23,13 +23,19 @@ class InferenceUpdate(NamedTuple):
     """What a forward puts into the averages for inference.
 
     The blended statistics or the batch's own, with the variance corrected for the batch's size or not; their
-    weight (None: as much as each batch before) and the rule.
+    weight and the rule; and how many of the batches before they weigh at least, which matters while these are
+    few.
     """
 
     blended: bool
     unbiased: bool
-    weight: float | None
+    weight: float
     variance: Variance
+    early: float = 0.0
+
+
+CUMULATIVE = InferenceUpdate(blended=False, unbiased=True, weight=0.0, variance="averaged", early=1.0)
+"""Each batch weighs as much as any before."""
 
 
 class Past(NamedTuple):
@@ -203,15 +209,19 @@ class InferenceAverages(NamedTuple):
     batches: Tensor
     skipped: Tensor
 
-    def after(self, mean: Tensor, var: Tensor, weight: float | None, variance: Variance) -> Statistics:
+    def after(
+        self, mean: Tensor, var: Tensor, weight: float, variance: Variance, early: float = 0.0
+    ) -> Statistics:
         """Return the averages as they are once new statistics are blended in.
 
-        These weigh ``weight``, or as much as each batch before if it is None.
+        After t batches these weigh ``weight``, or early / (t + early) if that is more.
         """
         mean, var = mean.to(self.mean.dtype), var.to(self.mean.dtype)
         if weight == 1:
             return mean, var
-        factor = weight if weight is not None else 1 / (self.batches + 1).to(mean.dtype)
+        factor: Tensor | float = weight
+        if early:
+            factor = (early / (self.batches.to(mean.dtype) + early)).clamp_min(weight)
         return blend(mean, var, self.mean, self.var, factor, variance)
 
     def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -254,7 +264,7 @@ def commit(
     mean, var = blended if update.blended else batch
     if update.unbiased and n > 1:
         var = var * (n / (n - 1))
-    running = averages.after(mean, var, update.weight, update.variance)
+    running = averages.after(mean, var, update.weight, update.variance, update.early)
     finite = torch.isfinite(torch.stack((*blended, *running))).all()
     memory.commit(finite, batch, blended, n)
     averages.commit(finite, *running)

@@ -129,6 +129,7 @@ class MomentumNorm(_Norm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        early_weight: float = 0.0,
         variance: str = "averaged",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -136,6 +137,7 @@ class MomentumNorm(_Norm):
         super().__init__(channels, eps=eps, momentum=momentum)
         self.history_weight = history_weight
         self.matched_values = matched_values
+        self.early_weight = early_weight
         self.variance = "pooled" if matched_values else variance
         self.M: Tensor | None = None
         self.V: Tensor | None = None
@@ -158,10 +160,13 @@ class MomentumNorm(_Norm):
         if self._raw_average(mB, vB, n):
             return y
         assert self.momentum is not None
+        tau = 1 - self.momentum
         if self.matched_values:
-            self._average(mB, vB, (1 - self.momentum) ** (x.shape[0] / 32), moments=True)
-        else:
-            self._average(mB, vB, 1 - self.momentum, moments=False)
+            tau **= x.shape[0] / 32
+        if self.early_weight:
+            t = self.batches - 1  # before this one
+            tau = min(tau, t / (t + self.early_weight))
+        self._average(mB, vB, tau, moments=bool(self.matched_values))
         return y
 
     def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]:

@@ -370,39 +370,39 @@ void commit_sums(const Tensor& sums, bool pooled, const Buffers& buffers, const 
                                     double history_weight, Tensor running_mean, Tensor running_var,
                                     Tensor batches, Tensor skipped, Optional log, Optional log_counters,
                                     int64_t slot, bool store, bool blended, bool unbiased,
-                                    std::optional<double> new_weight, bool new_pooled) {
+                                    double new_weight, bool new_pooled, double early) {
   return remember(x, weight, bias, pooled, eps, AverageBuffers{memory_mean, memory_var, filled, history_weight},
                   {running_mean, running_var, batches, skipped}, {log, log_counters, slot}, store,
-                  {blended, unbiased, new_pooled, new_weight});
+                  {blended, unbiased, new_pooled, new_weight, early});
 }
 
 [[gnu::cold]] Remembered ring_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
                                  Tensor memory_mean, Tensor memory_var, Tensor counts, Tensor position,
                                  int64_t limit, double decay, Tensor running_mean, Tensor running_var,
                                  Tensor batches, Tensor skipped, Optional log, Optional log_counters, int64_t slot,
-                                 bool store, bool blended, bool unbiased, std::optional<double> new_weight,
-                                 bool new_pooled) {
+                                 bool store, bool blended, bool unbiased, double new_weight,
+                                 bool new_pooled, double early) {
   return remember(x, weight, bias, pooled, eps,
                   RingBuffers{memory_mean, memory_var, counts, position, limit, decay, pooled},
                   {running_mean, running_var, batches, skipped}, {log, log_counters, slot}, store,
-                  {blended, unbiased, new_pooled, new_weight});
+                  {blended, unbiased, new_pooled, new_weight, early});
 }
 
 [[gnu::cold]] void commit_to_average_op(Tensor sums, bool pooled, Tensor memory_mean, Tensor memory_var,
                                         Tensor filled, double history_weight, Tensor running_mean,
                                         Tensor running_var, Tensor batches, Tensor skipped, bool blended,
-                                        bool unbiased, std::optional<double> new_weight, bool new_pooled) {
+                                        bool unbiased, double new_weight, bool new_pooled, double early) {
   commit_sums(sums, pooled, AverageBuffers{memory_mean, memory_var, filled, history_weight},
-              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight});
+              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight, early});
 }
 
 [[gnu::cold]] void commit_to_ring_op(Tensor sums, bool pooled, Tensor memory_mean, Tensor memory_var,
                                      Tensor counts, Tensor position, int64_t limit, double decay,
                                      Tensor running_mean, Tensor running_var, Tensor batches, Tensor skipped,
-                                     bool blended, bool unbiased, std::optional<double> new_weight,
-                                     bool new_pooled) {
+                                     bool blended, bool unbiased, double new_weight,
+                                     bool new_pooled, double early) {
   commit_sums(sums, pooled, RingBuffers{memory_mean, memory_var, counts, position, limit, decay, pooled},
-              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight});
+              {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight, early});
 }
 
 }  // namespace
@@ -422,23 +422,23 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
       "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, "
       "Tensor(h!)? log, Tensor(i!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-      "float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
+      "float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)");
   m.def(
       "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
       "float decay, Tensor(e!) running_mean, Tensor(f!) running_var, Tensor(g!) batches, "
       "Tensor(h!) skipped, Tensor(i!)? log, Tensor(j!)? log_counters, int slot, bool store, bool blended, "
-      "bool unbiased, float? new_weight, bool new_pooled) -> (Tensor, Tensor)");
+      "bool unbiased, float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)");
   m.def(
       "commit_to_average(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
       "Tensor(c!) filled, float history_weight, Tensor(d!) running_mean, Tensor(e!) running_var, "
-      "Tensor(f!) batches, Tensor(g!) skipped, bool blended, bool unbiased, float? new_weight, "
-      "bool new_pooled) -> ()");
+      "Tensor(f!) batches, Tensor(g!) skipped, bool blended, bool unbiased, float new_weight, "
+      "bool new_pooled, float early) -> ()");
   m.def(
       "commit_to_ring(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
       "Tensor(c!) counts, Tensor(d!) position, int limit, float decay, Tensor(e!) running_mean, "
       "Tensor(f!) running_var, Tensor(g!) batches, Tensor(h!) skipped, bool blended, bool unbiased, "
-      "float? new_weight, bool new_pooled) -> ()");
+      "float new_weight, bool new_pooled, float early) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {

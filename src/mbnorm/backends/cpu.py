@@ -35,10 +35,11 @@ _forward: Any = None
 _backward: Any = None
 forward_with_average: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, history_weight, running_mean,
-running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight, new_pooled) ->
-(y, record)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not; differentiable.
+running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight, new_pooled,
+early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not;
+differentiable.
 
-``blended`` to ``new_pooled`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
+``blended`` to ``early`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
 and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass
 raises its version. The state before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
 forward_with_ring: Any = None
@@ -51,8 +52,8 @@ differentiable_gradients: Any = None
 backends do not know one another."""
 commit_to_average: Any = None
 """``(sums, pooled, memory_mean, memory_var, filled, history_weight, running_mean, running_var, batches,
-skipped, blended, unbiased, new_weight, new_pooled)``: read a `mbnorm.memory.MovingAverage`, blend with it the
-batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
+skipped, blended, unbiased, new_weight, new_pooled, early)``: read a `mbnorm.memory.MovingAverage`, blend with
+it the batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
 commit_to_ring: Any = None
 """``(sums, pooled, memory_mean, memory_var, counts, position, limit, decay, running_mean, ...)``: the same
 with a `mbnorm.memory.RecentBatches`."""

@@ -101,7 +101,8 @@ void Ring<A>::store(const A* batch_mean, const A* batch_var, int64_t n) const {
 template <class A>
 bool Averages<A>::after(const A* new_mean, const A* new_var, int64_t n, const Update& update, A* next_mean,
                         A* next_var) const {
-  const double a = update.weight ? *update.weight : 1.0 / (*batches + 1), b = 1 - a,
+  const double early = update.early > 0 ? update.early / (*batches + update.early) : 0,
+               a = std::max(update.weight, early), b = 1 - a,
                between = update.pooled ? a * b : 0,
                correction = update.unbiased && n > 1 ? double(n) / double(n - 1) : 1;
   if (a == 1) {

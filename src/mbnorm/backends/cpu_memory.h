@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 namespace mbnorm {
 
@@ -33,7 +32,7 @@ struct Ring {
 // What goes into the averages for inference: InferenceUpdate.
 struct Update {
   bool blended, unbiased, pooled;
-  std::optional<double> weight;
+  double weight, early;
 };
 
 // InferenceAverages.

@@ -214,12 +214,13 @@ def commit(
     batches,
     skipped,
     new_weight: tl.float64,
+    early: tl.float64,
     n,
     size,
     channels,
     BLENDED: tl.constexpr,
     UNBIASED: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
     REPLACES: tl.constexpr,
     POOLED: tl.constexpr,
     STATE: tl.constexpr,
@@ -229,10 +230,13 @@ def commit(
 
     One program does it: what one channel has decides on all of them.
     """
-    batch = tl.load(batches).to(tl.float64) + 1.0
+    before = tl.load(batches).to(tl.float64)
     # the zero, since a float alone is float32 where kernels are interpreted
-    weight = (1.0 / batch if CUMULATIVE else 0.0 * batch + new_weight).to(STATE)
-    correction = (0.0 * batch + 1.0).to(STATE)
+    weight = 0.0 * before + new_weight
+    if EARLY:
+        weight = tl.maximum(weight, early / (before + early))
+    weight = weight.to(STATE)
+    correction = (0.0 * before + 1.0).to(STATE)
     if UNBIASED:
         values = tl.cast(n, tl.float64)
         correction = (values / tl.maximum(values - 1.0, 1.0)).to(STATE)

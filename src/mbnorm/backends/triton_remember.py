@@ -53,8 +53,9 @@ class _Normalized:
         store: bool,
         blended: bool,
         unbiased: bool,
-        new_weight: float | None,
+        new_weight: float,
         new_pooled: bool,
+        early: float,
     ) -> Remembered:
         """Normalize with what was read, and commit."""
         mean, var = self.past.unbind()
@@ -66,13 +67,14 @@ class _Normalized:
                 statistics,
                 *memory,
                 *averages,
-                1.0 if new_weight is None else new_weight,
+                new_weight,
+                early,
                 self.n,
                 size,
                 self.channels,
                 blended,
                 unbiased and self.n > 1,
-                new_weight is None,
+                early > 0,
                 new_weight == 1,
                 new_pooled,
                 triton_launch.STATES[self.dtype],
@@ -185,7 +187,7 @@ def _shapes(x: Tensor, *_: Any) -> Remembered:
 _AROUND = (
     "Tensor({}!) running_mean, Tensor({}!) running_var, Tensor({}!) batches, Tensor({}!) skipped, "
     "Tensor({}!)? log, Tensor({}!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-    "float? new_weight, bool new_pooled) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float new_weight, bool new_pooled, float early) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library: Any = torch.library.Library("mbnorm_triton", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(

@@ -148,17 +148,18 @@ def batches_a_step(method: Method, batch_size: int) -> int:
 def before_training(method: Method, model: nn.Module, inputs: Tensor) -> None:
     """Give frozen layers the statistics of the training data under the initial weights."""
     if method == "frozen":
-        recalibrate(model.eval(), _in_random_order(inputs))
+        recalibrate(model.eval(), in_random_order(inputs))
         model.train()
 
 
 def after_training(method: Method, model: nn.Module, inputs: Tensor) -> None:
     """Give the layers the statistics of the training data under the final weights, if the method does."""
     if method == "batch+recalibrate":
-        recalibrate(model, _in_random_order(inputs))
+        recalibrate(model, in_random_order(inputs))
 
 
-def _in_random_order(inputs: Tensor) -> tuple[Tensor, ...]:
+def in_random_order(inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the inputs in parts, shuffled, as `recalibrate` wants them."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     return torch.split(inputs[order.to(inputs.device)], INPUTS_AT_ONCE)
 

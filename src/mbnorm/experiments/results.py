@@ -75,6 +75,9 @@ def _parsed(line: bytes) -> tuple[Run, Outcome]:
         raise ValueError(f"expected an object, got {record!r:.40}")
     # written when there were no other data
     record.setdefault("data", "digits")
+    # and when accuracy was that of all test images alone
+    record.setdefault("even_accuracy", None)
+    record.setdefault("odd_accuracy", None)
     setting = Setting(*(record[field.name] for field in fields(Setting)))
     outcome = Outcome(**{field.name: record[field.name] for field in fields(Outcome)})
     numbers = (outcome.accuracy, outcome.train_loss, outcome.train_mode_loss, outcome.eval_mode_loss)

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -38,7 +39,10 @@ Status: TypeAlias = Literal["ok", "diverged", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: accuracy in percent, mean losses; None is what is missing or not finite."""
+    """What a run came to: accuracy in percent, mean losses; None is what is missing or not finite.
+
+    Even and odd test images by themselves are for choices on the one half that the other confirms.
+    """
 
     status: Status
     seconds: float
@@ -47,6 +51,8 @@ class Outcome:
     train_loss: float | None = None
     train_mode_loss: float | None = None
     eval_mode_loss: float | None = None
+    even_accuracy: float | None = None
+    odd_accuracy: float | None = None
 
 
 def train(run: Run, accelerator: str = "cpu") -> Outcome:
@@ -60,24 +66,27 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     except ValueError as error:
         return Outcome("failed", _seconds_since(start), error=str(error).partition("\n")[0])
     in_train_mode = train_mode_loss(model, data, run.setting)
-    model.eval()
+    in_eval_mode = eval_mode_loss(model, data)
     with torch.no_grad():
-        eval_mode_loss = F.cross_entropy(logits_of(model, data.train_inputs), data.train_targets)
-        right = logits_of(model, data.test_inputs).argmax(1) == data.test_targets
+        right = (logits_of(model, data.test_inputs).argmax(1) == data.test_targets).float()
     return Outcome(
         "ok" if math.isfinite(train_loss) else "diverged",
         _seconds_since(start),
-        accuracy=100 * right.float().mean().item(),
+        accuracy=100 * right.mean().item(),
         train_loss=_finite(train_loss),
         train_mode_loss=_finite(in_train_mode),
-        eval_mode_loss=_finite(eval_mode_loss.item()),
+        eval_mode_loss=_finite(in_eval_mode),
+        even_accuracy=100 * right[::2].mean().item(),
+        odd_accuracy=100 * right[1::2].mean().item(),
     )
 
 
-def fit(run: Run, accelerator: str = "cpu", model: nn.Module | None = None) -> tuple[nn.Module, Data, float]:
+def fit(
+    run: Run, accelerator: str, watch: Callable[[nn.Module], None] = lambda _: None
+) -> tuple[nn.Module, Data, float]:
     """Return the trained net, the data it was trained on, and the mean loss of the last epoch.
 
-    A given ``model``, on the CPU, is trained in place of the run's own.
+    ``watch`` is given the net before training.
     """
     # takes seconds, and the process that hands out the runs never trains
     from lightning_fabric import Fabric
@@ -85,8 +94,8 @@ def fit(run: Run, accelerator: str = "cpu", model: nn.Module | None = None) -> t
     fabric = Fabric(accelerator=accelerator, devices=1)
     setting = run.setting
     data = load(setting.data).to(fabric.device)
-    if model is None:
-        model = initial_model(run)
+    model = initial_model(run)
+    watch(model)
     accumulated = batches_a_step(run.method, setting.batch_size)
     plain_optimizer = torch.optim.SGD(
         model.parameters(),
@@ -150,6 +159,13 @@ def net_for(run: Run, data: Data | Parts) -> nn.Module:
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits of all inputs, computed in parts that fit into memory."""
     return torch.cat([model(part) for part in torch.split(inputs, AT_ONCE)])
+
+
+@torch.no_grad()
+def eval_mode_loss(model: nn.Module, data: Data) -> float:
+    """Return the loss on the training inputs in eval mode, which the model is left in."""
+    logits = logits_of(model.eval(), data.train_inputs)
+    return F.cross_entropy(logits, data.train_targets).item()
 
 
 def _gathered(data: Data, batches: Tensor) -> "zip[tuple[Any, ...]]":

@@ -25,6 +25,7 @@ from mbnorm.functional import (
 from mbnorm.layers.state import StatefulBatchNorm
 from mbnorm.layers.undo import UndoLog
 from mbnorm.memory import (
+    CUMULATIVE,
     InferenceAverages,
     InferenceUpdate,
     Memory,
@@ -153,8 +154,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what the kernels that read and commit take after input, weight and bias."""
         averages = self._averages()
         log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
-        blended, unbiased, new_weight, rule = self._update(m)
-        update = (blended, unbiased, new_weight, rule == "pooled")
+        blended, unbiased, new_weight, rule, early = self._update(m)
+        update = (blended, unbiased, new_weight, rule == "pooled", early)
         rules = (self.variance == "pooled", self.eps)
         return *rules, *self._memory(), *self._how_read(n), *averages, *log, stores, *update
 
@@ -261,9 +262,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return self.tracks and not self._frozen
 
     def _update(self, m: int) -> InferenceUpdate:
-        if self.momentum is None or self.momentum == 1:
-            # update_bn and PreciseBN set these to read the raw statistics of each batch
-            return InferenceUpdate(False, True, self.momentum, "averaged")
+        # update_bn and PreciseBN set these to read the raw statistics of each batch
+        if self.momentum is None:
+            return CUMULATIVE
+        if self.momentum == 1:
+            return InferenceUpdate(False, True, 1.0, "averaged")
         return self._inference_update(m)
 
     @torch.no_grad()
@@ -305,6 +308,6 @@ class FusedForward(KernelForward):
         return y
 
 
-def moments_update(momentum: float, m: int) -> InferenceUpdate:
+def moments_update(momentum: float, m: int, early: float = 0.0) -> InferenceUpdate:
     """Return the update of averages of moments by a batch of ``m`` samples, its weight in proportion."""
-    return InferenceUpdate(False, False, 1 - (1 - momentum) ** (m / REFERENCE_BATCH), "pooled")
+    return InferenceUpdate(False, False, 1 - (1 - momentum) ** (m / REFERENCE_BATCH), "pooled", early)

@@ -1,5 +1,6 @@
 """Momentum batch normalization, with the paper's history weight or matched to a noise level."""
 
+import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -25,6 +26,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         "history_weight",
         "initial_history_weight",
         "matched_values",
+        "early_weight",
         "scheduled",
         "_steps_as_plain_bn",
         "_notices_before",
@@ -48,6 +50,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         bias: bool = True,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        early_weight: float = 0.0,
         variance: Variance | None = None,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
@@ -57,6 +60,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self.set_up(
             history_weight=history_weight,
             matched_values=matched_values,
+            early_weight=early_weight,
             variance=variance,
             backend=backend,
             process_group=process_group,
@@ -68,6 +72,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        early_weight: float = 0.0,
         variance: Variance | None = None,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
@@ -76,6 +81,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         """Check and set the options, and start with an empty memory."""
         if not 0 <= history_weight < 1:
             raise ValueError(f"history_weight must be in [0, 1), got {history_weight}")
+        if not 0 <= early_weight < math.inf:
+            raise ValueError(f"early_weight must be 0 or more, and finite, got {early_weight}")
         if matched_values is not None:
             if matched_values < 1:
                 raise ValueError(f"matched_values must be at least 1, got {matched_values}")
@@ -91,6 +98,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self._set_up_ranks(process_group, sync, backend)
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
+        self.early_weight = float(early_weight)
         self._steps_as_plain_bn = 0
         self._notices_before = 0
         self.scheduled = False
@@ -202,8 +210,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def _inference_update(self, m: int) -> InferenceUpdate:
         momentum = self.momentum or 0.0
         if self.matched_values is not None:
-            return moments_update(momentum, m)
-        return InferenceUpdate(False, False, momentum, "averaged")
+            return moments_update(momentum, m, self.early_weight)
+        return InferenceUpdate(False, False, momentum, "averaged", self.early_weight)
 
     def _notice_missing_schedule(self) -> None:
         # a forward without gradients, as a replay, is no step
@@ -221,7 +229,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
             method = f"matched_values={self.matched_values}"
         else:
             method = f"history_weight={_number(self.history_weight)}"
-        return f"{method}, variance={self.variance}, backend={self.backend}"
+        early = f", early_weight={self.early_weight:g}" if self.early_weight else ""
+        return f"{method}{early}, variance={self.variance}, backend={self.backend}"
 
 
 class _Notice:
@@ -280,6 +289,10 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         history_weight: the paper's :math:`\lambda` in [0, 1), kept as a 0-dim tensor to be changed in place.
         matched_values: N; sets :math:`\lambda = \max(0, (N-n)/(N+n))` for each batch of n values per
             channel, so that the noise is that of N values (64 to 256; 128 is a good choice).
+        early_weight: c; after t batches (num_batches_tracked) the next one weighs at least c / (t + c) in
+            running_mean and running_var, so that they forget torch's initial 0 and 1 at once, and early
+            batches soon. 1 averages all batches alike until ``momentum`` takes over, 8 the last fifth of
+            them or so, and 0, the default, is ``momentum`` alone.
         variance: "averaged" as above (the paper's), or "pooled", which adds the variance between the
             two means; None is "pooled" with ``matched_values`` and "averaged" without.
         backend: as in `mbnorm.functional.blended_batch_norm`.
@@ -294,7 +307,8 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``.
 
     Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small
-    Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis.
+    Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis. ``early_weight`` is
+    the polynomial-decay averaging of Shamir and Zhang, ICML 2013.
 
     >>> layer = MomentumBatchNorm2d(8, history_weight=0.75)
     >>> layer(torch.randn(2, 8, 4, 4)).shape

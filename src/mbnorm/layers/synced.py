@@ -260,8 +260,8 @@ class SyncedBatchNorm(HistoryBatchNorm):
                 self._enter_blended(late.past, pooled_of(sums, late.exchange.dtype), memory, averages)
                 return
             how_read = self._how_read(n) if self.past_depends_on_count else late.past
-            blended, unbiased, weight, rule = self._update(m)
-            rules = (blended, unbiased, weight, rule == "pooled")
+            blended, unbiased, weight, rule, early = self._update(m)
+            rules = (blended, unbiased, weight, rule == "pooled", early)
             self._commit_fused(sums, self.variance == "pooled", *memory, *how_read, *averages, *rules)
         finally:
             self.__dict__["momentum"] = present

@@ -11,13 +11,13 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from mbnorm import Diagnosis, convert, diagnose
+from mbnorm import Diagnosis, convert, diagnose, recalibrate
 from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.claims.trained import of_setting, where
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.grid import Run, Setting, linear_rate
-from mbnorm.experiments.methods import Method, after_training
+from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.sampling import Sampling, one_epoch
 from mbnorm.experiments.training import fit, initial_model, logits_of
 
@@ -89,17 +89,11 @@ def _untrained(setting: Setting, seed: int) -> Row:
 def _trained(candidate: str, setting: Setting, seed: int) -> Row:
     """Train a candidate, diagnose it, and measure it on both halves, as trained and recalibrated."""
     start = time.perf_counter()
-    method, _, size = candidate.partition(" ")
-    model = initial_model(Run("batch", setting, seed))
-    if method == "matched":
-        convert(model, "matched")
-    elif method == "memorized":
-        # as `diagnose` words it
-        convert(model, "memorized", memory_size=int(size), inference="ema")
-    _, data, loss = fit(Run(_trained_as(method), setting, seed), model=model)
+    run = Run("batch", setting, seed)
+    model, data, loss = fit(run, "cpu", lambda model: _convert(model, candidate))
     told = _told(model, setting, seed)
     accuracy = [_accuracy_of_halves(model.eval(), data)]
-    after_training("batch+recalibrate", model, data.train_inputs)
+    recalibrate(model, in_random_order(data.train_inputs))
     accuracy.append(_accuracy_of_halves(model, data))
     return {
         "candidate": candidate,
@@ -112,8 +106,13 @@ def _trained(candidate: str, setting: Setting, seed: int) -> Row:
     }
 
 
-def _trained_as(method: str) -> Method:
-    return "batch" if method == BATCH_NORM else "matched" if method == "matched" else "memorized"
+def _convert(model: nn.Module, candidate: str) -> None:
+    method, _, size = candidate.partition(" ")
+    if method == "matched":
+        convert(model, "matched")
+    elif method == "memorized":
+        # as `diagnose` words it
+        convert(model, "memorized", memory_size=int(size), inference="ema")
 
 
 def _told(model: nn.Module, setting: Setting, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from mbnorm.experiments.bench.rows import Row, machine
 from mbnorm.experiments.claims import (
+    averages,
     batch_size,
     cost,
     gap,
@@ -32,6 +33,7 @@ CLAIMS: dict[str, Claim] = {
     "rates": rates.CLAIM,
     "cost": cost.CLAIM,
     "suite": suite.CLAIM,
+    "averages": averages.CLAIM,
     "recommendation": recommendation.CLAIM,
 }
 

@@ -1,0 +1,141 @@
+"""How soon the averages for inference forget the start of a training, and what that costs eval mode."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from mbnorm import recalibrate
+from mbnorm.experiments.bench.rows import Row
+from mbnorm.experiments.claims import suite
+from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
+from mbnorm.experiments.claims.trained import of_setting, where
+from mbnorm.experiments.grid import Run, Setting, linear_rate
+from mbnorm.experiments.methods import in_random_order
+from mbnorm.experiments.training import eval_mode_loss, fit
+from mbnorm.layers.base import HistoryBatchNorm, moments_update
+from mbnorm.memory import InferenceAverages
+
+EARLY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+NAMES = tuple(f"{c:g}" for c in EARLY_WEIGHTS)
+MEMORY = "memory"
+EXACT = "exact"
+LONG = (
+    Setting("mlp", 2, "shuffled", 0.025, 10),
+    Setting("cnn", 4, "one-class", linear_rate(4), 8),
+    Setting("cnn", 4, "drifting", linear_rate(4), 6),
+)
+SETTINGS = (*suite.SETTINGS, *LONG)
+
+
+class Averages:
+    """The averages for inference of a noise-matched layer as each early weight would have them.
+
+    Args:
+        layer: is watched from now on, in train mode.
+    """
+
+    def __init__(self, layer: HistoryBatchNorm) -> None:
+        buffers: dict[str, Any] = layer._buffers
+        names = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+        self.layer = layer
+        self.of = [InferenceAverages(*(buffers[name].clone() for name in names)) for _ in EARLY_WEIGHTS]
+        layer.register_forward_pre_hook(self._follow)
+
+    @torch.no_grad()
+    def _follow(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not layer.training:
+            return
+        (x,) = inputs
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        for early, averages in zip(EARLY_WEIGHTS, self.of, strict=True):
+            _, _, weight, rule, early = moments_update(self.layer.momentum or 0.0, x.shape[0], early)
+            averages.commit(torch.tensor(True), *averages.after(mean, var, weight, rule, early))
+
+    def use(self, name: str) -> None:
+        """Let eval mode use the averages of an early weight, or the memory that training reads."""
+        buffers: dict[str, Any] = self.layer._buffers
+        if name == MEMORY:
+            mean, var = buffers["memory_mean"], buffers["memory_var"]
+        else:
+            mean, var, *_ = self.of[NAMES.index(name)]
+        buffers["running_mean"].copy_(mean)
+        buffers["running_var"].copy_(var)
+
+
+def losses(setting: Setting, seed: int) -> dict[str, float]:
+    """Train once, and return the eval-mode loss on the training images with each set of statistics."""
+    layers: list[Averages] = []
+
+    def watch(model: nn.Module) -> None:
+        layers.extend(Averages(m) for m in model.modules() if isinstance(m, HistoryBatchNorm))
+
+    model, data, _ = fit(Run("matched", setting, seed), "cpu", watch)
+    found = {}
+    for name in (*NAMES, MEMORY):
+        for layer in layers:
+            layer.use(name)
+        found[name] = eval_mode_loss(model, data)
+    recalibrate(model, in_random_order(data.train_inputs))
+    return found | {EXACT: eval_mode_loss(model, data)}
+
+
+def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    for seed in range(seeds):
+        for setting in SETTINGS:
+            if where(of_setting(known, setting), seed=seed):
+                continue
+            found = losses(setting, seed)
+            tell(
+                f"{setting}, seed {seed}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in found.items())
+            )
+            yield {**asdict(setting), "seed": seed, "losses": found}
+
+
+def above_exact(rows: Sequence[Row], setting: Setting, name: str) -> float:
+    """Return how far the loss is above that with exact statistics, as a mean over seeds."""
+    return fmean(row["losses"][name] - row["losses"][EXACT] for row in of_setting(rows, setting))
+
+
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    names = (*NAMES, MEMORY)
+    gaps = {setting: [above_exact(rows, setting, name) for name in names] for setting in SETTINGS}
+    lines = []
+    for setting, found in gaps.items():
+        exact = mean_and_spread([row["losses"][EXACT] for row in of_setting(rows, setting)], 3)
+        lines.append([str(setting), exact, *(f"{gap:+.3f}" for gap in found)])
+    columns = list(zip(*gaps.values(), strict=True))
+    lines.append(["mean", "", *(f"{fmean(column):+.3f}" for column in columns)])
+    lines.append(["largest", "", *(f"{max(column):+.3f}" for column in columns)])
+    return [(["setting", "exact", *(f"c = {name}" for name in NAMES), MEMORY], lines)]
+
+
+def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
+    (panel,) = panels
+    for setting in SETTINGS:
+        panel.plot(NAMES, [above_exact(rows, setting, name) for name in NAMES], "-", color="#bdbdbd")
+    means = [fmean(above_exact(rows, setting, name) for setting in SETTINGS) for name in NAMES]
+    panel.plot(NAMES, means, "ko-", label="mean over the settings (grey)")
+    panel.set_xlabel("early weight c")
+    panel.set_ylabel("eval-mode loss above that with exact statistics")
+
+
+CLAIM = Claim(
+    sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
+    measured=(
+        "Loss of eval mode on the training images, of nets trained with the noise-matched rule: with exact "
+        "statistics, recalibrated on shuffled images (mean ± standard deviation over the seeds), and how far "
+        "above that it is with the averages of each early weight c and with the memory that training reads. "
+        "All columns are of the same trainings. Less than exact can be: training has normalized with what "
+        "these averages follow, and with long-tailed batches exact statistics are of other images."
+    ),
+    rows=_rows,
+    tables=_tables,
+    draw=_draw,
+    panels=1,
+    resumes=True,
+)

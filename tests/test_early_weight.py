@@ -1,0 +1,161 @@
+"""The averages for inference with an early weight: where they begin, and what holds in the end."""
+
+import copy
+
+import pytest
+import torch
+from helpers import make_input
+from torch import nn
+
+import mbnorm
+from mbnorm import MomentumBatchNorm1d, MomentumSchedule, recalibrate
+
+LAST = 1 - 0.9 ** (2 / 32)
+"""What a batch of 2 weighs by momentum = 0.1 alone."""
+
+
+def batch(seed=0):
+    return make_input((2, 3), torch.float64, seed=seed)
+
+
+def matched(**options):
+    return MomentumBatchNorm1d(3, dtype=torch.float64, matched_values=64, **options)
+
+
+def weight_of(layer, x):
+    """What a batch weighs in the running mean of ``layer``, which is told it."""
+    before = layer.running_mean.clone()
+    layer(x)
+    return ((layer.running_mean - before) / (x.mean(0) - before))[0].item()
+
+
+@pytest.mark.parametrize("c", [0.5, 1, 8])
+def test_a_batch_weighs_c_of_those_before_it_and_never_less_than_by_momentum(c):
+    layer = matched(early_weight=c, momentum=0.9)
+    floor = 1 - 0.1 ** (2 / 32)
+    found = [weight_of(layer, batch(t) + t) for t in range(80)]
+    assert found == pytest.approx([max(floor, c / (t + c)) for t in range(80)])
+    assert found[-1] == pytest.approx(floor)
+
+
+def test_without_it_nothing_is_changed():
+    layer = matched()
+    assert [weight_of(layer, batch(t) + t) for t in range(5)] == pytest.approx([LAST] * 5)
+
+
+def test_nothing_is_left_of_the_initial_values_after_the_first_batch():
+    layer = matched(early_weight=8)
+    layer(batch())
+    torch.testing.assert_close(layer.running_mean, batch().mean(0))
+    torch.testing.assert_close(layer.running_var, batch().var(0, correction=0))
+
+
+def test_with_1_the_averages_are_those_of_all_values():
+    layer = matched(early_weight=1)
+    for t in range(20):
+        layer(batch(t) + t)
+    everything = torch.cat([batch(t) + t for t in range(20)])
+    torch.testing.assert_close(layer.running_mean, everything.mean(0))
+    torch.testing.assert_close(layer.running_var, everything.var(0, correction=0))
+
+
+@pytest.mark.parametrize(("batches", "weight"), [(100_000, LAST), (24, 8 / 32)])
+def test_a_trained_net_brings_its_count_along(batches, weight):
+    layer = nn.BatchNorm1d(3).double()
+    layer.num_batches_tracked.fill_(batches)
+    mbnorm.convert(layer, "matched")
+    assert weight_of(layer, batch()) == pytest.approx(weight)
+
+
+def test_a_checkpoint_of_torchs_brings_its_count_along():
+    stock, layer = nn.BatchNorm1d(3).double(), matched(early_weight=8)
+    stock.num_batches_tracked.fill_(24)
+    layer.load_state_dict(stock.state_dict())
+    assert weight_of(layer, batch()) == pytest.approx(8 / 32)
+
+
+def test_statistics_without_a_count_are_used_until_the_first_training_forward():
+    stock, layer = nn.BatchNorm1d(3).double(), matched(early_weight=8)
+    stock.running_mean.fill_(5.0)
+    state = stock.state_dict()
+    del state["num_batches_tracked"]
+    state._metadata[""]["version"] = 1
+    layer.load_state_dict(state)
+    assert (layer.running_mean == 5).all()
+    assert weight_of(layer, batch()) == pytest.approx(1.0)
+
+
+def test_a_saved_training_goes_on_where_it_was():
+    layer = matched(early_weight=8)
+    for t in range(5):
+        layer(batch(t))
+    twin = matched(early_weight=8)
+    twin.load_state_dict(copy.deepcopy(layer.state_dict()))
+    for t in range(5, 9):
+        layer(batch(t))
+        twin(batch(t))
+    assert torch.equal(layer.running_mean, twin.running_mean)
+    assert torch.equal(layer.running_var, twin.running_var)
+
+
+def test_after_a_reset_the_count_begins_anew():
+    layer = matched(early_weight=8)
+    for t in range(5):
+        layer(batch(t))
+    layer.reset_running_stats()
+    assert weight_of(layer, batch(9)) == pytest.approx(1.0)
+
+
+def test_a_batch_that_is_not_finite_does_not_count():
+    layer = matched(early_weight=8)
+    layer(batch())
+    layer(batch() * torch.nan)
+    assert weight_of(layer, batch(1)) == pytest.approx(8 / 9)
+
+
+def test_what_is_taken_back_does_not_count():
+    layer = matched(early_weight=8)
+    layer(batch())
+    layer(batch(1))
+    layer.undo(1)
+    assert weight_of(layer, batch(2)) == pytest.approx(8 / 9)
+
+
+def test_recalibration_leaves_the_count_alone():
+    layer = matched(early_weight=8)
+    for t in range(8):
+        layer(batch(t))
+    recalibrate(layer, [batch(t) for t in range(4)])
+    assert weight_of(layer, batch(9)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("momentum", "weight"), [(None, 1 / 6), (1.0, 1.0)])
+def test_momentum_of_none_and_of_1_mean_what_they_do_in_torch(momentum, weight):
+    layer = matched(early_weight=8)
+    for t in range(5):
+        layer(batch(t))
+    layer.momentum = momentum
+    assert weight_of(layer, batch(9)) == pytest.approx(weight)
+
+
+def test_momentum_of_0_stores_nothing():
+    layer = matched(early_weight=8, momentum=0)
+    layer(batch())
+    assert int(layer.num_batches_tracked) == 0
+    assert (layer.running_mean == 0).all()
+
+
+def test_a_schedule_sets_what_holds_in_the_end():
+    layer = MomentumBatchNorm1d(3, dtype=torch.float64, early_weight=1)
+    MomentumSchedule(layer, 10, batch_size=2)
+    found = [weight_of(layer, batch(t) + t) for t in range(3)]
+    assert found == pytest.approx([1, 1 / 2, 1 / 3])
+    layer.num_batches_tracked.fill_(100_000)
+    assert weight_of(layer, batch()) == pytest.approx(LAST)
+
+
+def test_it_goes_with_the_layer_that_is_reverted():
+    layer = nn.BatchNorm1d(3)
+    mbnorm.convert(layer, "matched")
+    mbnorm.revert(layer)
+    assert not hasattr(layer, "early_weight")
