@@ -149,26 +149,24 @@ def test_goals_are_differences_of_means():
 SMALLEST = Setting("mlp", 4, "shuffled", 0.0125, 1)
 
 
-def recommendation_rows(told, seeds=(0, 1), **accuracy):
-    """Rows of SMALLEST: (as trained, recalibrated) of each half by candidate, 90 % where nothing is said."""
+def recommendation_rows(told, **accuracy):
+    """Rows of SMALLEST: [as trained, recalibrated] of each half by candidate, 90 % where nothing is said."""
+    told = {"recommendation": told, "layers": 2, "matched_values": {"1": 40, "4": 20}}
     rows = []
-    for seed in seeds:
+    for seed in (0, 1):
         common = {**asdict(SMALLEST), "seed": seed}
         rows.append({**common, "candidate": "untrained", **told})
-        for candidate in dict.fromkeys((*recommendation.SWEEP, recommendation.method_of(told))):
+        for candidate in (*recommendation.SWEEP, "as told"):
             found = accuracy.get(candidate.replace(" ", "_"), [[90.0, 90.0], [90.0, 90.0]])
             rows.append({**common, "candidate": candidate, "accuracy": found, "stale": candidate == "batch"})
     return rows
 
 
-MEMORIZED = {"recommendation": "memorized", "memory_size": 21}
-
-
 def test_the_half_that_chooses_the_best_is_not_the_one_that_judges():
     rows = recommendation_rows(
-        MEMORIZED,
+        "matched",
         matched=[[96.0, 91.0], [97.0, 95.0]],
-        memorized_21=[[90.0, 94.0], [90.0, 90.0]],
+        as_told=[[90.0, 94.0], [90.0, 90.0]],
         memorized_64=[[91.0, 99.0], [91.0, 99.0]],
     )
     found = recommendation.compared(rows, SMALLEST)
@@ -178,15 +176,12 @@ def test_the_half_that_chooses_the_best_is_not_the_one_that_judges():
 
 
 def test_what_is_recommended_is_recalibrated_where_the_trained_net_is_stale():
-    rows = recommendation_rows({"recommendation": "none", "memory_size": None})
-    assert str(recommendation.recommended(rows, SMALLEST, 1)) == "batch norm, recalibrated"
-    rows = recommendation_rows(MEMORIZED)
-    assert str(recommendation.recommended(rows, SMALLEST, 1)) == "memorized 21"
-
-
-def test_recommendations_that_differ_between_seeds_are_counted():
-    choices = [recommendation.Choice(f"memorized {size}", size > 20) for size in (17, 22, 21)]
-    assert recommendation.in_words(choices) == "1 x memorized 17-22; 2 x memorized 17-22, recalibrated"
+    assert recommendation.in_words(recommendation_rows("none"), SMALLEST) == "batch norm, recalibrated"
+    rows = recommendation_rows("matched")
+    assert recommendation.in_words(rows, SMALLEST) == "matched in 2 of 2 layers"
+    rows[-1]["stale"] = True
+    told = "1 x matched in 2 of 2 layers; 1 x matched in 2 of 2 layers, recalibrated"
+    assert recommendation.in_words(rows, SMALLEST) == told
 
 
 def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_again(tmp_path, monkeypatch):
@@ -194,9 +189,10 @@ def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_
     claim = CLAIMS["recommendation"]
     told = []
     rows = list(claim.rows(1, told.append, []))
-    assert [row["candidate"] for row in rows] == ["untrained", *recommendation.SWEEP]
+    assert [row["candidate"] for row in rows] == ["untrained", "as told", *recommendation.SWEEP]
     assert rows[0]["recommendation"] == "matched"
-    assert len(told) == len(recommendation.SWEEP)
+    assert rows[0]["matched_values"].keys() == {"2", "5"}
+    assert len(told) == len(recommendation.SWEEP) + 1
     assert all(0 <= half <= 100 for row in rows[1:] for halves in row["accuracy"] for half in halves)
     (again,) = claim.rows(1, told.append, rows[:-1])
     assert (again["candidate"], again["accuracy"]) == (rows[-1]["candidate"], rows[-1]["accuracy"])

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.convert import IDEAL_BATCH_SIZE, MATCHED_VALUES
-from mbnorm.diagnosis import Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
+from mbnorm.convert import IDEAL_BATCH_SIZE
+from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
 
@@ -36,8 +36,10 @@ def diagnose(
 
     :math:`\mathrm{Var}(m_b)` is measured between the batches: n_eff is n for independent values, less where
     they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
-    up for one another. A layer is noisy below 32 used values. "matched" is recommended where its blend, which
-    goes by n, mends that, and "memorized" where it does not, with memory_size = 128 / n_eff.
+    up for one another. A layer is noisy below 32 used values, and what is recommended there has the noise
+    of 32, not less: "matched", which goes by n, with matched_values = 32 n / n_eff. `Diagnosis.convert`
+    does that. A layer is stale if its running statistics are off by more than those of 32 values would be,
+    and if eval mode with those of these batches is closer to train mode.
 
     The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
     far. So a layer's noise is its own, not that of those before it, and the running statistics are
@@ -70,9 +72,7 @@ def diagnose(
     }
     observe(model, batches, meters, forward, device)
     found = tuple(
-        _diagnosis(layers[layer] or "(the model itself)", meter)
-        for layer, meter in meters.items()
-        if meter.batches > 1
+        _diagnosis(layers[layer] or ITSELF, meter) for layer, meter in meters.items() if meter.batches > 1
     )
     if not found:
         most = max(meter.batches for meter in meters.values())
@@ -92,10 +92,10 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if noise.effective_values is not None and not frozen:
         used = noise.effective_values * noise.pooled_batches
         noisy = used < ENOUGH_VALUES
-    stale = _is_stale(noise)
+    stale = _is_stale(noise, frozen)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
-    memory_size = ideal_batch_size = None
+    matched_values = ideal_batch_size = None
     reasons = []
     if noise.exploding:
         verdict = "exploding"
@@ -108,7 +108,9 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         reasons.append(f"{_channels(noise.dead)} constant, so nothing gets through")
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
-        recommendation, memory_size = _method(noise, noise.effective_values)
+        recommendation = "matched"
+        # so that (N - n) / (N + n) is what n_eff values need
+        matched_values = math.ceil(ENOUGH_VALUES * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
     if stale:
@@ -125,25 +127,22 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if verdict == "fine":
         reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
     return LayerDiagnosis(
-        name, own, noise, verdict, recommendation, memory_size, ideal_batch_size, stale, "; ".join(reasons)
+        name, own, noise, verdict, recommendation, matched_values, ideal_batch_size, stale, "; ".join(reasons)
     )
 
 
-def _is_stale(noise: Noise) -> bool:
+def _is_stale(noise: Noise, frozen: bool) -> bool:
     """Whether running statistics are further off than those of enough values, and than can be measured."""
     mean, var = noise.running_mean_error, noise.running_var_error
     if mean is None or var is None or noise.effective_values is None:
         return False
     square = 1 / ENOUGH_VALUES + 1 / (noise.batches * noise.effective_values)
-    return mean**2 > square or var**2 > 2 * square
-
-
-def _method(noise: Noise, effective: float) -> tuple[Recommendation, int | None]:
-    gain = max(1.0, MATCHED_VALUES / noise.values)
-    if effective * gain >= ENOUGH_VALUES:
-        return "matched", None
-    # as many values as "matched" aims at
-    return "memorized", math.ceil(MATCHED_VALUES / effective)
+    if mean**2 <= square and var**2 <= 2 * square:
+        return False
+    if frozen or noise.mismatch is None or noise.recalibrated_mismatch is None:
+        return True
+    # the net has learned with what its layers normalize with: where that is stale too, the truth is no help
+    return noise.recalibrated_mismatch < noise.mismatch
 
 
 def _batches_alike(noise: Noise) -> bool:
@@ -174,41 +173,30 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     return words
 
 
-def _overall(
-    layers: tuple[LayerDiagnosis, ...],
-) -> tuple[Recommendation, int | None, int | None, bool, str]:
-    memory_size = _largest(layer.memory_size for layer in layers)
+def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | None, bool, str]:
     ideal_batch_size = _largest(layer.ideal_batch_size for layer in layers)
-    wanted = {layer.recommendation for layer in layers}
     noisy = sum(layer.ideal_batch_size is not None for layer in layers)
     stale = sum(layer.stale for layer in layers)
-    of_all = f"{noisy} of {len(layers)} layers normalize training batches with too few effective values"
-    first = f"; recalibrate before you evaluate this net: {stale} layers are stale" if stale else ""
-    if "memorized" in wanted:
-        return (
-            "memorized",
-            memory_size,
-            ideal_batch_size,
-            stale > 0,
-            f'recommended: mbnorm.convert(model, "memorized", memory_size={memory_size}, '
-            f'inference="ema"), or shuffled batches of {ideal_batch_size}: {of_all}, and their values are '
-            f'worth so little that the blend of "matched", which goes by their number, is not enough{first}',
+    if noisy:
+        reason = (
+            "recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled batches of "
+            f"{ideal_batch_size}: {noisy} of {len(layers)} layers normalize training batches with too few "
+            "effective values"
         )
-    if "matched" in wanted:
-        batches = f"shuffled batches of {ideal_batch_size}"
-        reason = f'recommended: mbnorm.convert(model, "matched"), or {batches}: {of_all}{first}'
-        return "matched", None, ideal_batch_size, stale > 0, reason
+        if stale:
+            reason += f"; to evaluate this net as it is, recalibrate: {stale} layers are stale"
+        return "matched", ideal_batch_size, stale > 0, reason
     if stale:
         reason = (
             f"recommended: mbnorm.recalibrate(model, batches): {stale} of {len(layers)} layers have running "
             "statistics that are not those of the data"
         )
-        return "recalibrate", None, None, True, reason
+        return "recalibrate", None, True, reason
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = f"recommended: no other normalization: enough effective values in all {len(layers)} layers"
     if broken:
         reason = f"recommended: mend the {broken} layers with dead or exploding channels first"
-    return "none", None, None, False, reason
+    return "none", None, False, reason
 
 
 def _channels(indices: tuple[int, ...]) -> str:

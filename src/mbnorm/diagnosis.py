@@ -5,10 +5,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from torch import nn
+
+from mbnorm.convert import ConversionReport, convert
 from mbnorm.noise import Noise
 
+ITSELF = "(the model itself)"
+"""The name of a batch norm that is no layer of a model."""
+
 Verdict: TypeAlias = Literal["fine", "noisy", "stale", "dead", "exploding"]
-Recommendation: TypeAlias = Literal["none", "matched", "memorized", "recalibrate"]
+Recommendation: TypeAlias = Literal["none", "matched", "recalibrate"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class LayerDiagnosis:
         verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
             than 32 effective values; "stale" if the running statistics are further from the truth than those
             of a batch of 32 values would be; else "fine". The first that applies.
-        recommendation: a method of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        memory_size: of "memorized", else None.
+        recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
+        matched_values: of "matched", else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
             needs none now.
         stale: whether the running statistics are so far off, whatever the verdict.
@@ -35,7 +41,7 @@ class LayerDiagnosis:
     noise: Noise
     verdict: Verdict
     recommendation: Recommendation
-    memory_size: int | None
+    matched_values: int | None
     ideal_batch_size: int | None
     stale: bool
     reason: str
@@ -48,9 +54,7 @@ class Diagnosis:
     Attributes:
         layers: in the model's order.
         unreached: names of the layers that no forward has reached.
-        recommendation: for the whole model: "memorized" if a layer needs it, else "matched", else
-            "recalibrate", else "none".
-        memory_size: of "memorized": the largest that a layer needs.
+        recommendation: for the whole model: "matched" if a layer needs it, else "recalibrate", else "none".
         ideal_batch_size: the largest that a layer needs; None if none does.
         stale: whether a layer's running statistics are: then `mbnorm.recalibrate` before evaluating this net
             as it is, whatever is recommended for its training.
@@ -60,10 +64,44 @@ class Diagnosis:
     layers: tuple[LayerDiagnosis, ...]
     unreached: tuple[str, ...]
     recommendation: Recommendation
-    memory_size: int | None
     ideal_batch_size: int | None
     stale: bool
     reason: str
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Convert the layers that need it, and no others, each to the matched_values that it needs.
+
+        A memory is of older weights, and what it is off by is passed on to the layers behind: so none where
+        a batch is worth enough, and none longer than it takes.
+
+        Args:
+            model: the one that was diagnosed, or another with layers of the same names.
+
+        Returns:
+            A report of what was converted, and what was not and why.
+
+        Raises:
+            ValueError: the model lacks a layer; nothing is converted then.
+
+        >>> import torch
+        >>> from mbnorm import diagnose
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> print(diagnose(model, torch.randn(100, 2, 4)).convert(model))
+        1 converted, 0 skipped
+          1: BatchNorm1d -> MomentumBatchNorm1d
+        """
+        modules = {name or ITSELF: module for name, module in model.named_modules()}
+        needing = [layer for layer in self.layers if layer.matched_values is not None]
+        for layer in needing:
+            if layer.name not in modules:
+                raise ValueError(f"the model has no layer {layer.name!r}, which was diagnosed")
+        report = ConversionReport()
+        for layer in needing:
+            found = convert(modules[layer.name], "matched", matched_values=layer.matched_values)
+            report.converted.update((layer.name, what) for what in found.converted.values())
+            report.skipped.update((layer.name, why) for why in found.skipped.values())
+            report.notes += [note.replace(ITSELF, layer.name) for note in found.notes]
+        return report
 
     def __str__(self) -> str:
         cells = [_HEADINGS, *(_cells(layer) for layer in self.layers)]
@@ -109,7 +147,7 @@ _TEXTS = (0, 1, 11, 12)
 
 def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
     noise = layer.noise
-    recommended = layer.recommendation + (f" ({layer.memory_size})" if layer.memory_size else "")
+    recommended = layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else "")
     return (
         layer.name,
         layer.kind,

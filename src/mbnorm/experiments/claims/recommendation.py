@@ -28,7 +28,8 @@ GOAL = 0.5
 """Points of accuracy that the recommended may stay behind the best."""
 UNTRAINED = "untrained"
 BATCH_NORM = "batch"
-SWEEP = (BATCH_NORM, "matched", *(f"memorized {size}" for size in MEMORY_SIZES))
+AS_TOLD = "as told"
+SWEEP = (BATCH_NORM, "matched", "matched 32", *(f"memorized {size}" for size in MEMORY_SIZES))
 """What is trained in every setting; each is measured as trained and recalibrated."""
 
 
@@ -57,7 +58,7 @@ class Choice:
     recalibrated: bool
 
     def __str__(self) -> str:
-        name = "batch norm" if self.candidate == BATCH_NORM else self.candidate
+        name = {BATCH_NORM: "batch norm", AS_TOLD: "layer by layer"}.get(self.candidate, self.candidate)
         return name + (", recalibrated" if self.recalibrated else "")
 
 
@@ -66,32 +67,28 @@ CHOICES = tuple(Choice(candidate, again) for candidate in SWEEP for again in (Fa
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
-    for setting in SETTINGS:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for setting in SETTINGS:
             done = where(of_setting(known, setting), seed=seed)
-            told = where(done, candidate=UNTRAINED)
-            if not told:
-                told = [_untrained(setting, seed)]
-                yield told[0]
-            for candidate in dict.fromkeys((*SWEEP, method_of(told[0]))):
+            before = _told(initial_model(Run("batch", setting, seed)), setting, seed)
+            if not where(done, candidate=UNTRAINED):
+                yield {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_in_short(before)}
+            told = (AS_TOLD,) if before.recommendation == "matched" else ()
+            for candidate in (*told, *SWEEP):
                 if where(done, candidate=candidate):
                     continue
-                row = _trained(candidate, setting, seed)
+                row = _trained(candidate, setting, seed, before)
                 tell(f"{candidate}, {setting}, seed {seed}: {row['accuracy']}, {row['seconds']} s")
                 yield row
 
 
-def _untrained(setting: Setting, seed: int) -> Row:
-    model = initial_model(Run("batch", setting, seed))
-    return {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_told(model, setting, seed)}
-
-
-def _trained(candidate: str, setting: Setting, seed: int) -> Row:
+def _trained(candidate: str, setting: Setting, seed: int, before: Diagnosis) -> Row:
     """Train a candidate, diagnose it, and measure it on both halves, as trained and recalibrated."""
     start = time.perf_counter()
     run = Run("batch", setting, seed)
-    model, data, loss = fit(run, "cpu", lambda model: _convert(model, candidate))
-    told = _told(model, setting, seed)
+    model, data, loss = fit(run, "cpu", lambda model: _convert(model, candidate, before))
+    # what else was trained is asked nothing
+    after = {"stale": _told(model, setting, seed).stale} if candidate in (BATCH_NORM, AS_TOLD) else {}
     accuracy = [_accuracy_of_halves(model.eval(), data)]
     recalibrate(model, in_random_order(data.train_inputs))
     accuracy.append(_accuracy_of_halves(model, data))
@@ -102,20 +99,21 @@ def _trained(candidate: str, setting: Setting, seed: int) -> Row:
         "status": "ok" if math.isfinite(loss) else "diverged",
         "seconds": round(time.perf_counter() - start, 2),
         "accuracy": accuracy,
-        **told,
+        **after,
     }
 
 
-def _convert(model: nn.Module, candidate: str) -> None:
-    method, _, size = candidate.partition(" ")
-    if method == "matched":
-        convert(model, "matched")
+def _convert(model: nn.Module, candidate: str, before: Diagnosis) -> None:
+    method, _, number = candidate.partition(" ")
+    if candidate == AS_TOLD:
+        before.convert(model)
+    elif method == "matched":
+        convert(model, "matched", **({"matched_values": int(number)} if number else {}))
     elif method == "memorized":
-        # as `diagnose` words it
-        convert(model, "memorized", memory_size=int(size), inference="ema")
+        convert(model, "memorized", memory_size=int(number), inference="ema")
 
 
-def _told(model: nn.Module, setting: Setting, seed: int) -> dict[str, Any]:
+def _told(model: nn.Module, setting: Setting, seed: int) -> Diagnosis:
     """Return what a user is told who diagnoses this net on batches like those of the training."""
     data = load(setting.data)
     # other batches than the training's, which has drawn from the seed itself
@@ -124,12 +122,13 @@ def _told(model: nn.Module, setting: Setting, seed: int) -> dict[str, Any]:
     while len(batches) < BATCHES:
         epoch = one_epoch(setting.sampling, data.train_targets, setting.batch_size, draws)
         batches += [data.train_inputs[indices] for indices in epoch[: BATCHES - len(batches)]]
-    found: Diagnosis = diagnose(model.train(), batches)
-    return {
-        "recommendation": found.recommendation,
-        "memory_size": found.memory_size,
-        "stale": found.stale,
-    }
+    return diagnose(model.train(), batches)
+
+
+def _in_short(found: Diagnosis) -> dict[str, Any]:
+    """Return the number of layers, and the matched_values of those to convert."""
+    matched = {layer.name: layer.matched_values for layer in found.layers if layer.matched_values}
+    return {"recommendation": found.recommendation, "layers": len(found.layers), "matched_values": matched}
 
 
 @torch.no_grad()
@@ -139,19 +138,10 @@ def _accuracy_of_halves(model: nn.Module, data: Data) -> list[float]:
     return [round(100 * right[half::2].mean().item(), 3) for half in (0, 1)]
 
 
-def method_of(told: Row) -> str:
-    """Return the candidate that a diagnosis recommends to train."""
-    match told["recommendation"]:
-        case "memorized":
-            return f"memorized {told['memory_size']}"
-        case "matched":
-            return "matched"
-    return BATCH_NORM
-
-
 def recommended(rows: Sequence[Row], setting: Setting, seed: int) -> Choice:
     """Return what `diagnose` says before the training to train, and after it of the statistics."""
-    candidate = method_of(_row(rows, setting, seed, UNTRAINED))
+    told = _row(rows, setting, seed, UNTRAINED)["recommendation"]
+    candidate = AS_TOLD if told == "matched" else BATCH_NORM
     return Choice(candidate, _row(rows, setting, seed, candidate)["stale"])
 
 
@@ -224,7 +214,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
         lines.append(
             [
                 str(setting),
-                in_words(found.recommended),
+                in_words(rows, setting),
                 str(found.best),
                 mean_and_spread(found.of_recommended, 1),
                 mean_and_spread(found.of_best, 1),
@@ -232,20 +222,23 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 _signed(found.nothing_behind),
             ]
         )
-        sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in SWEEP)])
+        sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in (*SWEEP, AS_TOLD))])
     headings = ["setting", "recommended", "best of the sweep", "recommended, %", "best, %"]
-    return [([*headings, "difference", "do nothing - best"], lines), (["sweep", *SWEEP], sweep)]
+    return [
+        ([*headings, "difference", "do nothing - best"], lines),
+        (["sweep", *SWEEP, "layer by layer"], sweep),
+    ]
 
 
-def in_words(choices: Sequence[Choice]) -> str:
-    """Return what was recommended, with how often where the seeds differ, and the span of memory sizes."""
-    sizes = [int(c.candidate.split()[1]) for c in choices if c.candidate.startswith("memorized")]
+def in_words(rows: Sequence[Row], setting: Setting) -> str:
+    """Return what was recommended, with how often where the seeds differ."""
     named: dict[str, int] = {}
-    for choice in choices:
-        candidate = choice.candidate
-        if candidate.startswith("memorized"):
-            candidate = f"memorized {min(sizes)}" + (f"-{max(sizes)}" if max(sizes) > min(sizes) else "")
-        name = str(Choice(candidate, choice.recalibrated))
+    for seed in seeds_of(rows, setting):
+        choice, told = recommended(rows, setting, seed), _row(rows, setting, seed, UNTRAINED)
+        name = str(choice)
+        if choice.candidate == AS_TOLD:
+            layers = f"matched in {len(told['matched_values'])} of {told['layers']} layers"
+            name = layers + (", recalibrated" if choice.recalibrated else "")
         named[name] = named.get(name, 0) + 1
     if len(named) == 1:
         return next(iter(named))
@@ -254,6 +247,8 @@ def in_words(choices: Sequence[Choice]) -> str:
 
 def _cell(rows: Sequence[Row], setting: Setting, candidate: str) -> str:
     found = where(of_setting(rows, setting), candidate=candidate)
+    if not found:
+        return ""
     both = [[fmean(row["accuracy"][again]) for row in found] for again in (False, True)]
     return " / ".join(f"{fmean(values):.1f}" for values in both)
 
@@ -285,15 +280,13 @@ CLAIM = Claim(
     sentence=f"What `diagnose` recommends is within {GOAL:g} point of accuracy of the best of a sweep.",
     measured=(
         f"A net with torch's batch norms is diagnosed before its training, on {BATCHES} batches drawn like "
-        "those of the training; the method that is recommended is trained, with the recommended memory_size; "
-        "and the trained net is diagnosed again, and recalibrated if its statistics are called stale. The "
-        f"sweep trains batch norm, matched and memorized of {', '.join(map(str, MEMORY_SIZES))} batches, and "
-        "takes each as trained and recalibrated. One half of the test images chooses the best by its mean "
-        "over the seeds, and the accuracies are those of the other half, so that no luck of the best is "
-        "counted. "
-        "Mean ± standard deviation over the seeds; differences are taken seed by seed. The second table has "
-        "the sweep's mean accuracy on all test images, as trained / recalibrated. Do nothing: batch norm as "
-        "trained."
+        "those of the training, and converted as recommended, layer by layer; the trained net is diagnosed "
+        "again, and recalibrated if it is called stale. The sweep trains batch norm, matched in all layers "
+        f"(128 values, and 32), and memorized of {', '.join(map(str, MEMORY_SIZES))} batches, and takes each "
+        "as trained and recalibrated. Every other test image chooses the best, by its mean over the seeds, "
+        "and the accuracies are those on the other half, so that no luck of the best is counted. Mean ± "
+        "standard deviation over the seeds; differences are taken seed by seed. Do nothing: batch norm as "
+        "trained. The second table has mean accuracies on all test images, as trained / recalibrated."
     ),
     rows=_rows,
     tables=_tables,
