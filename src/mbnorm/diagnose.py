@@ -36,10 +36,10 @@ def diagnose(
 
     :math:`\mathrm{Var}(m_b)` is measured between the batches: n_eff is n for independent values, less where
     they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
-    up for one another. A layer is noisy below 32 used values, and what is recommended there has the noise
-    of 32, not less: "matched", which goes by n, with matched_values = 32 n / n_eff. `Diagnosis.convert`
-    does that. A layer is stale if its running statistics are off by more than those of 32 values would be,
-    and if eval mode with those of these batches is closer to train mode.
+    up for one another. A layer is noisy below 32 used values, and one with a memory below 16. What is
+    recommended there has the noise of 32, not less: "matched", which goes by n, with matched_values =
+    32 n / n_eff; `Diagnosis.convert` does that. A layer is stale if its running statistics are off by
+    more than those of 32 values would be, and eval mode with those of these batches is closer to train mode.
 
     The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
     far. So a layer's noise is its own, not that of those before it, and the running statistics are
@@ -91,7 +91,8 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     noisy, used = False, None
     if noise.effective_values is not None and not frozen:
         used = noise.effective_values * noise.pooled_batches
-        noisy = used < ENOUGH_VALUES
+        # of what was given 32 values other batches, or the weights of later, may find less
+        noisy = used < (ENOUGH_VALUES if noise.pooled_batches == 1 else ENOUGH_VALUES / 2)
     stale = _is_stale(noise, frozen)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
@@ -164,7 +165,7 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
         f"mean is off by {noise.mean_error:.2g} standard deviations and its variance by {noise.var_error:.0%}"
     )
     if noise.pooled_batches > 1:
-        words += f"; with its memory {own} normalizes with {number(used)}, less than {ENOUGH_VALUES}"
+        words += f"; with its memory {own} normalizes with {number(used)}, too few"
     if _batches_alike(noise):
         words += (
             f"; its samples are alike ({noise.alikeness:.1f} times the noise of independent ones): shuffle "
@@ -184,7 +185,9 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
             "effective values"
         )
         if stale:
-            reason += f"; to evaluate this net as it is, recalibrate: {stale} layers are stale"
+            reason += (
+                f"; to evaluate this net as it is, recalibrate: {stale} of {len(layers)} layers are stale"
+            )
         return "matched", ideal_batch_size, stale > 0, reason
     if stale:
         reason = (

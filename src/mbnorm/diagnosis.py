@@ -26,13 +26,14 @@ class LayerDiagnosis:
         kind: its type.
         noise: what was measured.
         verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
-            than 32 effective values; "stale" if the running statistics are further from the truth than those
-            of a batch of 32 values would be; else "fine". The first that applies.
+            than 32 effective values, or 16 with a memory; "stale" if the running statistics are further from
+            the truth than those of a batch of 32 values would be, and eval mode is further from train mode
+            than with the truth; else "fine". The first that applies.
         recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
         matched_values: of "matched", else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
             needs none now.
-        stale: whether the running statistics are so far off, whatever the verdict.
+        stale: whether the running statistics are, whatever the verdict.
         reason: all in words.
     """
 
