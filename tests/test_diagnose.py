@@ -335,22 +335,35 @@ def test_a_net_that_is_noisy_and_stale_is_told_both():
     layer.running_mean += 1
     found = diagnose(layer, x)
     assert (found.recommendation, found.stale) == ("matched", True)
-    assert "to evaluate this net as it is, recalibrate: 1 of 1 layers are stale" in found.reason
+    assert "mbnorm.recalibrate(model, batches) before you evaluate this net as it is" in found.reason
 
 
-def test_statistics_that_a_layer_has_learned_with_are_not_called_stale():
+def test_statistics_that_a_net_has_learned_with_are_not_to_be_recalibrated():
     # its memory is as far from these data as its running statistics
     layer = nn.BatchNorm1d(CHANNELS)
     convert(layer, "matched")
     for _ in range(300):
         layer(torch.randn(2, CHANNELS))
     x = torch.randn(BATCHES, 2, CHANNELS) + 1
-    found = only(layer, x)
-    assert found.noise.running_mean_error == pytest.approx(1, rel=0.1)
-    assert found.noise.recalibrated_mismatch > 2 * found.noise.mismatch
-    assert not found.stale
+    found = diagnose(layer, x)
+    assert found.layers[0].noise.running_mean_error == pytest.approx(1, rel=0.1)
+    assert found.layers[0].noise.recalibrated_mismatch > 2 * found.layers[0].noise.mismatch
+    assert (found.layers[0].stale, found.stale, found.recommendation) == (True, False, "none")
+    assert "not those of the data, but the net has learned with such" in found.reason
     layer.memory_mean += 1
-    assert only(layer, x).stale
+    assert diagnose(layer, x).recommendation == "recalibrate"
+
+
+def test_all_layers_together_say_whether_to_recalibrate():
+    x = torch.randn(BATCHES, 2, CHANNELS) + 1
+    lagging, plain = nn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS)
+    convert(lagging, "matched")
+    for _ in range(300):
+        lagging(torch.randn(2, CHANNELS))
+    model = nn.Sequential(lagging, plain)
+    assert not diagnose(model, x).stale
+    plain.running_mean += 10
+    assert diagnose(model, x).stale
 
 
 def everything(model):

@@ -39,7 +39,8 @@ def diagnose(
     up for one another. A layer is noisy below 32 used values, and one with a memory below 16. What is
     recommended there has the noise of 32, not less: "matched", which goes by n, with matched_values =
     32 n / n_eff; `Diagnosis.convert` does that. A layer is stale if its running statistics are off by
-    more than those of 32 values would be, and eval mode with those of these batches is closer to train mode.
+    more than those of 32 values would be. The model is if recalibrating then brings its eval mode closer to
+    its train mode, over all layers: where memories lag behind, too, the net has learned with that.
 
     The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
     far. So a layer's noise is its own, not that of those before it, and the running statistics are
@@ -93,7 +94,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         used = noise.effective_values * noise.pooled_batches
         # of what was given 32 values other batches, or the weights of later, may find less
         noisy = used < (ENOUGH_VALUES if noise.pooled_batches == 1 else ENOUGH_VALUES / 2)
-    stale = _is_stale(noise, frozen)
+    stale = _is_stale(noise)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
     matched_values = ideal_batch_size = None
@@ -119,8 +120,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         recommendation = "recalibrate" if recommendation == "none" else recommendation
         reasons.append(
             f"running_mean is {noise.running_mean_error:.2g} standard deviations and running_var "
-            f"{noise.running_var_error:.0%} from what the data give under the present weights, so eval mode "
-            "is off: recalibrate"
+            f"{noise.running_var_error:.0%} from what the data give under the present weights"
         )
     if frozen:
         words = "frozen: normalizes with its running statistics in training, too"
@@ -132,18 +132,28 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     )
 
 
-def _is_stale(noise: Noise, frozen: bool) -> bool:
+def _is_stale(noise: Noise) -> bool:
     """Whether running statistics are further off than those of enough values, and than can be measured."""
     mean, var = noise.running_mean_error, noise.running_var_error
     if mean is None or var is None or noise.effective_values is None:
         return False
     square = 1 / ENOUGH_VALUES + 1 / (noise.batches * noise.effective_values)
-    if mean**2 <= square and var**2 <= 2 * square:
+    return mean**2 > square or var**2 > 2 * square
+
+
+def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
+    """Whether a layer is stale, and recalibrating, which sets all, brings eval mode closer to train mode.
+
+    The net has learned with what its layers normalize with: where that lags behind the data, too, exact
+    statistics can be further from it.
+    """
+    if not any(layer.stale for layer in layers):
         return False
-    if frozen or noise.mismatch is None or noise.recalibrated_mismatch is None:
-        return True
-    # the net has learned with what its layers normalize with: where that is stale too, the truth is no help
-    return noise.recalibrated_mismatch < noise.mismatch
+    # frozen layers are the same in both modes
+    modes = [
+        (layer.noise.mismatch, layer.noise.recalibrated_mismatch) for layer in layers if layer.noise.mismatch
+    ]
+    return not modes or sum((then or 0.0) ** 2 - now**2 for now, then in modes) < 0
 
 
 def _batches_alike(noise: Noise) -> bool:
@@ -177,26 +187,27 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
 def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | None, bool, str]:
     ideal_batch_size = _largest(layer.ideal_batch_size for layer in layers)
     noisy = sum(layer.ideal_batch_size is not None for layer in layers)
-    stale = sum(layer.stale for layer in layers)
+    stale, helps = sum(layer.stale for layer in layers), _recalibrating_helps(layers)
+    off = f"{stale} of {len(layers)} layers have running statistics that are not those of the data"
+    if stale and not helps:
+        off += ", but the net has learned with such"
     if noisy:
         reason = (
             "recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled batches of "
             f"{ideal_batch_size}: {noisy} of {len(layers)} layers normalize training batches with too few "
             "effective values"
         )
+        if helps:
+            reason += "; mbnorm.recalibrate(model, batches) before you evaluate this net as it is"
         if stale:
-            reason += (
-                f"; to evaluate this net as it is, recalibrate: {stale} of {len(layers)} layers are stale"
-            )
-        return "matched", ideal_batch_size, stale > 0, reason
-    if stale:
-        reason = (
-            f"recommended: mbnorm.recalibrate(model, batches): {stale} of {len(layers)} layers have running "
-            "statistics that are not those of the data"
-        )
-        return "recalibrate", None, True, reason
+            reason += f"; {off}"
+        return "matched", ideal_batch_size, helps, reason
+    if helps:
+        return "recalibrate", None, True, f"recommended: mbnorm.recalibrate(model, batches): {off}"
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = f"recommended: no other normalization: enough effective values in all {len(layers)} layers"
+    if stale:
+        reason += f"; {off}"
     if broken:
         reason = f"recommended: mend the {broken} layers with dead or exploding channels first"
     return "none", None, False, reason

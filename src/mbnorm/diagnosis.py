@@ -27,8 +27,7 @@ class LayerDiagnosis:
         noise: what was measured.
         verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
             than 32 effective values, or 16 with a memory; "stale" if the running statistics are further from
-            the truth than those of a batch of 32 values would be, and eval mode is further from train mode
-            than with the truth; else "fine". The first that applies.
+            the truth than those of a batch of 32 values would be; else "fine". The first that applies.
         recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
         matched_values: of "matched", else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
@@ -57,8 +56,9 @@ class Diagnosis:
         unreached: names of the layers that no forward has reached.
         recommendation: for the whole model: "matched" if a layer needs it, else "recalibrate", else "none".
         ideal_batch_size: the largest that a layer needs; None if none does.
-        stale: whether a layer's running statistics are: then `mbnorm.recalibrate` before evaluating this net
-            as it is, whatever is recommended for its training.
+        stale: whether to `mbnorm.recalibrate` before evaluating this net as it is, whatever is recommended
+            for its training: a layer is stale, and exact statistics bring the outputs of eval mode closer to
+            those of train mode, in the mean over layers.
         reason: in words.
     """
 
