@@ -98,6 +98,12 @@ def test_drift_is_called_by_its_name_and_shuffling_is_the_ideal(persistence):
     assert found.ideal_batch_size == pytest.approx(32 / field.effective_values(1), rel=0.15)
 
 
+def test_samples_that_are_alike_are_to_be_given_the_noise_of_128_values():
+    field = GaussianField(CHANNELS, (4, 4), batch_offset=0.3)
+    found = measured(field, 4)
+    assert found.matched_values == pytest.approx(128 * 64 / field.effective_values(4), rel=4 * SPREAD)
+
+
 def test_shuffled_samples_are_not_called_alike():
     assert "alike" not in measured(*FIELDS["vectors"]).reason
 

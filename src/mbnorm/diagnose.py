@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.convert import IDEAL_BATCH_SIZE
+from mbnorm.convert import IDEAL_BATCH_SIZE, MATCHED_VALUES
 from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
@@ -38,7 +38,9 @@ def diagnose(
     they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
     up for one another. A layer is noisy below 32 used values, and one with a memory below 16. What is
     recommended there has the noise of 32, not less: "matched", which goes by n, with matched_values =
-    32 n / n_eff; `Diagnosis.convert` does that. A layer is stale if its running statistics are off by
+    32 n / n_eff; `Diagnosis.convert` does that. If the samples of a batch are more alike than those of
+    others, as in batches of one class, it is 128 instead: features that tell classes apart will make them
+    yet more alike. A layer is stale if its running statistics are off by
     more than those of 32 values would be. The model is if recalibrating then brings its eval mode closer to
     its train mode, over all layers: where memories lag behind, too, the net has learned with that.
 
@@ -111,8 +113,10 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
         recommendation = "matched"
+        # what samples have in common a net learns to see, and their worth falls to a quarter or less
+        wanted = MATCHED_VALUES if _batches_alike(noise) else ENOUGH_VALUES
         # so that (N - n) / (N + n) is what n_eff values need
-        matched_values = math.ceil(ENOUGH_VALUES * noise.values / noise.effective_values)
+        matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
     if stale:
