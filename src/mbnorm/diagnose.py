@@ -36,13 +36,16 @@ def diagnose(
 
     :math:`\mathrm{Var}(m_b)` is measured between the batches: n_eff is n for independent values, less where
     they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
-    up for one another. A layer is noisy below 32 used values, and one with a memory below 16. What is
-    recommended there has the noise of 32, not less: "matched", which goes by n, with matched_values =
-    32 n / n_eff; `Diagnosis.convert` does that. If the samples of a batch are more alike than those of
-    others, as in batches of one class, it is 128 instead: features that tell classes apart will make them
-    yet more alike. A layer is stale if its running statistics are off by
-    more than those of 32 values would be. The model is if recalibrating then brings its eval mode closer to
-    its train mode, over all layers: where memories lag behind, too, the net has learned with that.
+    up for one another. A layer is noisy below 32 used values, and one with a memory below 16.
+
+    What is recommended there, and done by `Diagnosis.convert`, has the noise of 32 values, and no longer
+    a memory than that takes: "matched", which goes by n, with matched_values = 32 n / n_eff. It is 128 in
+    place of 32 where the samples of a batch are more alike than those of others, as in batches of one
+    class: features that tell classes apart will make them yet more alike.
+
+    A layer is stale if its running statistics are off by more than those of 32 values would be. The model
+    is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
+    lag behind, too, the net has learned with that.
 
     The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
     far. So a layer's noise is its own, not that of those before it, and the running statistics are
