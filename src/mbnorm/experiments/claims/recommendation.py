@@ -69,17 +69,28 @@ CHOICES = tuple(Choice(candidate, again) for candidate in SWEEP for again in (Fa
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for seed in range(seeds):
         for setting in SETTINGS:
-            done = where(of_setting(known, setting), seed=seed)
+            done = {row["candidate"]: row for row in where(of_setting(known, setting), seed=seed)}
+            if UNTRAINED in done and done.keys() >= _candidates(done[UNTRAINED]).keys():
+                continue
             before = _told(initial_model(Run("batch", setting, seed)), setting, seed)
-            if not where(done, candidate=UNTRAINED):
-                yield {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_in_short(before)}
-            told = (AS_TOLD,) if before.recommendation == "matched" else ()
-            for candidate in (*told, *SWEEP):
-                if where(done, candidate=candidate):
+            told = {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_in_short(before)}
+            if UNTRAINED not in done:
+                yield told
+            for candidate in _candidates(told):
+                if candidate in done:
                     continue
                 row = _trained(candidate, setting, seed, before)
                 tell(f"{candidate}, {setting}, seed {seed}: {row['accuracy']}, {row['seconds']} s")
                 yield row
+
+
+def _candidates(told: Row) -> dict[str, None]:
+    """Return what is to be trained, the recommended first."""
+    return dict.fromkeys((_recommended_candidate(told), *SWEEP))
+
+
+def _recommended_candidate(told: Row) -> str:
+    return AS_TOLD if told["recommendation"] == "matched" else BATCH_NORM
 
 
 def _trained(candidate: str, setting: Setting, seed: int, before: Diagnosis) -> Row:
@@ -140,8 +151,7 @@ def _accuracy_of_halves(model: nn.Module, data: Data) -> list[float]:
 
 def recommended(rows: Sequence[Row], setting: Setting, seed: int) -> Choice:
     """Return what `diagnose` says before the training to train, and after it of the statistics."""
-    told = _row(rows, setting, seed, UNTRAINED)["recommendation"]
-    candidate = AS_TOLD if told == "matched" else BATCH_NORM
+    candidate = _recommended_candidate(_row(rows, setting, seed, UNTRAINED))
     return Choice(candidate, _row(rows, setting, seed, candidate)["stale"])
 
 
