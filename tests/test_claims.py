@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mbnorm import cli, convert
-from mbnorm.experiments.claims import averages, suite
+from mbnorm.experiments.claims import averages, recommendation, suite
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw, mean_and_spread
 from mbnorm.experiments.claims.noise import (
     layer_inputs,
@@ -22,6 +22,7 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import Outcome, initial_model
 
 on_every_claim = pytest.mark.parametrize("name", CLAIMS)
+OTHERS = ("staleness", "noise", "averages", "recommendation")
 OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
 
@@ -96,7 +97,7 @@ def rows_of(name):
     return [{"method": r.method, **asdict(r.setting), "seed": r.seed, **asdict(OK)} for r in runs]
 
 
-@pytest.mark.parametrize("name", [name for name in CLAIMS if name not in ("staleness", "noise", "averages")])
+@pytest.mark.parametrize("name", [name for name in CLAIMS if name not in OTHERS])
 def test_a_claim_that_trains_shows_every_run_and_draws(name, tmp_path):
     rows = rows_of(name)
     text = as_markdown(CLAIMS[name], rows, f"mbnorm claim {name}")
@@ -143,6 +144,62 @@ def test_goals_are_differences_of_means():
         row["accuracy"] = {"matched": 97.0, "batch": 70.0}.get(row["method"], 90.0)
     first = suite.goals(rows)[0]
     assert first[1:] == ["+20", "+27.0", "+20.0"]
+
+
+SMALLEST = Setting("mlp", 4, "shuffled", 0.0125, 1)
+
+
+def recommendation_rows(told, **accuracy):
+    """Rows of SMALLEST: [as trained, recalibrated] of each half by candidate, 90 % where nothing is said."""
+    told = {"recommendation": told, "layers": 2, "matched_values": {"1": 40, "4": 20}}
+    rows = []
+    for seed in (0, 1):
+        common = {**asdict(SMALLEST), "seed": seed}
+        rows.append({**common, "candidate": "untrained", **told})
+        for candidate in (*recommendation.SWEEP, "as told"):
+            found = accuracy.get(candidate.replace(" ", "_"), [[90.0, 90.0], [90.0, 90.0]])
+            rows.append({**common, "candidate": candidate, "accuracy": found, "stale": candidate == "batch"})
+    return rows
+
+
+def test_the_half_that_chooses_the_best_is_not_the_one_that_judges():
+    rows = recommendation_rows(
+        "matched",
+        matched=[[96.0, 91.0], [97.0, 95.0]],
+        as_told=[[90.0, 94.0], [90.0, 90.0]],
+        memorized_64=[[91.0, 99.0], [91.0, 99.0]],
+    )
+    found = recommendation.compared(rows, SMALLEST)
+    assert str(found.best) == "matched, recalibrated"
+    assert found.behind == [94.0 - 95.0] * 2
+    assert found.nothing_behind == [90.0 - 95.0] * 2
+
+
+def test_what_is_recommended_is_recalibrated_where_the_trained_net_is_stale():
+    assert recommendation.in_words(recommendation_rows("none"), SMALLEST) == "batch norm, recalibrated"
+    rows = recommendation_rows("matched")
+    assert recommendation.in_words(rows, SMALLEST) == "matched in 2 of 2 layers"
+    rows[-1]["stale"] = True
+    told = "1 x matched in 2 of 2 layers; 1 x matched in 2 of 2 layers, recalibrated"
+    assert recommendation.in_words(rows, SMALLEST) == told
+
+
+def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(recommendation, "SETTINGS", (SMALLEST,))
+    claim = CLAIMS["recommendation"]
+    told = []
+    rows = list(claim.rows(1, told.append, []))
+    assert [row["candidate"] for row in rows] == ["untrained", "as told", *recommendation.SWEEP]
+    assert rows[0]["recommendation"] == "matched"
+    assert rows[0]["matched_values"].keys() == {"2", "5"}
+    assert len(told) == len(recommendation.SWEEP) + 1
+    assert all(0 <= half <= 100 for row in rows[1:] for halves in row["accuracy"] for half in halves)
+    (again,) = claim.rows(1, told.append, rows[:-1])
+    assert (again["candidate"], again["accuracy"]) == (rows[-1]["candidate"], rows[-1]["accuracy"])
+    text = as_markdown(claim, rows, "mbnorm claim recommendation")
+    assert f"| {SMALLEST} | matched" in text
+    draw(claim, rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_half_of_the_test_images_says_which_number_of_values_is_better():

@@ -16,9 +16,10 @@ def test_each_input_has_its_targets(name):
 
 
 @on_every_data_set
-def test_both_parts_show_every_class(name):
+def test_both_parts_and_both_halves_to_test_on_show_every_class(name):
     data = load(name)
-    for targets in (data.train_targets, data.test_targets):
+    halves = (data.test_targets[::2], data.test_targets[1::2])
+    for targets in (data.train_targets, data.test_targets, *halves):
         assert targets.unique().tolist() == list(range(data.classes))
 
 

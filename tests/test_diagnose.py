@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbnorm import DoubleForward, convert, diagnose, recalibrate
+from mbnorm import DoubleForward, MomentumBatchNorm1d, convert, diagnose, recalibrate
 from mbnorm.experiments.synthetic import GaussianField
 
 BATCHES, CHANNELS = 200, 20
@@ -96,6 +96,12 @@ def test_drift_is_called_by_its_name_and_shuffling_is_the_ideal(persistence):
     assert found.verdict == "noisy"
     # of shuffled images
     assert found.ideal_batch_size == pytest.approx(32 / field.effective_values(1), rel=0.15)
+
+
+def test_samples_that_are_alike_are_to_be_given_the_noise_of_128_values():
+    field = GaussianField(CHANNELS, (4, 4), batch_offset=0.3)
+    found = measured(field, 4)
+    assert found.matched_values == pytest.approx(128 * 64 / field.effective_values(4), rel=4 * SPREAD)
 
 
 def test_shuffled_samples_are_not_called_alike():
@@ -238,11 +244,12 @@ def test_layers_with_a_memory_use_more_values_than_the_batch_has(method, options
 
 VERDICTS = {
     "enough values": (GaussianField(CHANNELS, (8, 8)), 2, ("fine", "none", None)),
-    "few values": (GaussianField(CHANNELS), 4, ("noisy", "matched", None)),
+    "few values": (GaussianField(CHANNELS), 4, ("noisy", "matched", 32)),
     "few effective values": (
         GaussianField(CHANNELS, (4, 4), image_offset=1.0),
         8,
-        ("noisy", "memorized", 16),
+        # 128 values that are worth 8
+        ("noisy", "matched", 512),
     ),
 }
 
@@ -250,9 +257,8 @@ VERDICTS = {
 @pytest.mark.parametrize(("field", "m", "expected"), VERDICTS.values(), ids=VERDICTS)
 def test_verdicts(field, m, expected):
     found = measured(field, m)
-    size = found.memory_size
-    assert (found.verdict, found.recommendation) == expected[:2]
-    assert size is expected[2] if expected[2] is None else abs(size - expected[2]) <= 2
+    values = expected[2] and pytest.approx(expected[2], rel=4 * SPREAD)
+    assert (found.verdict, found.recommendation, found.matched_values) == (*expected[:2], values)
 
 
 @pytest.mark.parametrize(
@@ -264,24 +270,106 @@ def test_the_ideal_batch_has_32_effective_values(field, m, ideal):
     assert only(layer_for(field), field.batches(2 * ideal, BATCHES, 1)).verdict == "fine"
 
 
-def test_a_model_is_recommended_what_its_neediest_layer_needs():
-    model = nn.Sequential(
+def mixed():
+    return nn.Sequential(
         nn.BatchNorm2d(CHANNELS), nn.Flatten(), nn.Linear(CHANNELS * 64, 4), nn.BatchNorm1d(4)
     )
-    found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
+
+
+def test_a_model_is_recommended_what_its_neediest_layer_needs():
+    found = diagnose(mixed(), GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
     assert [layer.verdict for layer in found.layers] == ["fine", "noisy"]
     assert found.recommendation == "matched"
     assert found.ideal_batch_size == found.layers[1].ideal_batch_size
-    assert 'convert(model, "matched")' in found.reason
+    assert "diagnose(model, batches).convert(model), or shuffled batches of" in found.reason
     assert "1 of 2 layers" in found.reason
 
 
-def test_what_is_recommended_can_be_done_and_helps():
-    field = VERDICTS["few effective values"][0]
+@pytest.mark.parametrize("name", ["few values", "few effective values"])
+def test_what_is_recommended_has_the_noise_of_32_values_and_no_less(name):
+    field, m, _ = VERDICTS[name]
     layer = layer_for(field)
-    before = diagnose(layer, field.batches(8, BATCHES, 0))
-    convert(layer, "memorized", memory_size=before.memory_size, inference="ema")
-    assert diagnose(layer, field.batches(8, BATCHES, 0)).recommendation == "none"
+    report = diagnose(layer, field.batches(m, BATCHES, 0)).convert(layer)
+    assert list(report.converted) == ["(the model itself)"]
+    found = only(layer, field.batches(m, BATCHES, 0))
+    used = found.noise.effective_values * found.noise.pooled_batches
+    assert used == pytest.approx(32, rel=0.03)
+    # whichever side of 32 other batches are
+    for seed in range(1, 4):
+        assert only(layer, field.batches(m, BATCHES, seed)).recommendation == "none"
+
+
+def test_a_layer_whose_worth_has_halved_since_is_told_again():
+    layer = layer_for(VERDICTS["few values"][0])
+    convert(layer, "matched", matched_values=12)
+    assert only(layer, GaussianField(CHANNELS).batches(4, BATCHES, 0)).verdict == "noisy"
+
+
+def test_only_the_layers_that_need_it_are_converted():
+    model = mixed()
+    found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
+    assert list(found.convert(model).converted) == ["3"]
+    assert [type(model[i]) for i in (0, 3)] == [nn.BatchNorm2d, MomentumBatchNorm1d]
+    assert model[3].matched_values == found.layers[1].matched_values
+
+
+def test_what_cannot_be_converted_is_told():
+    model = mixed()
+    found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
+    found.convert(model)
+    assert found.convert(model).skipped["3"].startswith("already a MomentumBatchNorm1d")
+    other = nn.Sequential(nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="the model has no layer '3'"):
+        found.convert(other)
+    assert type(other[0]) is nn.BatchNorm1d
+
+
+@on_every_method
+def test_the_recalibrated_mismatch_is_that_of_a_recalibrated_layer(method):
+    layer = trained(method)[1]
+    # far from 0, where differences of large sums would show
+    batches = [torch.randn(30, 6) * 2 + 1000 for _ in range(8)]
+    expected = only(layer, batches).noise.recalibrated_mismatch
+    recalibrate(layer, batches)
+    assert only(layer, batches).noise.mismatch == pytest.approx(expected, rel=0.01)
+
+
+def test_a_net_that_is_noisy_and_stale_is_told_both():
+    layer, x = nn.BatchNorm1d(CHANNELS), torch.randn(BATCHES, 2, CHANNELS)
+    recalibrate(layer, x)
+    assert not diagnose(layer, x).stale
+    layer.running_mean += 1
+    found = diagnose(layer, x)
+    assert (found.recommendation, found.stale) == ("matched", True)
+    assert "mbnorm.recalibrate(model, batches) before you evaluate this net as it is" in found.reason
+
+
+def test_statistics_that_a_net_has_learned_with_are_not_to_be_recalibrated():
+    # its memory is as far from these data as its running statistics
+    layer = nn.BatchNorm1d(CHANNELS)
+    convert(layer, "matched")
+    for _ in range(300):
+        layer(torch.randn(2, CHANNELS))
+    x = torch.randn(BATCHES, 2, CHANNELS) + 1
+    found = diagnose(layer, x)
+    assert found.layers[0].noise.running_mean_error == pytest.approx(1, rel=0.1)
+    assert found.layers[0].noise.recalibrated_mismatch > 2 * found.layers[0].noise.mismatch
+    assert (found.layers[0].stale, found.stale, found.recommendation) == (True, False, "none")
+    assert "not those of the data, but the net has learned with such" in found.reason
+    layer.memory_mean += 1
+    assert diagnose(layer, x).recommendation == "recalibrate"
+
+
+def test_all_layers_together_say_whether_to_recalibrate():
+    x = torch.randn(BATCHES, 2, CHANNELS) + 1
+    lagging, plain = nn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS)
+    convert(lagging, "matched")
+    for _ in range(300):
+        lagging(torch.randn(2, CHANNELS))
+    model = nn.Sequential(lagging, plain)
+    assert not diagnose(model, x).stale
+    plain.running_mean += 10
+    assert diagnose(model, x).stale
 
 
 def everything(model):
@@ -401,7 +489,7 @@ def test_memory_does_not_grow_with_the_batches():
         diagnose(layer, torch.randn(count, 8, 3), forward=keep)
         (meter,) = (m for held in meters if isinstance(held, dict) for m in held.values() if callable(m))
         sizes.append(sum(t.numel() for t in vars(meter).values() if isinstance(t, torch.Tensor)))
-    assert sizes == [9 * 3, 9 * 3]
+    assert sizes == [14 * 3, 14 * 3]
 
 
 def test_the_table_has_a_line_for_each_layer_and_the_reason_of_what_is_not_fine():
@@ -411,7 +499,7 @@ def test_the_table_has_a_line_for_each_layer_and_the_reason_of_what_is_not_fine(
     assert heading.split()[:4] == ["layer", "type", "n", "n_eff"]
     assert row.split()[:3] == ["1", "BatchNorm1d", "2"]
     assert reason.startswith("1: a batch has 2 values a channel that are worth ")
-    assert last.startswith('recommended: mbnorm.convert(model, "matched"), or shuffled batches of ')
+    assert last.startswith("recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled ")
 
 
 def test_json_has_all_that_was_found_and_null_for_what_is_infinite():

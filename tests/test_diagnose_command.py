@@ -41,7 +41,7 @@ def test_synthetic_fields_have_their_effective_values_in_the_first_layer(tmp_pat
     assert record["layers"][0]["noise"]["effective_values"] == pytest.approx(
         SYNTHETIC.effective_values(2), rel=0.5
     )
-    assert record["recommendation"] == "memorized"
+    assert record["recommendation"] == "matched"
 
 
 def test_the_method_says_what_the_layers_are(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.convert import IDEAL_BATCH_SIZE, MATCHED_VALUES
-from mbnorm.diagnosis import Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
+from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
 
@@ -36,8 +36,16 @@ def diagnose(
 
     :math:`\mathrm{Var}(m_b)` is measured between the batches: n_eff is n for independent values, less where
     they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
-    up for one another. A layer is noisy below 32 used values. "matched" is recommended where its blend, which
-    goes by n, mends that, and "memorized" where it does not, with memory_size = 128 / n_eff.
+    up for one another. A layer is noisy below 32 used values, and one with a memory below 16.
+
+    What is recommended there, and done by `Diagnosis.convert`, has the noise of 32 values, and no longer
+    a memory than that takes: "matched", which goes by n, with matched_values = 32 n / n_eff. It is 128 in
+    place of 32 where the samples of a batch are more alike than those of others, as in batches of one
+    class: features that tell classes apart will make them yet more alike.
+
+    A layer is stale if its running statistics are off by more than those of 32 values would be. The model
+    is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
+    lag behind, too, the net has learned with that.
 
     The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
     far. So a layer's noise is its own, not that of those before it, and the running statistics are
@@ -70,9 +78,7 @@ def diagnose(
     }
     observe(model, batches, meters, forward, device)
     found = tuple(
-        _diagnosis(layers[layer] or "(the model itself)", meter)
-        for layer, meter in meters.items()
-        if meter.batches > 1
+        _diagnosis(layers[layer] or ITSELF, meter) for layer, meter in meters.items() if meter.batches > 1
     )
     if not found:
         most = max(meter.batches for meter in meters.values())
@@ -91,11 +97,12 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     noisy, used = False, None
     if noise.effective_values is not None and not frozen:
         used = noise.effective_values * noise.pooled_batches
-        noisy = used < ENOUGH_VALUES
+        # of what was given 32 values other batches, or the weights of later, may find less
+        noisy = used < (ENOUGH_VALUES if noise.pooled_batches == 1 else ENOUGH_VALUES / 2)
     stale = _is_stale(noise)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
-    memory_size = ideal_batch_size = None
+    matched_values = ideal_batch_size = None
     reasons = []
     if noise.exploding:
         verdict = "exploding"
@@ -108,7 +115,11 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         reasons.append(f"{_channels(noise.dead)} constant, so nothing gets through")
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
-        recommendation, memory_size = _method(noise, noise.effective_values)
+        recommendation = "matched"
+        # what samples have in common a net learns to see, and their worth falls to a quarter or less
+        wanted = MATCHED_VALUES if _batches_alike(noise) else ENOUGH_VALUES
+        # so that (N - n) / (N + n) is what n_eff values need
+        matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
     if stale:
@@ -116,8 +127,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         recommendation = "recalibrate" if recommendation == "none" else recommendation
         reasons.append(
             f"running_mean is {noise.running_mean_error:.2g} standard deviations and running_var "
-            f"{noise.running_var_error:.0%} from what the data give under the present weights, so eval mode "
-            "is off: recalibrate"
+            f"{noise.running_var_error:.0%} from what the data give under the present weights"
         )
     if frozen:
         words = "frozen: normalizes with its running statistics in training, too"
@@ -125,7 +135,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if verdict == "fine":
         reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
     return LayerDiagnosis(
-        name, own, noise, verdict, recommendation, memory_size, ideal_batch_size, "; ".join(reasons)
+        name, own, noise, verdict, recommendation, matched_values, ideal_batch_size, stale, "; ".join(reasons)
     )
 
 
@@ -138,12 +148,19 @@ def _is_stale(noise: Noise) -> bool:
     return mean**2 > square or var**2 > 2 * square
 
 
-def _method(noise: Noise, effective: float) -> tuple[Recommendation, int | None]:
-    gain = max(1.0, MATCHED_VALUES / noise.values)
-    if effective * gain >= ENOUGH_VALUES:
-        return "matched", None
-    # as many values as "matched" aims at
-    return "memorized", math.ceil(MATCHED_VALUES / effective)
+def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
+    """Whether a layer is stale, and recalibrating, which sets all, brings eval mode closer to train mode.
+
+    The net has learned with what its layers normalize with: where that lags behind the data, too, exact
+    statistics can be further from it.
+    """
+    if not any(layer.stale for layer in layers):
+        return False
+    # frozen layers are the same in both modes
+    modes = [
+        (layer.noise.mismatch, layer.noise.recalibrated_mismatch) for layer in layers if layer.noise.mismatch
+    ]
+    return not modes or sum((then or 0.0) ** 2 - now**2 for now, then in modes) < 0
 
 
 def _batches_alike(noise: Noise) -> bool:
@@ -165,7 +182,7 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
         f"mean is off by {noise.mean_error:.2g} standard deviations and its variance by {noise.var_error:.0%}"
     )
     if noise.pooled_batches > 1:
-        words += f"; with its memory {own} normalizes with {number(used)}, less than {ENOUGH_VALUES}"
+        words += f"; with its memory {own} normalizes with {number(used)}, too few"
     if _batches_alike(noise):
         words += (
             f"; its samples are alike ({noise.alikeness:.1f} times the noise of independent ones): shuffle "
@@ -174,37 +191,33 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     return words
 
 
-def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | None, int | None, str]:
-    memory_size = _largest(layer.memory_size for layer in layers)
+def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | None, bool, str]:
     ideal_batch_size = _largest(layer.ideal_batch_size for layer in layers)
-    wanted = {layer.recommendation for layer in layers}
     noisy = sum(layer.ideal_batch_size is not None for layer in layers)
-    of_all = f"{noisy} of {len(layers)} layers normalize training batches with too few effective values"
-    if "memorized" in wanted:
-        return (
-            "memorized",
-            memory_size,
-            ideal_batch_size,
-            f'recommended: mbnorm.convert(model, "memorized", memory_size={memory_size}, '
-            f'inference="ema"), or shuffled batches of {ideal_batch_size}: {of_all}, and their values are '
-            'worth so little that the blend of "matched", which goes by their number, is not enough',
-        )
-    if "matched" in wanted:
-        batches = f"shuffled batches of {ideal_batch_size}"
-        reason = f'recommended: mbnorm.convert(model, "matched"), or {batches}: {of_all}'
-        return "matched", None, ideal_batch_size, reason
-    if "recalibrate" in wanted:
-        stale = sum(layer.recommendation == "recalibrate" for layer in layers)
+    stale, helps = sum(layer.stale for layer in layers), _recalibrating_helps(layers)
+    off = f"{stale} of {len(layers)} layers have running statistics that are not those of the data"
+    if stale and not helps:
+        off += ", but the net has learned with such"
+    if noisy:
         reason = (
-            f"recommended: mbnorm.recalibrate(model, batches): {stale} of {len(layers)} layers have running "
-            "statistics that are not those of the data"
+            "recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled batches of "
+            f"{ideal_batch_size}: {noisy} of {len(layers)} layers normalize training batches with too few "
+            "effective values"
         )
-        return "recalibrate", None, None, reason
+        if helps:
+            reason += "; mbnorm.recalibrate(model, batches) before you evaluate this net as it is"
+        if stale:
+            reason += f"; {off}"
+        return "matched", ideal_batch_size, helps, reason
+    if helps:
+        return "recalibrate", None, True, f"recommended: mbnorm.recalibrate(model, batches): {off}"
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = f"recommended: no other normalization: enough effective values in all {len(layers)} layers"
+    if stale:
+        reason += f"; {off}"
     if broken:
         reason = f"recommended: mend the {broken} layers with dead or exploding channels first"
-    return "none", None, None, reason
+    return "none", None, False, reason
 
 
 def _channels(indices: tuple[int, ...]) -> str:

@@ -5,10 +5,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from torch import nn
+
+from mbnorm.convert import ConversionReport, convert
 from mbnorm.noise import Noise
 
+ITSELF = "(the model itself)"
+"""The name of a batch norm that is no layer of a model."""
+
 Verdict: TypeAlias = Literal["fine", "noisy", "stale", "dead", "exploding"]
-Recommendation: TypeAlias = Literal["none", "matched", "memorized", "recalibrate"]
+Recommendation: TypeAlias = Literal["none", "matched", "recalibrate"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,14 @@ class LayerDiagnosis:
         kind: its type.
         noise: what was measured.
         verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
-            than 32 effective values; "stale" if the running statistics are further from the truth than those
-            of a batch of 32 values would be; else "fine". The first that applies.
-        recommendation: a method of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        memory_size: of "memorized", else None.
+            than 32 effective values, or 16 with a memory; "stale" if the running statistics are further from
+            the truth than those of a batch of 32 values would be; else "fine". The first that applies.
+        recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
+        matched_values: of "matched", else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
             needs none now.
-        reason: both in words.
+        stale: whether the running statistics are, whatever the verdict.
+        reason: all in words.
     """
 
     name: str
@@ -34,8 +41,9 @@ class LayerDiagnosis:
     noise: Noise
     verdict: Verdict
     recommendation: Recommendation
-    memory_size: int | None
+    matched_values: int | None
     ideal_batch_size: int | None
+    stale: bool
     reason: str
 
 
@@ -46,19 +54,55 @@ class Diagnosis:
     Attributes:
         layers: in the model's order.
         unreached: names of the layers that no forward has reached.
-        recommendation: for the whole model: "memorized" if a layer needs it, else "matched", else
-            "recalibrate", else "none".
-        memory_size: of "memorized": the largest that a layer needs.
+        recommendation: for the whole model: "matched" if a layer needs it, else "recalibrate", else "none".
         ideal_batch_size: the largest that a layer needs; None if none does.
+        stale: whether to `mbnorm.recalibrate` before evaluating this net as it is, whatever is recommended
+            for its training: a layer is stale, and exact statistics bring the outputs of eval mode closer to
+            those of train mode, in the mean over layers.
         reason: in words.
     """
 
     layers: tuple[LayerDiagnosis, ...]
     unreached: tuple[str, ...]
     recommendation: Recommendation
-    memory_size: int | None
     ideal_batch_size: int | None
+    stale: bool
     reason: str
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Convert the layers that need it, and no others, each to the matched_values that it needs.
+
+        A memory is of older weights, and what it is off by is passed on to the layers behind: so none where
+        a batch is worth enough, and none longer than it takes.
+
+        Args:
+            model: the one that was diagnosed, or another with layers of the same names.
+
+        Returns:
+            A report of what was converted, and what was not and why.
+
+        Raises:
+            ValueError: the model lacks a layer; nothing is converted then.
+
+        >>> import torch
+        >>> from mbnorm import diagnose
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> print(diagnose(model, torch.randn(100, 2, 4)).convert(model))
+        1 converted, 0 skipped
+          1: BatchNorm1d -> MomentumBatchNorm1d
+        """
+        modules = {name or ITSELF: module for name, module in model.named_modules()}
+        needing = [layer for layer in self.layers if layer.matched_values is not None]
+        for layer in needing:
+            if layer.name not in modules:
+                raise ValueError(f"the model has no layer {layer.name!r}, which was diagnosed")
+        report = ConversionReport()
+        for layer in needing:
+            found = convert(modules[layer.name], "matched", matched_values=layer.matched_values)
+            report.converted.update((layer.name, what) for what in found.converted.values())
+            report.skipped.update((layer.name, why) for why in found.skipped.values())
+            report.notes += [note.replace(ITSELF, layer.name) for note in found.notes]
+        return report
 
     def __str__(self) -> str:
         cells = [_HEADINGS, *(_cells(layer) for layer in self.layers)]
@@ -104,7 +148,7 @@ _TEXTS = (0, 1, 11, 12)
 
 def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
     noise = layer.noise
-    recommended = layer.recommendation + (f" ({layer.memory_size})" if layer.memory_size else "")
+    recommended = layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else "")
     return (
         layer.name,
         layer.kind,

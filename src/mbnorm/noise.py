@@ -40,6 +40,7 @@ class Noise(NamedTuple):
         mismatch: root mean square difference between the outputs that train and eval mode give for the same
             input, before weight and bias; 0 for a frozen layer; None if the running statistics are still
             the initial ones.
+        recalibrated_mismatch: the same with the statistics that recalibrating would set.
         running_mean_error: distance of running_mean from the mean, in standard deviations of the channel;
             None if the running statistics are still the initial ones.
         running_var_error: distance of running_var from the variance, relative to it.
@@ -57,6 +58,7 @@ class Noise(NamedTuple):
     alikeness: float | None
     pooled_batches: float
     mismatch: float | None
+    recalibrated_mismatch: float | None
     running_mean_error: float | None
     running_var_error: float | None
     dead: tuple[int, ...]
@@ -96,7 +98,8 @@ class NoiseMeter:
         # not before: lazy layers have no channels yet
         self.finite = torch.ones_like(mean, dtype=torch.bool)
         self.count, self.pairs = torch.zeros_like(mean), torch.zeros_like(mean)
-        self.sample_scatter, self.mismatch = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.sample_scatter = torch.zeros_like(mean)
+        self.center, self.modes = mean, mean.new_zeros(5, len(mean))
         # of the batches' means and of their variances, in rows
         self.mean, self.spread = mean.new_zeros(2, len(mean)), mean.new_zeros(2, len(mean))
 
@@ -129,7 +132,7 @@ class NoiseMeter:
         return mean, within + self.spread[0] / self.count.clamp_min(1)
 
     def _compare_modes(self, mean: Tensor, var: Tensor, n: int) -> None:
-        """Add the mean square difference of this batch's output in train and in eval mode."""
+        """Add what this batch's output in train mode has to be compared with that of any statistics."""
         layer, train_mean, train_var = self.layer, mean, var
         pooled_batches = 1.0
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
@@ -138,13 +141,27 @@ class NoiseMeter:
             pooled_batches = _pooled_batches(layer, n)
         self.pooled_batches += pooled_batches
         running_mean, running_var = self.running
-        if running_mean is None or running_var is None:
-            return
-        if self.frozen:
-            train_mean, train_var = running_mean, running_var
-        in_train, in_eval = ((v.double() + layer.eps).rsqrt() for v in (train_var, running_var))
-        shift = (mean - train_mean) * in_train - (mean - running_mean) * in_eval
-        self.mismatch = self.mismatch + (in_train - in_eval).square() * var + shift.square()
+        if self.frozen and running_mean is not None and running_var is not None:
+            train_mean, train_var = running_mean.double(), running_var.double()
+        # about the first batch's mean, since a mean may be many deviations from 0
+        centred, rstd = mean - self.center, (train_var + layer.eps).rsqrt()
+        shift = (mean - train_mean) * rstd
+        terms = (
+            rstd.square() * var + shift.square(),
+            rstd * var + shift * centred,
+            shift,
+            var + centred.square(),
+            centred,
+        )
+        self.modes = self.modes + torch.stack(terms)
+
+    def _mismatch(self, mean: Tensor, var: Tensor, live: Tensor) -> float | None:
+        """Return how far the outputs of train mode are from those with these statistics."""
+        square, product, shift, own_square, own = self.modes / self.batches
+        mean, rstd = mean.double() - self.center, (var.double() + self.layer.eps).rsqrt()
+        own_square = own_square - 2 * mean * own + mean.square()
+        squares = square - 2 * rstd * (product - mean * shift) + rstd.square() * own_square
+        return _rms(squares.clamp_min(0), live)
 
     def result(self) -> Noise:
         """Return what the batches so far have shown.
@@ -170,7 +187,8 @@ class NoiseMeter:
             var_error=_rms((scatter + (within - var).square()) / var.square(), live),
             alikeness=self._alikeness(between, var, live),
             pooled_batches=self.pooled_batches / b,
-            mismatch=_rms(self.mismatch / b, live) if self._has_trained() else None,
+            mismatch=self._running_mismatch(live),
+            recalibrated_mismatch=self._mismatch(*self._population(), live),
             **self._running_errors(live),
             dead=_indices(dead),
             exploding=_indices(exploding),
@@ -200,6 +218,12 @@ class NoiseMeter:
         """Whether the running statistics are not those that torch starts with."""
         mean, var = self.running
         return mean is not None and var is not None and bool((mean != 0).any() or (var != 1).any())
+
+    def _running_mismatch(self, live: Tensor) -> float | None:
+        mean, var = self.running
+        if mean is None or var is None or not self._has_trained() or not live.any():
+            return None
+        return 0.0 if self.frozen else self._mismatch(mean, var, live)
 
     def _running_errors(self, live: Tensor) -> dict[str, float | None]:
         mean, var = self.running

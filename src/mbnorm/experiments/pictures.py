@@ -48,8 +48,10 @@ def segments() -> Data:
 def _whence(names: Sequence[str]) -> Data:
     draws = torch.Generator().manual_seed(0)
     train, test = zip(*(_tiles(_picture(name)) for name in names), strict=True)
-    drawn = *_labelled(train, TRAIN_PATCHES, draws), *_labelled(test, TEST_PATCHES, draws)
-    return scaled(Data(*drawn, classes=len(names)))
+    drawn, (images, classes) = _labelled(train, TRAIN_PATCHES, draws), _labelled(test, TEST_PATCHES, draws)
+    # or every other test image would be one of every other class
+    order = torch.randperm(TEST_PATCHES, generator=draws)
+    return scaled(Data(*drawn, images[order], classes[order], classes=len(names)))
 
 
 def _picture(name: str) -> Tensor:

@@ -16,6 +16,7 @@ from mbnorm.experiments.claims import (
     gap,
     noise,
     rates,
+    recommendation,
     sampling,
     staleness,
     suite,
@@ -33,6 +34,7 @@ CLAIMS: dict[str, Claim] = {
     "cost": cost.CLAIM,
     "suite": suite.CLAIM,
     "averages": averages.CLAIM,
+    "recommendation": recommendation.CLAIM,
 }
 
 
