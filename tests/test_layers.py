@@ -251,9 +251,10 @@ def test_an_empty_batch_changes_nothing(method, rank):
     for _ in range(2):
         before = state_of(layer)
         y = layer(x)
-        dx, dw = gradients(y, (x, layer.weight), torch.empty_like(x))
+        dx, dw, db = gradients(y, (x, layer.weight, layer.bias), torch.empty_like(x))
         assert y.shape == dx.shape == x.shape
         assert torch.equal(dw, torch.zeros(3))
+        assert torch.equal(db, torch.zeros(3))
         assert same_state(layer, before)
         layer(make_input(shape_of(rank), torch.float32))
 
@@ -509,8 +510,9 @@ def test_state_holds_no_graph(method):
 def test_the_memorys_cost_is_shown():
     layer = MemorizedBatchNorm2d(16, memory_size=8)
     assert layer.memory_bytes == 2 * 8 * 16 * 4 + 8 * 4 + 8
-    assert repr(layer).endswith(
-        "memory_size=8, decay=1.0, variance=pooled, inference=memory, backend=auto, memory=1064 bytes)"
+    assert repr(layer) == (
+        f"MemorizedBatchNorm2d({nn.BatchNorm2d(16).extra_repr()}, memory_size=8, decay=1.0, variance=pooled, "
+        "inference=memory, backend=auto, memory=1064 bytes)"
     )
 
 

@@ -456,6 +456,20 @@ def test_a_group_is_who_shares(two_ranks):
     assert not torch.equal(alone, other_alone)
 
 
+def messages_of_a_step(rank, sync):
+    group = dist.new_group([0, 1])
+    layer = make_layer("matched", process_group=group, sync=sync)
+    in_world = collectives()
+    step(layer, *part_of(rank, PARTS[0], *whole_batches()[0]))
+    layer.catch_up()
+    return collectives() - in_world, group._get_sequence_number_for_group()
+
+
+@pytest.mark.parametrize(("sync", "messages"), [(True, 2), ("late", 1)])
+def test_messages_stay_in_the_group(two_ranks, sync, messages):
+    assert two_ranks(messages_of_a_step, sync) == [(0, messages)] * 2
+
+
 def differentiate_twice(rank):
     layer = make_layer("matched", process_group="world")
     x = whole_batches()[0][0].clone().requires_grad_()
