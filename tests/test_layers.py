@@ -488,6 +488,21 @@ def test_meta_layers_materialize(method):
         assert torch.equal(layer(x), twin(x))
 
 
+@pytest.mark.contract("ST-7")
+@on_every_method
+def test_parameters_and_state_are_made_on_the_device_asked_for(method):
+    layer = build(method, device="meta")
+    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
+@pytest.mark.contract("ST-1", "ST-7")
+@on_every_method
+def test_a_stock_checkpoint_without_values_leaves_all_state_on_its_device(method):
+    layer = build(method, device="meta")
+    layer.load_state_dict(nn.BatchNorm2d(3, device="meta").state_dict(), assign=True)
+    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
 @on_every_method
 def test_state_is_written_in_place(method):
     layer = build(method)
