@@ -489,9 +489,10 @@ def test_meta_layers_materialize(method):
 
 
 @pytest.mark.contract("ST-7")
+@pytest.mark.parametrize("affine", [True, False])
 @on_every_method
-def test_parameters_and_state_are_made_on_the_device_asked_for(method):
-    layer = build(method, device="meta")
+def test_parameters_and_state_are_made_on_the_device_asked_for(method, affine):
+    layer = build(method, device="meta", affine=affine)
     assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
 
 
