@@ -210,6 +210,12 @@ def test_half_constructor_keeps_the_state_in_float32(method):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+def test_the_history_weight_has_the_dtype_of_the_state(dtype):
+    layer = MomentumBatchNorm2d(3, history_weight=0.75, dtype=dtype)
+    assert layer.history_weight.dtype == layer.running_mean.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_method
 def test_eval_is_torchs_batch_norm_on_the_running_averages(method, dtype):
     layer = build(method).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -409,6 +415,13 @@ def test_a_checkpoint_restores_the_run_bit_for_bit(method):
 def test_state_dict_is_versioned(method):
     layer = build(method)
     assert layer.state_dict()._metadata[""]["version"] == 3
+
+
+@on_every_method
+def test_a_state_dict_can_keep_the_parameters_themselves(method):
+    layer = build(method)
+    assert layer.state_dict(keep_vars=True)["weight"] is layer.weight
+    assert not layer.state_dict()["weight"].requires_grad
 
 
 @on_every_method
