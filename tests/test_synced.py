@@ -569,6 +569,11 @@ def test_wrong_options_are_named():
         make_layer("memorized", process_group="world", backend="traceable")
 
 
+def test_what_cannot_be_shared_is_named_when_it_is_to_be():
+    with pytest.raises(ValueError, match="computes with ATen"):
+        make_layer("memorized", backend="traceable").share_with("world")
+
+
 def test_the_description_names_who_shares():
     assert "process_group=world, sync=late" in repr(make_layer("matched", process_group="world", sync="late"))
     assert "sync" not in repr(make_layer("matched"))
