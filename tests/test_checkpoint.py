@@ -309,6 +309,19 @@ def test_what_is_kept_for_a_recompute_is_bounded_and_dropped():
 
 
 @pytest.mark.contract("CK-3")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", ["input", "weight", "bias", "all"])
+def test_a_forward_whose_backward_has_run_is_forgotten(trained, backend):
+    layer = MomentumBatchNorm1d(4, history_weight=0.5, backend=backend)
+    leaves = {"input": torch.randn(3, 4), "weight": layer.weight, "bias": layer.bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(trained in (name, "all"))
+    for _ in range(3):
+        layer(leaves["input"]).square().sum().backward()
+    assert len(layer._calls.calls) == 1
+
+
+@pytest.mark.contract("CK-3")
 def test_a_new_forward_inside_a_backward_is_a_forward_like_any_other():
     layer = MomentumBatchNorm1d(4, history_weight=0.5)
     for calls in (1, 2):

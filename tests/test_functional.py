@@ -311,6 +311,13 @@ def test_meta_tensors_have_the_output_shape():
     assert operate(x, None, None, past, 0.5, "pooled", "auto").y.shape == x.shape
 
 
+@pytest.mark.parametrize("m", [0, 2])
+def test_all_that_is_returned_is_on_the_device_of_the_input(m):
+    past = torch.zeros(3, device="meta"), torch.ones(3, device="meta")
+    result = operate(torch.empty(m, 3, device="meta"), None, None, past, 0.5, "pooled", "auto")
+    assert {t.device.type for t in result} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

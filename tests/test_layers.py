@@ -210,6 +210,12 @@ def test_half_constructor_keeps_the_state_in_float32(method):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+def test_the_history_weight_has_the_dtype_of_the_state(dtype):
+    layer = MomentumBatchNorm2d(3, history_weight=0.75, dtype=dtype)
+    assert layer.history_weight.dtype == layer.running_mean.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_method
 def test_eval_is_torchs_batch_norm_on_the_running_averages(method, dtype):
     layer = build(method).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -251,9 +257,10 @@ def test_an_empty_batch_changes_nothing(method, rank):
     for _ in range(2):
         before = state_of(layer)
         y = layer(x)
-        dx, dw = gradients(y, (x, layer.weight), torch.empty_like(x))
+        dx, dw, db = gradients(y, (x, layer.weight, layer.bias), torch.empty_like(x))
         assert y.shape == dx.shape == x.shape
         assert torch.equal(dw, torch.zeros(3))
+        assert torch.equal(db, torch.zeros(3))
         assert same_state(layer, before)
         layer(make_input(shape_of(rank), torch.float32))
 
@@ -411,6 +418,13 @@ def test_state_dict_is_versioned(method):
 
 
 @on_every_method
+def test_a_state_dict_can_keep_the_parameters_themselves(method):
+    layer = build(method)
+    assert layer.state_dict(keep_vars=True)["weight"] is layer.weight
+    assert not layer.state_dict()["weight"].requires_grad
+
+
+@on_every_method
 def test_own_checkpoints_must_be_whole(method):
     layer = build(method)
     state = layer.state_dict()
@@ -487,6 +501,22 @@ def test_meta_layers_materialize(method):
         assert torch.equal(layer(x), twin(x))
 
 
+@pytest.mark.contract("ST-7")
+@pytest.mark.parametrize("affine", [True, False])
+@on_every_method
+def test_parameters_and_state_are_made_on_the_device_asked_for(method, affine):
+    layer = build(method, device="meta", affine=affine)
+    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
+@pytest.mark.contract("ST-1", "ST-7")
+@on_every_method
+def test_a_stock_checkpoint_without_values_leaves_all_state_on_its_device(method):
+    layer = build(method, device="meta")
+    layer.load_state_dict(nn.BatchNorm2d(3, device="meta").state_dict(), assign=True)
+    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
 @on_every_method
 def test_state_is_written_in_place(method):
     layer = build(method)
@@ -509,8 +539,9 @@ def test_state_holds_no_graph(method):
 def test_the_memorys_cost_is_shown():
     layer = MemorizedBatchNorm2d(16, memory_size=8)
     assert layer.memory_bytes == 2 * 8 * 16 * 4 + 8 * 4 + 8
-    assert repr(layer).endswith(
-        "memory_size=8, decay=1.0, variance=pooled, inference=memory, backend=auto, memory=1064 bytes)"
+    assert repr(layer) == (
+        f"MemorizedBatchNorm2d({nn.BatchNorm2d(16).extra_repr()}, memory_size=8, decay=1.0, variance=pooled, "
+        "inference=memory, backend=auto, memory=1064 bytes)"
     )
 
 

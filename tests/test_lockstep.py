@@ -100,6 +100,28 @@ def test_outputs_gradients_and_state_follow_the_reference(kind, twin_type, optio
     close(layer(x), twin.evaluate(x, weight, bias))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Momentum", {"history_weight": 0.01}),
+        ("Momentum", {"matched_values": 2}),
+        ("Memorized", {"memory_size": 2}),
+        ("Memorized", {"memory_size": 64, "memory_values": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_one_value_per_channel_reads_the_least_past_there_is(kind, options):
+    layer, twin = build(kind, 2, options, "auto"), getattr(reference, f"{kind}Norm")(3, **options)
+    weight, bias = make_parameters(3, torch.float64)
+    first, x, cotangent = (make_input((m, 3), torch.float64, seed=s) for s, m in enumerate((4, 1, 1)))
+    layer(first)
+    twin(first, weight, bias)
+    leaf, twin_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, want = layer(leaf), twin(twin_leaf, weight, bias)
+    close(y, want)
+    close(torch.autograd.grad(y, leaf, cotangent), torch.autograd.grad(want, twin_leaf, cotangent))
+
+
 @pytest.mark.parametrize("options", [o for o in MEMORIZED_OPTIONS if o["memory_size"] > 1], ids=name)
 def test_a_seeded_memory_follows_the_reference_until_real_batches_replace_it(options):
     layer = build("Memorized", 4, options, "auto")

@@ -124,6 +124,19 @@ def test_a_poisoned_checkpoint_is_named_when_it_is_loaded(method):
     assert torch.isfinite(model.eval()(batch(1))).all()
 
 
+@pytest.mark.contract("NI-5")
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@on_every_method
+def test_a_stock_checkpoint_with_one_poisoned_buffer_leaves_the_memory_empty(method, name):
+    stock = nn.BatchNorm2d(3)
+    stock(batch(0))
+    getattr(stock, name)[1] = torch.nan
+    layer = LAYERS[method]()
+    with pytest.warns(UserWarning, match=rf"not finite in the checkpoint: {name}\. Call"):
+        layer.load_state_dict(stock.state_dict())
+    assert torch.isfinite(layer(batch(1))).all()
+
+
 @pytest.mark.contract("NI-1")
 @on_every_method
 def test_finite_values_whose_statistics_overflow_in_the_blend_are_not_stored(method):

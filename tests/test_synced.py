@@ -152,11 +152,13 @@ class Late:
 
 
 @pytest.mark.contract("DD-3", "DD-5")
-@pytest.mark.parametrize("dims", SHAPES)
+@pytest.mark.parametrize(
+    ("dims", "backend"), [*((dims, "auto") for dims in SHAPES), (2, "aten"), (2, "traceable")]
+)
 @on_every_layer
-def test_late_ranks_read_the_memory_of_all_and_their_own_part(two_ranks, name, dims):
+def test_late_ranks_read_the_memory_of_all_and_their_own_part(two_ranks, name, dims, backend):
     # one value has no variance, and no rank has a past in the first step
-    traces = two_ranks(train, name, dims, "late", {})
+    traces = two_ranks(train, name, dims, "late", {"backend": backend})
     late = Late(name)
     for samples, batch, *ranks in zip(PARTS, whole_batches(dims), *traces, strict=True):
         for rank, (*numbers, _) in enumerate(ranks):
@@ -350,6 +352,32 @@ def test_a_recompute_gives_the_same_and_communicates_nothing(two_ranks, sync, re
         assert sent_again == sent
 
 
+def same_input_again(rank, sync, order):
+    runs = []
+    for repeats in (False, True):
+        layer = make_layer("memorized", process_group="world", sync=sync)
+        (first, _), (batch, cotangent), *_ = whole_batches()
+        layer(first)
+        x, dy = part_of(rank, PARTS[1], batch, cotangent)
+        leaves = [x.clone().requires_grad_() for _ in order]
+        outputs = [
+            checkpoint(layer, leaf, use_reentrant=False) if repeats else layer(leaf) for leaf in leaves
+        ]
+        for i in order:
+            outputs[i].backward(dy)
+        runs.append([leaf.grad for leaf in leaves])
+    return runs
+
+
+@pytest.mark.contract("CK-1")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("sync", [True, "late"])
+def test_the_same_input_again_is_recomputed_with_what_each_forward_had_read(two_ranks, sync, order):
+    for (once, again), repeated in two_ranks(same_input_again, sync, order):
+        assert not torch.allclose(once, again)
+        assert_close(repeated, [once, again])
+
+
 def raw_statistics(rank, momentum):
     layer = make_layer("memorized", process_group="world", sync="late", momentum=momentum)
     for samples, (batch, _) in zip(PARTS[:2], whole_batches(), strict=False):
@@ -401,6 +429,22 @@ def test_a_late_batch_enters_with_the_history_weight_of_its_forward(two_ranks):
         plain(batch)
     for found in two_ranks(history_weight_changed_between):
         assert_close(found, state(plain))
+
+
+def forwards_kept(rank, sync, backend):
+    layer = make_layer("momentum", process_group="world", sync=sync, backend=backend)
+    for samples, batch in zip(PARTS, whole_batches(), strict=True):
+        step(layer, *part_of(rank, samples, *batch))
+    layer.catch_up()
+    return len(layer._calls.calls)
+
+
+@pytest.mark.contract("CK-3")
+@pytest.mark.parametrize(
+    ("sync", "backend"), [(True, "aten"), ("late", "auto"), ("late", "aten"), ("late", "traceable")]
+)
+def test_a_forward_whose_backward_has_run_is_forgotten(two_ranks, sync, backend):
+    assert two_ranks(forwards_kept, sync, backend) == [1, 1]
 
 
 def start_again(rank):
@@ -456,6 +500,20 @@ def test_a_group_is_who_shares(two_ranks):
     assert not torch.equal(alone, other_alone)
 
 
+def messages_of_a_step(rank, sync):
+    group = dist.new_group([0, 1])
+    layer = make_layer("matched", process_group=group, sync=sync)
+    in_world = collectives()
+    step(layer, *part_of(rank, PARTS[0], *whole_batches()[0]))
+    layer.catch_up()
+    return collectives() - in_world, group._get_sequence_number_for_group()
+
+
+@pytest.mark.parametrize(("sync", "messages"), [(True, 2), ("late", 1)])
+def test_messages_stay_in_the_group(two_ranks, sync, messages):
+    assert two_ranks(messages_of_a_step, sync) == [(0, messages)] * 2
+
+
 def differentiate_twice(rank):
     layer = make_layer("matched", process_group="world")
     x = whole_batches()[0][0].clone().requires_grad_()
@@ -509,6 +567,11 @@ def test_wrong_options_are_named():
         make_layer("matched", sync="late")
     with pytest.raises(ValueError, match="computes with ATen"):
         make_layer("memorized", process_group="world", backend="traceable")
+
+
+def test_what_cannot_be_shared_is_named_when_it_is_to_be():
+    with pytest.raises(ValueError, match="computes with ATen"):
+        make_layer("memorized", backend="traceable").share_with("world")
 
 
 def test_the_description_names_who_shares():

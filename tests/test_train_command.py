@@ -25,6 +25,11 @@ def train(out, *options):
     return mbnorm_says("train", *SHORT, *options, "--out", out)
 
 
+def train_to_the_end(out, *options):
+    status, _, err = train(out, *options)
+    assert (status, err) == (0, "")
+
+
 def state(out):
     """Everything in a checkpoint, as a flat dict."""
     found = {}
@@ -71,7 +76,7 @@ def stop_after(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
-    assert train(out)[0] == 0
+    train_to_the_end(out)
     return out
 
 
@@ -123,14 +128,14 @@ def test_the_test_accuracy_is_that_of_the_net_in_eval_mode(trained):
 def test_a_training_that_fails_goes_on_to_the_same_end(method, accumulate, stop, tmp_path, stop_after):
     options = ["--method", method, "--accumulate", accumulate]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train(whole, *options)[0] == 0
+    train_to_the_end(whole, *options)
     relent = stop_after(stop, RuntimeError("the device is lost"))
     status, _, err = train(stopped, *options, "--checkpoint-every", "0")
     assert status == 1
     assert err.startswith(f"mbnorm: the device is lost: step {stop} of ")
     assert err.count("\n") == 1
     relent()
-    assert train(stopped, *options, "--checkpoint-every", "0")[0] == 0
+    train_to_the_end(stopped, *options, "--checkpoint-every", "0")
     assert_same(whole, stopped)
 
 
@@ -140,7 +145,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(tmp_path, stop_after, tr
     _, _, err = train(tmp_path, "--checkpoint-every", "1000")
     assert "step 125 of 250 is in" in err
     relent()
-    assert train(tmp_path)[0] == 0
+    train_to_the_end(tmp_path)
     assert_same(trained, tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
@@ -159,7 +164,7 @@ def test_an_image_that_cannot_be_read_loses_no_step(tmp_path, monkeypatch, train
         status, _, err = train(tmp_path, "--checkpoint-every", "1000")
     assert status == 1
     assert err.startswith("mbnorm: /data/3.png: cannot be decoded as an image: step 130 of 250 is in")
-    assert train(tmp_path)[0] == 0
+    train_to_the_end(tmp_path)
     assert_same(trained, tmp_path)
 
 
@@ -169,7 +174,7 @@ def test_an_epoch_that_is_repeated_is_logged_once(tmp_path, monkeypatch):
         patch.setattr(Training, "save", lambda self: (_ for _ in ()).throw(OSError("no space left")))
         assert train(tmp_path)[2] == "mbnorm: no space left: nothing is saved yet\n"
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
-    assert train(tmp_path)[0] == 0
+    train_to_the_end(tmp_path)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
 
 
@@ -206,8 +211,8 @@ def test_a_training_that_is_killed_goes_on_to_the_same_end(tmp_path):
     process = start(tmp_path / "killed", *SHORT, *options)
     kill(process)
     process.communicate()
-    assert train(tmp_path / "killed", *options)[0] == 0
-    assert train(tmp_path / "whole", *options)[0] == 0
+    train_to_the_end(tmp_path / "killed", *options)
+    train_to_the_end(tmp_path / "whole", *options)
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -266,7 +271,7 @@ def test_two_ranks_train_as_one_that_accumulates(tmp_path):
     """GroupNorm knows no batch: the steps are of the same images."""
     said = train_on_two_ranks(tmp_path / "two", "--method", "group")
     assert said.count("epoch 1:") == said.count("written:") == 1
-    assert train(tmp_path / "one", "--method", "group", "--accumulate", "2")[0] == 0
+    train_to_the_end(tmp_path / "one", "--method", "group", "--accumulate", "2")
     one, two = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-5)
@@ -338,7 +343,7 @@ def test_other_data_train_too(model, data, tmp_path, stop_after):
 
 
 def test_half_precision_trains(tmp_path):
-    assert train(tmp_path, "--precision", "bf16-mixed", "--epochs", "1")[0] == 0
+    train_to_the_end(tmp_path, "--precision", "bf16-mixed", "--epochs", "1")
     assert json.loads((tmp_path / "log.jsonl").read_text())["test_accuracy"] > 80
 
 

@@ -222,8 +222,11 @@ class _PooledBatchNorm(torch.autograd.Function):
         group: ProcessGroup,
     ) -> Tensor:
         """Normalize ``x``; ``center`` and ``share`` are the formula's: z = (x - center) rstd and a/n."""
-        ctx.save_for_backward(x, weight, mean, var, center, share)
+        # the statistics are this forward's, whatever a checkpoint computes again for what is saved
+        ctx.save_for_backward(x, weight)
+        ctx.statistics = mean, var, center, share
         ctx.eps, ctx.group = eps, group
+        ctx.on_backward = None
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -233,7 +236,10 @@ class _PooledBatchNorm(torch.autograd.Function):
                 "a layer with sync=True can be differentiated once only: create_graph=True needs layers "
                 'without process_group, or with sync="late"'
             )
-        x, weight, mean, var, center, share = ctx.saved_tensors
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        x, weight = ctx.saved_tensors
+        mean, var, center, share = ctx.statistics
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         dtype = mean.dtype
         dy, values = dy.to(dtype), x.to(dtype)

@@ -202,7 +202,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
             input = input.view_as(input)
             return self._blend(input, past, backend), input.grad_fn
         weight = self.weight.view_as(self.weight)
-        return self._blend(input, past, backend, weight), weight.grad_fn
+        result = self._blend(input, past, backend, weight)
+        return result, weight.grad_fn or result.y.grad_fn
 
     def _repeat(self, input: Tensor, n: int, backend: Backend) -> BlendedBatchNorm | None:
         """Do a forward again as it was, if this is a recompute: read what it had read, store nothing."""
