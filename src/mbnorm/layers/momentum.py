@@ -197,11 +197,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
 
     def _had_notice(self) -> bool:
         """Whether nothing is left to say of a missing schedule."""
-        return (
-            self.matched_values is not None
-            or self.scheduled
-            or self._steps_as_plain_bn >= STEPS_BEFORE_NOTICE
-        )
+        has_history = self.matched_values is not None or self.initial_history_weight > 0
+        return has_history or self.scheduled or self._steps_as_plain_bn >= STEPS_BEFORE_NOTICE
 
     def _repeats(self) -> bool:
         return self._had_notice() and super()._repeats()

@@ -6,9 +6,11 @@ from mbnorm.experiments.bench.cases import RESNET50
 from mbnorm.experiments.bench.rows import Row, geometric_mean, ratios
 
 ORDER = (
+    "matched",
     "momentum",
     "memorized",
     "kernels",
+    "doubling",
     "momentum-aten",
     "momentum-traceable",
     "compiled_batch_norm",
@@ -42,7 +44,8 @@ def _layers(rows: list[Row]) -> list[str]:
     lines = [
         "Time of forward and backward over that of `nn.BatchNorm` in the same run: geometric mean over the "
         "shapes of ResNet-50 at batch 2 (worst shape). `kernels` are those of `momentum`, without layer and "
-        "autograd.",
+        "autograd. `doubling` is y = 2x: one node of autograd, and four of the five tensors that a "
+        "normalization must move.",
         "",
         "| dtype, layout, threads | " + " | ".join(providers) + " |",
         "| --- |" + " ---: |" * len(providers),
@@ -128,7 +131,7 @@ def draw(rows: list[Row], path: Path) -> None:
             values = [v for (shape, _), v in found.items() if shape in RESNET50]
             if not values:
                 continue
-            ours = provider.startswith(("momentum", "memorized"))
+            ours = provider.startswith(("matched", "momentum", "memorized"))
             color = "tab:blue" if ours else "dimgray"
             axis.plot(values, [height] * len(values), "o", color=color, alpha=0.5, markersize=5)
             mean = geometric_mean(values)

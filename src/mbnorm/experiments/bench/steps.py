@@ -27,7 +27,7 @@ STEPS = (
     Step("unet3d", unet3d, (2, 1, 32, 32, 32)),
 )
 
-METHODS = ("batch", "momentum", "memorized", "momentum+df", "memorized+df")
+METHODS = ("batch", "matched", "momentum", "memorized", "matched+df", "momentum+df", "memorized+df")
 
 
 class Trainer:
@@ -38,10 +38,8 @@ class Trainer:
         self.model = step.build()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         norm, _, double_forward = method.partition("+")
-        if norm == "momentum":
-            mbnorm.convert(self.model, "momentum", batch_size=step.shape[0])
-        elif norm == "memorized":
-            mbnorm.convert(self.model, "memorized", batch_size=step.shape[0])
+        if norm != "batch":
+            mbnorm.convert(self.model, norm, batch_size=step.shape[0])  # type: ignore[arg-type]
         if double_forward:
             mbnorm.DoubleForward(self.model, self.optimizer)
         self.x = torch.randn(step.shape)
