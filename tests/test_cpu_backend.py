@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from helpers import (
@@ -68,6 +70,23 @@ def unaligned(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_shape
 def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
+    everything_matches_the_reference(shape, layout, dtype, a, variance)
+
+
+PAST_THE_CACHES = [
+    ((2, 16, 400, 400), LAST, torch.float32),
+    ((2, 9, 487, 489), CONTIGUOUS, torch.float32),
+    ((1, 24, 50, 70, 110), LAST_3D, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype"), PAST_THE_CACHES, ids=layout_id)
+def test_outputs_written_past_the_caches_match_the_reference(shape, layout, dtype):
+    assert math.prod(shape) * dtype.itemsize >= 16 << 20
+    everything_matches_the_reference(shape, layout, dtype, 0.3, "pooled")
+
+
+def everything_matches_the_reference(shape, layout, dtype, a, variance):
     x = make_input(shape, dtype, layout)
     parameters = make_parameters(shape[1], state_dtype(dtype))
     past = near_statistics(x)

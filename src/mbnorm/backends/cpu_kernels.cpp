@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__AVX__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -117,13 +117,34 @@ inline V quieted(V v) {
   }
 }
 
-template <class T, int L>
+// Write a vector; past the caches, if it is FAR, which spares reading what is overwritten.
+template <bool FAR, class V>
+inline void write(void* p, V v) {
+#ifdef __AVX__
+  if constexpr (FAR && sizeof v == 32) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+      _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+      return;
+    }
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+// After the last write: other threads are to see all of them.
+template <bool FAR>
+inline void finish_writing() {
+#ifdef __AVX__
+  if constexpr (FAR) _mm_sfence();
+#endif
+}
+
+template <class T, int L, bool FAR>
 inline void store(T* p, Vector<T, L> v) {
   if constexpr (L == 1) {
     *p = v;
   } else if constexpr (L == 16) {
-    const Bits32 bits = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
-    std::memcpy(p, &bits, sizeof bits);
+    write<FAR>(p, Bits32((rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000)));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     const Bits32 bits = rounded(v) >> 16;
 #ifdef __AVX2__
@@ -141,7 +162,7 @@ inline void store(T* p, Vector<T, L> v) {
     for (int i = 0; i < L; ++i) p[i] = v[i];
 #endif
   } else {
-    std::memcpy(p, &v, sizeof v);
+    write<FAR>(p, v);
   }
 }
 
@@ -344,6 +365,7 @@ struct First {
       for (int64_t c = in.c0; c < in.c1; ++c) f((n * at.channels + c) * at.plane, c);
   }
 
+  template <bool FAR>
   [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
                                          const A* mean, const A* scale, const A* bias) {
     planes(at, in, [&](int64_t offset, int64_t c) {
@@ -351,10 +373,12 @@ struct First {
       T* ys = static_cast<T*>(y) + offset;
       const A m = quieted<T>(mean[c]), s = quieted<T>(scale[c]), b = quieted<T>(bias[c]);
       sweep<T, L>(at.plane,
-                  [&](int64_t i, int, auto) { store<T, L>(ys + i, (load<T, L>(xs + i) - m) * s + b); });
+                  [&](int64_t i, int, auto) { store<T, L, FAR>(ys + i, (load<T, L>(xs + i) - m) * s + b); });
     });
+    finish_writing<FAR>();
   }
 
+  template <bool FAR>
   [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
                                              void* dx, const A* center, const A* scale, const A* slope,
                                              const A* offset) {
@@ -365,9 +389,10 @@ struct First {
       const A m = quieted<T>(center[c]), s = quieted<T>(scale[c]), k = quieted<T>(slope[c]),
               o = quieted<T>(offset[c]);
       sweep<T, L>(at.plane, [&](int64_t i, int, auto) {
-        store<T, L>(ds + i, s * (load<T, L>(gs + i) + (k * (load<T, L>(xs + i) - m) + o)));
+        store<T, L, FAR>(ds + i, s * (load<T, L>(gs + i) + (k * (load<T, L>(xs + i) - m) + o)));
       });
     });
+    finish_writing<FAR>();
   }
 };
 
@@ -474,6 +499,7 @@ struct Last {
     });
   }
 
+  template <bool FAR>
   [[gnu::flatten]] static void normalize(const Layout& at, const Range& in, const void* x, void* y,
                                          const A* mean, const A* scale, const A* bias) {
     blocks<T, L, WIDE>(at, in, [&](int64_t offset, int64_t rows, int64_t c, int64_t, auto width) {
@@ -489,10 +515,12 @@ struct Last {
       }
       for (int64_t k = 0; k < rows; ++k, xs += at.channels, ys += at.channels)
 #pragma GCC unroll 4
-        for (int j = 0; j < W; ++j) store<T, L>(ys + j * L, (load<T, L>(xs + j * L) - m[j]) * s[j] + b[j]);
+        for (int j = 0; j < W; ++j) store<T, L, FAR>(ys + j * L, (load<T, L>(xs + j * L) - m[j]) * s[j] + b[j]);
     });
+    finish_writing<FAR>();
   }
 
+  template <bool FAR>
   [[gnu::flatten]] static void differentiate(const Layout& at, const Range& in, const void* g, const void* x,
                                              void* dx, const A* center, const A* scale, const A* slope,
                                              const A* shift) {
@@ -513,28 +541,39 @@ struct Last {
 #pragma GCC unroll 4
         for (int j = 0; j < W; ++j) {
           const V rest = k[j] * (load<T, L>(xs + j * L) - m[j]) + o[j];
-          store<T, L>(ds + j * L, s[j] * (load<T, L>(gs + j * L) + rest));
+          store<T, L, FAR>(ds + j * L, s[j] * (load<T, L>(gs + j * L) + rest));
         }
     });
+    finish_writing<FAR>();
   }
 };
 
-template <class Passes>
-constexpr Kernels<typename Passes::A> table = {Passes::moments, Passes::products, Passes::normalize,
-                                               Passes::differentiate};
+template <class Passes, bool FAR>
+constexpr Kernels<typename Passes::A> table = {Passes::moments, Passes::products,
+                                               Passes::template normalize<FAR>,
+                                               Passes::template differentiate<FAR>};
+
+// An output of so many bytes is out of the caches before it is complete, whoever reads it next.
+constexpr int64_t FAR_BYTES = 16 << 20;
+
+template <class Passes, class T>
+const Kernels<typename Passes::A>& near_or_far(const Layout& at) {
+  const bool far = at.rows() * at.channels * int64_t(sizeof(T)) >= FAR_BYTES;
+  return far ? table<Passes, true> : table<Passes, false>;
+}
 
 template <class T>
 const Kernels<Accumulator<T>>& kernels(const Layout& at) {
   constexpr int L = LANES<T>;
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (at.channels_last && at.channels >= 16) return table<Last<T, 16>>;
-  if (at.channels_last) return table<Last<T, L>>;
+    if (at.channels_last && at.channels >= 16) return near_or_far<Last<T, 16>, T>(at);
+  if (at.channels_last) return near_or_far<Last<T, L>, T>(at);
   if constexpr (std::is_same_v<T, BFloat16>) {
-    return table<First<T, 16>>;
+    return near_or_far<First<T, 16>, T>(at);
   } else {
     if constexpr (std::is_same_v<T, Accumulator<T>>)
-      if (at.plane < L) return table<First<T, 1>>;
-    return table<First<T, L>>;
+      if (at.plane < L) return table<First<T, 1>, false>;
+    return near_or_far<First<T, L>, T>(at);
   }
 }
 
