@@ -569,6 +569,13 @@ def test_wrong_options_are_named():
         make_layer("memorized", process_group="world", backend="traceable")
 
 
+@pytest.mark.parametrize("sync", [True, "late"])
+def test_a_memory_can_be_shared_later(sync):
+    layer = make_layer("memorized")
+    layer.share_with("world", sync)
+    assert (layer.process_group, layer.sync) == ("world", sync)
+
+
 def test_what_cannot_be_shared_is_named_when_it_is_to_be():
     with pytest.raises(ValueError, match="computes with ATen"):
         make_layer("memorized", backend="traceable").share_with("world")
