@@ -398,6 +398,14 @@ def test_reset_clears_all_state(method):
     assert same_state(layer, fresh)
 
 
+@pytest.mark.contract("A3")
+def test_reset_gives_the_history_weight_its_first_value():
+    layer = MomentumBatchNorm2d(3, history_weight=0.75)
+    layer.history_weight.fill_(0.5)
+    layer.reset_parameters()
+    assert layer.history_weight == 0.75
+
+
 @pytest.mark.contract("ST-3")
 @on_every_method
 def test_a_checkpoint_restores_the_run_bit_for_bit(method):

@@ -447,6 +447,24 @@ def test_a_forward_whose_backward_has_run_is_forgotten(two_ranks, sync, backend)
     assert two_ranks(forwards_kept, sync, backend) == [1, 1]
 
 
+def taken_back(rank, sync, backend):
+    layer = make_layer("memorized", process_group="world", sync=sync, backend=backend)
+    kept, dropped, following = (part_of(rank, (4, 3), batch)[0] for batch, _ in whole_batches()[:3])
+    layer(kept)
+    twin = copy.deepcopy(layer)
+    layer(dropped)
+    layer.undo(1)
+    return layer(following).detach(), twin(following).detach()
+
+
+@pytest.mark.parametrize(
+    ("sync", "backend"), [(True, "aten"), ("late", "auto"), ("late", "aten"), ("late", "traceable")]
+)
+def test_a_forward_can_be_taken_back(two_ranks, sync, backend):
+    for got, want in two_ranks(taken_back, sync, backend):
+        assert_close(got, want)
+
+
 def start_again(rank):
     layer = make_layer("memorized", process_group="world", sync="late")
     saved = state(layer)
