@@ -46,8 +46,7 @@ thorough: $(VENV)/ready
 
 mutants: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt 'mutmut>=3.8'
-	rm -rf mutants
-	$(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 contract: $(VENV)/ready
 	$(BIN)/python tests/contract.py

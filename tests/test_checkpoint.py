@@ -309,6 +309,15 @@ def test_what_is_kept_for_a_recompute_is_bounded_and_dropped():
 
 
 @pytest.mark.contract("CK-3")
+def test_a_reentrant_recompute_of_other_values_is_refused():
+    layer = MomentumBatchNorm1d(4, history_weight=0.5)
+    x = torch.randn(3, 4, requires_grad=True)
+    y = checkpoint(lambda x: layer(x * torch.rand(4)), x, use_reentrant=True, preserve_rng_state=False)
+    with pytest.raises(RuntimeError, match="the recompute is not deterministic"):
+        y.square().sum().backward()
+
+
+@pytest.mark.contract("CK-3")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trained", ["input", "weight", "bias", "all"])
 def test_a_forward_whose_backward_has_run_is_forgotten(trained, backend):

@@ -363,10 +363,11 @@ def test_momentum_none_is_the_cumulative_mean_of_raw_statistics(method):
     torch.testing.assert_close(layer.running_var, torch.stack([v for v, _ in raw]).mean(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @on_every_method
-def test_untracked_from_the_start_is_plain_batch_norm(method):
-    layer = build(method, track_running_stats=False)
-    x = make_input(shape_of(4), torch.float32)
+def test_untracked_from_the_start_is_plain_batch_norm(method, dtype):
+    layer = build(method, track_running_stats=False, dtype=dtype)
+    x = make_input(shape_of(4), dtype)
     want = F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0, layer.eps)
     assert torch.equal(layer(x), want)
     assert torch.equal(layer.eval()(x), want)
@@ -395,6 +396,14 @@ def test_reset_clears_all_state(method):
         layer(make_input(shape_of(4), torch.float32, seed=step))
     layer.reset_parameters()
     assert same_state(layer, fresh)
+
+
+@pytest.mark.contract("A3")
+def test_reset_gives_the_history_weight_its_first_value():
+    layer = MomentumBatchNorm2d(3, history_weight=0.75)
+    layer.history_weight.fill_(0.5)
+    layer.reset_parameters()
+    assert layer.history_weight == 0.75
 
 
 @pytest.mark.contract("ST-3")

@@ -158,6 +158,12 @@ def test_layers_with_a_history_are_not_told(options):
         train(two_layers(**options), momentum_module.STEPS_BEFORE_NOTICE + 5)
 
 
+def test_forwards_without_gradients_are_no_steps():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(two_layers(), momentum_module.STEPS_BEFORE_NOTICE + 5)
+
+
 def test_scheduled_layers_are_not_told():
     model = two_layers()
     MomentumSchedule(model, 1000, batch_size=64)

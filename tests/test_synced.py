@@ -447,6 +447,24 @@ def test_a_forward_whose_backward_has_run_is_forgotten(two_ranks, sync, backend)
     assert two_ranks(forwards_kept, sync, backend) == [1, 1]
 
 
+def taken_back(rank, sync, backend):
+    layer = make_layer("memorized", process_group="world", sync=sync, backend=backend)
+    kept, dropped, following = (part_of(rank, (4, 3), batch)[0] for batch, _ in whole_batches()[:3])
+    layer(kept)
+    twin = copy.deepcopy(layer)
+    layer(dropped)
+    layer.undo(1)
+    return layer(following).detach(), twin(following).detach()
+
+
+@pytest.mark.parametrize(
+    ("sync", "backend"), [(True, "aten"), ("late", "auto"), ("late", "aten"), ("late", "traceable")]
+)
+def test_a_forward_can_be_taken_back(two_ranks, sync, backend):
+    for got, want in two_ranks(taken_back, sync, backend):
+        assert_close(got, want)
+
+
 def start_again(rank):
     layer = make_layer("memorized", process_group="world", sync="late")
     saved = state(layer)
@@ -567,6 +585,13 @@ def test_wrong_options_are_named():
         make_layer("matched", sync="late")
     with pytest.raises(ValueError, match="computes with ATen"):
         make_layer("memorized", process_group="world", backend="traceable")
+
+
+@pytest.mark.parametrize("sync", [True, "late"])
+def test_a_memory_can_be_shared_later(sync):
+    layer = make_layer("memorized")
+    layer.share_with("world", sync)
+    assert (layer.process_group, layer.sync) == ("world", sync)
 
 
 def test_what_cannot_be_shared_is_named_when_it_is_to_be():
