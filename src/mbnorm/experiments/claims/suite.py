@@ -146,8 +146,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
         panel.plot(range(len(SETTINGS)), means, marker, color=f"C{number}", label=method)
     large = [_mean(rows, at_ease(setting)) for setting in SETTINGS]
     panel.plot(range(len(SETTINGS)), large, "k_", markersize=16, label=f"batch, m = {LARGE}")
-    names = [f"{s.model}\n{s.data if s.sampling == 'shuffled' else s.sampling}\n{s.lr:.3g}" for s in SETTINGS]
-    panel.set_xticks(range(len(SETTINGS)), names, fontsize=6)
+    names = [f"{s.model}, {s.data if s.sampling == 'shuffled' else s.sampling}, {s.lr:.3g}" for s in SETTINGS]
+    panel.set_xticks(range(len(SETTINGS)), names, fontsize=6, rotation=45, ha="right")
     scale_by_error(panel, "test accuracy, %, spaced by the error (means over seeds)")
 
 
