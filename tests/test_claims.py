@@ -186,6 +186,7 @@ def test_what_is_recommended_is_recalibrated_where_the_trained_net_is_stale():
 
 def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(recommendation, "SETTINGS", (SMALLEST,))
+    monkeypatch.setattr(recommendation, "SWEEP", ("batch", "matched 32", "memorized 8"))
     claim = CLAIMS["recommendation"]
     told = []
     rows = list(claim.rows(1, told.append, []))

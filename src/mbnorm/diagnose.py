@@ -40,8 +40,8 @@ def diagnose(
 
     What is recommended there, and done by `Diagnosis.convert`, has the noise of 32 values, and no longer
     a memory than that takes: "matched", which goes by n, with matched_values = 32 n / n_eff. It is 128 in
-    place of 32 where the samples of a batch are more alike than those of others, as in batches of one
-    class: features that tell classes apart will make them yet more alike.
+    place of 32 where values are alike, by image or by batch: what they have in common is what a net learns
+    to see, and a batch is then worth less than it was to the untrained net.
 
     A layer is stale if its running statistics are off by more than those of 32 values would be. The model
     is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
@@ -116,8 +116,9 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
         recommendation = "matched"
-        # what samples have in common a net learns to see, and their worth falls to a quarter or less
-        wanted = MATCHED_VALUES if _batches_alike(noise) else ENOUGH_VALUES
+        # what values have in common a net learns to see, and their worth falls to a half, a quarter or less
+        alike = _values_alike(noise, noise.effective_values) or _batches_alike(noise)
+        wanted = MATCHED_VALUES if alike else ENOUGH_VALUES
         # so that (N - n) / (N + n) is what n_eff values need
         matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
@@ -161,6 +162,11 @@ def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
         (layer.noise.mismatch, layer.noise.recalibrated_mismatch) for layer in layers if layer.noise.mismatch
     ]
     return not modes or sum((then or 0.0) ** 2 - now**2 for now, then in modes) < 0
+
+
+def _values_alike(noise: Noise, effective: float) -> bool:
+    """Whether the values of a batch are worth less than their number, and less than chance makes them."""
+    return noise.values > effective * (1 + 3 * math.sqrt(2 / (noise.batches - 1)))
 
 
 def _batches_alike(noise: Noise) -> bool:

@@ -63,7 +63,6 @@ class Choice:
 
 
 NOTHING = Choice(BATCH_NORM, recalibrated=False)
-CHOICES = tuple(Choice(candidate, again) for candidate in SWEEP for again in (False, True))
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
@@ -158,7 +157,8 @@ def recommended(rows: Sequence[Row], setting: Setting, seed: int) -> Choice:
 def best(rows: Sequence[Row], setting: Setting) -> Choice:
     """Return the choice of the sweep that is best, as a mean over the seeds, on the half that chooses."""
     seeds = seeds_of(rows, setting)
-    return max(CHOICES, key=lambda choice: fmean(_accuracies(rows, setting, [choice] * len(seeds), half=0)))
+    choices = [Choice(candidate, again) for candidate in SWEEP for again in (False, True)]
+    return max(choices, key=lambda choice: fmean(_accuracies(rows, setting, [choice] * len(seeds), half=0)))
 
 
 def seeds_of(rows: Sequence[Row], setting: Setting) -> list[int]:
