@@ -9,27 +9,12 @@ from torch import Tensor, nn
 
 import mbnorm
 from mbnorm.backends import cpu
+from mbnorm.experiments.bench.cases import Doubling
 
 SHAPE = (8, 1024)
 
 
-class Nothing(torch.autograd.Function):
-    """The least that a differentiable step of our own can do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return something of the shape of ``x``."""
-        ctx.save_for_backward(x, weight, bias)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return something for each gradient."""
-        _, weight, bias = ctx.saved_tensors
-        return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(bias)
-
-
-def best(call: Callable[[], object], calls: int = 300, rounds: int = 15) -> float:
+def best(call: Callable[[], object], calls: int, rounds: int) -> float:
     """Return the microseconds of a call in the best round."""
     call()
     found = []
@@ -41,14 +26,15 @@ def best(call: Callable[[], object], calls: int = 300, rounds: int = 15) -> floa
     return min(found) * 1e6
 
 
-def main() -> None:
+def main(calls: int = 300, rounds: int = 15) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     if reason := cpu.missing():
         raise SystemExit(reason)
     channels = SHAPE[1]
     x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
-    layer, stock = mbnorm.MomentumBatchNorm1d(channels, history_weight=0.75), nn.BatchNorm1d(channels)
+    layer, stock = nn.BatchNorm1d(channels), nn.BatchNorm1d(channels)
+    mbnorm.convert(layer, "matched")
 
     def both(module: Callable[..., Tensor], *parameters: Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(module(x), (x, *parameters), dy)
@@ -56,7 +42,7 @@ def main() -> None:
     values, weight, bias = (t.detach() for t in (x, *layer.parameters()))
     state = (torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.int64))
     averages = (torch.zeros(channels), torch.ones(channels), torch.tensor(0), torch.tensor(0))
-    update = (True, False, False, 0.1, False)
+    update = (True, False, False, 0.1, False, 0.0)
 
     def fused() -> Any:
         return cpu.forward_with_average(
@@ -67,19 +53,15 @@ def main() -> None:
     statistics, a = record[:4], record[6, 0]
     rows = {
         "nn.BatchNorm1d, forward and backward": both(stock, *stock.parameters()),
-        "MomentumBatchNorm1d, forward and backward": both(layer, *layer.parameters()),
-        "an autograd.Function that does nothing": lambda: torch.autograd.grad(
-            Nothing.apply(x, *layer.parameters()),  # type: ignore[no-untyped-call]
-            (x, *layer.parameters()),
-            dy,
-        ),
+        "converted to matched, forward and backward": both(layer, *layer.parameters()),
+        "y = 2x, forward and backward": both(Doubling()),
         "the fused forward operator": fused,
         "the backward operator": lambda: cpu.backward(
             dy, values, weight, a, statistics, "averaged", 1e-5, True
         ),
     }
     for name, call in rows.items():
-        print(f"{name:45}{best(call):8.1f}")
+        print(f"{name:45}{best(call, calls, rounds):8.1f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from mbnorm.backends import cpu
 from mbnorm.experiments.bench import memory, rows, timing
 from mbnorm.experiments.bench.cases import PROVIDERS, RESNET50, Case, cases
 from mbnorm.experiments.bench.steps import METHODS, STEPS, Trainer
@@ -97,3 +101,14 @@ def test_the_command_writes_rows_a_table_and_a_plot(tmp_path):
     assert all(r["torch"] == torch.__version__ and r["processor"] for r in measured)
     assert "2x2048x7x7" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_what_is_around_the_kernels_is_measured(capsys):
+    before = torch.get_num_threads()
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "overhead.py"))
+    try:
+        script["main"](calls=2, rounds=1)
+    finally:
+        torch.set_num_threads(before)
+    assert len(capsys.readouterr().out.splitlines()) == 5
