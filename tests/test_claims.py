@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mbnorm import cli, convert
-from mbnorm.experiments.claims import averages, recommendation, suite
+from mbnorm.experiments.claims import averages, double_forward, recommendation, suite
 from mbnorm.experiments.claims.claim import Claim, as_markdown, draw, mean_and_spread
 from mbnorm.experiments.claims.noise import (
     layer_inputs,
@@ -22,7 +22,7 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import Outcome, initial_model
 
 on_every_claim = pytest.mark.parametrize("name", CLAIMS)
-OTHERS = ("staleness", "noise", "averages", "recommendation")
+OTHERS = ("staleness", "noise", "averages", "recommendation", "double-forward")
 OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
 
@@ -282,3 +282,27 @@ def test_an_unknown_claim_is_named(capsys):
 @on_every_claim
 def test_every_claim_says_what_it_claims_in_a_sentence(name):
     assert CLAIMS[name].sentence.endswith(".")
+
+
+def test_the_table_of_double_forward_takes_differences_seed_by_seed(tmp_path):
+    rows = [
+        {**asdict(case), "double_forward": name, "seed": seed, "accuracy": 90.0 + gain + seed, "loss": 0.5}
+        for case in double_forward.CASES
+        for name, gain in (("without", 0.0), ("with", 1.5))
+        for seed in (0, 1)
+    ]
+    ((_, lines),) = double_forward.CLAIM.tables(rows)
+    assert [line[3] for line in lines] == len(double_forward.CASES) * ["1.5 ± 0.0"] + ["+1.5"]
+    draw(double_forward.CLAIM, rows, tmp_path / "plot.png")
+
+
+def test_double_forward_changes_nothing_where_no_weight_changes():
+    still = double_forward.Case(8, 4, lr=0.0, epochs=1)
+    without, with_it = (double_forward.outcome(still, 0, double_forward=on) for on in (False, True))
+    assert with_it == without
+
+
+def test_double_forward_changes_a_training():
+    case = double_forward.Case(8, 4, lr=0.05, epochs=1, pretrained=True)
+    without, with_it = (double_forward.outcome(case, 0, double_forward=on) for on in (False, True))
+    assert with_it["loss"] != without["loss"]
