@@ -69,7 +69,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` as in `torch.nn.BatchNorm2d`; in train mode with the memory's help."""
         if not torch.compiler.is_compiling():
-            prepared: PreparedForward | None = self.__dict__["_prepared"]
+            prepared: PreparedForward | None = self.__dict__.get("_prepared")
             if prepared is not None and prepared.fits(self, input):
                 return prepared.run(self, input)[0]
         return self._forward(input)
