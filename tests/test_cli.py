@@ -14,6 +14,8 @@ import mbnorm
 from mbnorm import cli, versions
 from mbnorm.backends import cpu
 from mbnorm.experiments import compare
+from mbnorm.experiments.commands import app
+from mbnorm.experiments.commands import bench as bench_command
 from mbnorm.experiments.commands import compare as compare_command
 
 TINY = ["--epochs", "1", "--methods", "batch,matched", "--seeds", "1", "--batch-sizes", "32", "--jobs", "1"]
@@ -99,6 +101,21 @@ def test_help_explains_every_option():
     assert all(f"--{option} " in out for option in options.split())
 
 
+def test_a_paragraph_of_the_help_has_no_line_ends_of_its_own():
+    (train,) = (command for command in app.registered_commands if command.callback.__name__ == "train")
+    first, second = train.help.split("\n\n")
+    assert first.endswith("after each epoch.")
+    assert "\n" not in second
+
+
+def test_ctrl_c_in_a_command_that_does_not_expect_it_gives_one_line(monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "run_bench", interrupt)
+    assert mbnorm_says("bench", "--out", tmp_path) == (130, "", "mbnorm: interrupted\n")
+
+
 @pytest.mark.parametrize(("name", "package"), [("dask", "distributed"), ("ray", "ray")])
 def test_a_missing_scheduler_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, name, package):
     monkeypatch.setattr(compare_command, "find_spec", lambda _: None)
@@ -110,11 +127,16 @@ def test_a_missing_scheduler_is_named_with_the_command_that_installs_it(monkeypa
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(cli, "NEEDED", ("rich", "no_such_package"))
-    assert mbnorm_says("compare") == (
+    assert mbnorm_says("bench", "--help") == (
         1,
         "",
-        "mbnorm: mbnorm compare needs no_such_package: pip install 'mbnorm[experiments]'\n",
+        "mbnorm: compare, train, diagnose, claim and bench need no_such_package: "
+        "pip install 'mbnorm[experiments]'\n",
     )
+
+
+def test_the_commands_that_need_the_extra_are_all_commands():
+    assert [command.callback.__name__ for command in app.registered_commands] == list(cli.COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def test_a_checkpoint_of_converted_layers_loads_with_their_method(tmp_path):
     assert mbnorm_says("diagnose", *FEW, "--method", "matched", *arguments)[0] == 0
     status, _, err = mbnorm_says("diagnose", *FEW, *arguments)
     assert status == 2
-    assert "ours.pt does not fit mlp with batch layers" in err
+    assert "ours.pt does not fit mlp with batch layers: " in err
+    assert err.endswith("give the --method that it was trained with\n")
 
 
 class Evil:
@@ -86,15 +87,30 @@ def broken_files(folder):
     torch.save({"epoch": 3}, folder / "other.pt")
     torch.save({"weight": Evil()}, folder / "evil.pt")
     torch.save(net("cnn", "batch", 2, None).state_dict(), folder / "cnn.pt")
+    state = net("mlp", "batch", 2, None).state_dict()
+    torch.save(state | {"1.weight": torch.zeros(3, 64)}, folder / "wide.pt")
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "text", "cut", "list", "other", "evil", "cnn"])
-def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(weights, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", ": no such file or directory"),
+        ("empty", ": expected a file of torch.save that holds tensors alone (EOFError)"),
+        ("text", ": expected a file of torch.save"),
+        ("cut", ": expected a file of torch.save"),
+        ("list", ": expected a state_dict of tensors"),
+        ("other", ": expected a state_dict of tensors"),
+        ("evil", ": expected a file of torch.save"),
+        ("cnn", " does not fit mlp with batch layers: 14 keys are missing and 54 are not known"),
+        ("wide", " does not fit mlp with batch layers: size mismatch for 1.weight"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(weights, name, words):
     broken_files(weights.parent)
     path = weights.parent / f"{name}.pt"
     status, out, err = mbnorm_says("diagnose", *FEW, "--checkpoint", path, "--out", weights.parent)
     assert (status, out) == (2, "")
-    assert f"{path} does not fit mlp with batch layers: " in err
+    assert f"{path}{words}" in err
     assert err.count("\n") == 1
 
 

@@ -15,6 +15,7 @@ NEEDED = (
     "sklearn",
     "typer",
 )
+COMMANDS = ("compare", "train", "diagnose", "claim", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
-        return _fail(f"mbnorm compare needs {', '.join(missing)}: pip install 'mbnorm[experiments]'", 1)
+        commands = f"{', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
+        return _fail(f"{commands} need {', '.join(missing)}: pip install 'mbnorm[experiments]'", 1)
     try:
         return _run(arguments)
     except KeyboardInterrupt:

@@ -42,29 +42,45 @@ def net(
     built = net_for(Run(method, setting, 0), source(data))
     if checkpoint is not None:
         try:
-            built.load_state_dict(_state_dict(checkpoint))
-        except (RuntimeError, ValueError) as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+            state = _state_dict(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from error
+        try:
+            built.load_state_dict(state)
+        except RuntimeError as error:
+            reason = _misfit(built, state) or str(error).splitlines()[-1].strip()
             raise ValueError(f"{checkpoint} does not fit {model} with {method} layers: {reason}") from error
     return built.train()
+
+
+def _misfit(model: nn.Module, state: dict[str, Any]) -> str | None:
+    """Return in what the keys differ, in a few words; None if they do not."""
+    known = model.state_dict().keys()
+    unknown = [key for key in state if key not in known]
+    if any(key.rpartition(".")[2].startswith("memory_") for key in unknown):
+        return "these layers have no such memories; give the --method that it was trained with"
+    missing = [key for key in known if key not in state]
+    if not missing and not unknown:
+        return None
+    first = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not known"
+    return f"{len(missing)} keys are missing and {len(unknown)} are not known, {first}"
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(error.strerror or str(error)) from error
+        raise ValueError((error.strerror or str(error)).lower()) from error
     # damaged files raise nearly anything
     except Exception as error:
-        line = str(error).partition("\n")[0]
         raise ValueError(
-            f"no checkpoint that holds tensors alone ({type(error).__name__}: {line})"
+            f"expected a file of torch.save that holds tensors alone ({type(error).__name__})"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError("expected a state_dict, or one under 'state_dict' or 'model'")
+        raise ValueError("expected a state_dict of tensors, or one under 'state_dict' or 'model'")
     return loaded
 
 

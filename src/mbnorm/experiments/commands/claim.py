@@ -61,6 +61,8 @@ def claim(
     """
     choice("NAME", name, list(CLAIMS))
     folder = Path("docs/results") / name if out is None else out
+    if redraw and not (folder / "data.jsonl").exists():
+        raise typer.BadParameter(f"there are no data in {folder}", param_hint="--redraw")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows = (
