@@ -263,16 +263,26 @@ class NormWithActivation(nn.BatchNorm2d):
         return torch.relu(super().forward(x))
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """As in torchvision, detectron2 and transformers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+
 @on_every_method
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
+        (FrozenBatchNorm2d(3), "FrozenBatchNorm2d is none of torch's: build the net with those"),
         (NormWithActivation(3), "NormWithActivation is a subclass that may do more"),
         (nn.LazyBatchNorm2d(), "LazyBatchNorm2d has no channels yet"),
         (nn.SyncBatchNorm(3), "SyncBatchNorm shares statistics"),
         (nn.BatchNorm2d(3, track_running_stats=False), "track_running_stats=False"),
     ],
-    ids=["subclass", "lazy", "sync", "untracked"],
+    ids=["frozen", "subclass", "lazy", "sync", "untracked"],
 )
 def test_what_is_left_alone_is_named_with_the_reason(method, layer, words):
     model = nn.Sequential(layer, nn.BatchNorm2d(3))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mbnorm.layers import (
     HistoryBatchNorm,
@@ -121,6 +121,7 @@ def convert(
             seeded |= start == "seeded"
             if start == "poisoned":
                 report.notes.append(f"{name} has statistics that are not finite: its memory starts empty")
+    report.skipped.update(_foreign(model))
     if seeded and method == "momentum":
         report.notes.append(
             "the memories start from the trained running statistics, but the paper's MomentumSchedule "
@@ -186,6 +187,15 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             names.setdefault(module, []).append(name or "(the model itself)")
     for module, all_names in names.items():
         yield " = ".join(all_names), module
+
+
+def _foreign(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield batch norms that are none of torch's, as FrozenBatchNorm2d, and why they stay."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "BatchNorm" in kind and "running_mean" in module._buffers and not isinstance(module, _NormBase):
+            why = f"{kind} is none of torch's: build the net with those, or copy its statistics into one"
+            yield name or "(the model itself)", why
 
 
 def _why_not(
