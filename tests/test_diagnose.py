@@ -495,11 +495,28 @@ def test_memory_does_not_grow_with_the_batches():
 def test_the_table_has_a_line_for_each_layer_and_the_reason_of_what_is_not_fine():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     text = str(diagnose(model, torch.randn(50, 2, 4)))
-    heading, row, reason, last = text.splitlines()
-    assert heading.split()[:4] == ["layer", "type", "n", "n_eff"]
+    above, heading, row, reason, last = text.splitlines()
+    assert above.split() == ["mean", "var", "train", "running", "running", "or", "batches"]
+    assert heading.split()[:8] == ["layer", "type", "n", "n_eff", "n_used", "off", "by", "off"]
+    assert len(above) <= len(heading) <= 130
     assert row.split()[:3] == ["1", "BatchNorm1d", "2"]
     assert reason.startswith("1: a batch has 2 values a channel that are worth ")
     assert last.startswith("recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled ")
+
+
+def test_the_table_says_how_many_values_normalize_a_batch():
+    layer = nn.BatchNorm1d(3)
+    plain = str(diagnose(layer, torch.randn(50, 2, 3))).splitlines()[2].split()
+    convert(layer, "momentum", history_weight=0.5)
+    layer(torch.randn(8, 3))
+    kept = str(diagnose(layer, torch.randn(50, 2, 3))).splitlines()[2].split()
+    frozen = str(
+        diagnose(nn.ModuleList([layer.eval()]), torch.randn(50, 2, 3), forward=lambda _, x: layer(x))
+    )
+    # after the name of the model itself, in three words, and the type
+    assert plain[5] == plain[6]
+    assert float(kept[6]) == pytest.approx(3 * float(kept[5]), rel=0.01)
+    assert frozen.splitlines()[2].split()[4] == "-"
 
 
 def test_json_has_all_that_was_found_and_null_for_what_is_infinite():

@@ -43,6 +43,12 @@ def diagnose(
     place of 32 where values are alike, by image or by batch: what they have in common is what a net learns
     to see, and a batch is then worth less than it was to the untrained net.
 
+    Printed, the table has a line a layer: the values n of a batch, n_eff and n_used; what the batch's own
+    mean is off by, in standard deviations of a channel, and its variance, relative to the channel's; the
+    distance between the outputs of train and eval mode, before weight and bias; what the running statistics
+    are off by; how many channels are dead, and how many explode; the verdict, what would help, with the
+    matched_values that it takes, and the size of shuffled batches that would do instead.
+
     A layer is stale if its running statistics are off by more than those of 32 values would be. The model
     is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
     lag behind, too, the net has learned with that.
@@ -218,11 +224,13 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     if helps:
         return "recalibrate", None, True, f"recommended: mbnorm.recalibrate(model, batches): {off}"
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
-    reason = f"recommended: no other normalization: enough effective values in all {len(layers)} layers"
+    reason = (
+        "recommended: no other normalization: enough effective values normalize the batches of every layer"
+    )
     if stale:
         reason += f"; {off}"
     if broken:
-        reason = f"recommended: mend the {broken} layers with dead or exploding channels first"
+        reason = f"recommended: mend dead or exploding channels first, in {broken} of {len(layers)} layers"
     return "none", None, False, reason
 
 

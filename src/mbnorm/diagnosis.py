@@ -105,7 +105,8 @@ class Diagnosis:
         return report
 
     def __str__(self) -> str:
-        cells = [_HEADINGS, *(_cells(layer) for layer in self.layers)]
+        headings = [heading.rpartition("\n")[::2] for heading in _HEADINGS]
+        cells = [*zip(*headings, strict=True), *(_cells(layer) for layer in self.layers)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(
@@ -132,18 +133,19 @@ _HEADINGS = (
     "type",
     "n",
     "n_eff",
-    "mean off by",
-    "var off by",
-    "train/eval",
-    "running mean",
-    "running var",
+    "n_used",
+    "mean\noff by",
+    "var\noff by",
+    "train\n/eval",
+    "running\nmean",
+    "running\nvar",
     "dead",
     "exploding",
     "verdict",
     "recommended",
-    "or batches of",
+    "or batches\nof",
 )
-_TEXTS = (0, 1, 11, 12)
+_TEXTS = (0, 1, 12, 13)
 
 
 def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
@@ -154,6 +156,7 @@ def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
         layer.kind,
         number(noise.values),
         number(noise.effective_values),
+        number(_used(noise)),
         number(noise.mean_error),
         _percent(noise.var_error),
         number(noise.mismatch),
@@ -165,6 +168,12 @@ def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
         recommended,
         "-" if layer.ideal_batch_size is None else str(layer.ideal_batch_size),
     )
+
+
+def _used(noise: Noise) -> float | None:
+    # a frozen layer uses none of a batch's
+    frozen = noise.mismatch == 0
+    return None if noise.effective_values is None or frozen else noise.effective_values * noise.pooled_batches
 
 
 def number(value: float | None) -> str:
