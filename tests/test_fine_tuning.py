@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm import DoubleForward, MomentumSchedule, convert, no_update
+from mbnorm import DoubleForward, MomentumSchedule, convert, diagnose, no_update
 
 pytest.importorskip("sklearn")
 from mbnorm.experiments.data import digits
@@ -136,6 +136,31 @@ def test_the_first_training_forwards_at_batch_2_lose_what_eval_mode_does(method,
     convert(empty, method, batch_size=2)
     assert first_losses(empty) - in_eval_mode > 2 * near
     assert first_losses(pretrained(seed=seed)) - in_eval_mode > 25 * near
+
+
+@pytest.mark.contract("FT-1")
+def test_on_large_maps_matched_starts_as_batch_norm_and_what_diagnose_converts_where_it_was():
+    torch.manual_seed(0)
+
+    def images(count):
+        # the pixels of an image are alike
+        return torch.randn(count, 2, 16, 16) + torch.randn(count, 1, 1, 1)
+
+    def distance(layer):
+        return (layer.train()(image) - wanted).square().mean().sqrt().item()
+
+    plain = nn.BatchNorm2d(2)
+    for _ in range(100):
+        plain(images(32))
+    matched, diagnosed, memorized = (copy.deepcopy(plain) for _ in range(3))
+    convert(matched, "matched")
+    diagnose(diagnosed, (images(1) for _ in range(100))).convert(diagnosed)
+    convert(memorized, "memorized", batch_size=1)
+    image = images(1)
+    wanted = copy.deepcopy(plain).eval()(image)
+    in_batch_norm = distance(plain)
+    assert distance(matched) == pytest.approx(in_batch_norm)
+    assert max(distance(diagnosed), distance(memorized)) < in_batch_norm / 10
 
 
 @pytest.mark.contract("FT-1")
