@@ -156,7 +156,7 @@ def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
         layer.kind,
         number(noise.values),
         number(noise.effective_values),
-        number(_used(noise)),
+        number(used_values(noise)),
         number(noise.mean_error),
         _percent(noise.var_error),
         number(noise.mismatch),
@@ -170,8 +170,8 @@ def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
     )
 
 
-def _used(noise: Noise) -> float | None:
-    # a frozen layer uses none of a batch's
+def used_values(noise: Noise) -> float | None:
+    """Return how many effective values normalize a batch; a frozen layer uses none of it."""
     frozen = noise.mismatch == 0
     return None if noise.effective_values is None or frozen else noise.effective_values * noise.pooled_batches
 

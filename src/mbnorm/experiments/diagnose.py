@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbnorm import Diagnosis, diagnose
 from mbnorm.diagnose import ENOUGH_VALUES
+from mbnorm.diagnosis import used_values
 from mbnorm.experiments.data import Parts, parts
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import Method
@@ -114,7 +115,7 @@ def draw(found: Diagnosis, title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 1.8 + 0.34 * len(layers)), layout="constrained")
     figure.suptitle(title, fontsize=10, fontweight="bold")
     worth, off = figure.subplots(1, 2, sharey=True)
-    rows = range(len(layers))
+    rows, remembers = range(len(layers)), False
     worth.set_xscale("log")
     worth.axvline(ENOUGH_VALUES, color="#9e9e9e", linestyle="--", linewidth=1)
     for row, layer in zip(rows, layers, strict=True):
@@ -123,7 +124,13 @@ def draw(found: Diagnosis, title: str, path: Path) -> None:
         if noise.effective_values is not None:
             worth.plot([noise.values, noise.effective_values], [row, row], color=color, linewidth=1)
             worth.scatter([noise.effective_values], [row], s=36, color=color)
-    worth.set_xlabel(f"values per channel (ring) and their worth (dot); dashed: {ENOUGH_VALUES}", fontsize=9)
+        used = used_values(noise)
+        if used is not None and noise.pooled_batches > 1:
+            worth.scatter([used], [row], s=36, marker="D", facecolor="none", edgecolor=color)
+            remembers = True
+    label = "values per channel (ring), their worth (dot)"
+    label += ", and with the memory (diamond)" if remembers else ""
+    worth.set_xlabel(f"{label}; dashed: {ENOUGH_VALUES}", fontsize=9)
     series = {
         "batch mean": ("o", [layer.noise.mean_error for layer in layers]),
         "train against eval mode": ("s", [layer.noise.mismatch for layer in layers]),
