@@ -210,7 +210,9 @@ def test_every_run_is_in_the_results(tiny):
 def test_the_table_is_printed_and_written(tiny):
     out, stdout = tiny
     assert "mlp, batches of 32, lr 0.05, 1 epoch" in stdout
-    assert "| matched |" in (out / "table.md").read_text()
+    written = (out / "table.md").read_text()
+    assert "| matched |" in written
+    assert "In italics" not in written
 
 
 def test_the_report_is_written_with_the_command_that_writes_it(tiny):

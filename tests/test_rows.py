@@ -118,7 +118,9 @@ def test_a_method_without_any_result_has_a_row():
 def test_the_reference_is_in_the_table_and_marked():
     outcomes = {Run("batch", reference_of(SETTING), 0): DONE, Run("matched", SETTING, 0): DONE}
     rows = rows_of(SETTING, list(outcomes), outcomes)
-    assert "| *batch at m = 64* | *90.0* |" in as_markdown([(SETTING, rows)], "batch")
+    text = as_markdown([(SETTING, rows)], "batch")
+    assert "| *batch at m = 64* | *90.0* |" in text
+    assert "In italics: batch norm on shuffled batches of 64 at lr 0.1. Written by" in text
 
 
 def test_the_reference_does_not_stand_beside_itself():

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mbnorm.experiments.methods import Method
-from mbnorm.experiments.rows import CAPTION, Tables, columns, mean_ranks, notes, row_of
+from mbnorm.experiments.rows import Tables, caption, columns, mean_ranks, notes, row_of
 
 
 def as_markdown(tables: Tables, baseline: Method) -> str:
     """Return all tables as Markdown."""
-    blocks = [CAPTION.format(baseline=baseline)]
+    blocks = [caption(tables, baseline)]
     for setting, rows in tables:
         theirs = row_of(baseline, rows)
         lines = []

@@ -9,7 +9,7 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.page import Figure, Page, Section, Table, render
 from mbnorm.experiments.plot import batch_size_series, batch_size_svg, panel_svg, ranks_svg
-from mbnorm.experiments.rows import CAPTION, Row, Tables, columns, mean_ranks, notes, row_of
+from mbnorm.experiments.rows import Row, Tables, caption, columns, mean_ranks, notes, row_of
 
 
 def as_html(tables: Tables, missing: Sequence[Run], baseline: Method, command: str) -> str:
@@ -22,7 +22,7 @@ def as_html(tables: Tables, missing: Sequence[Run], baseline: Method, command: s
     return render(
         Page(
             "Normalization methods compared",
-            [_counts(tables), CAPTION.format(baseline=baseline)],
+            [_counts(tables), caption(tables, baseline)],
             command,
             sections,
             f"mbnorm {__version__}, torch {torch.__version__}",

@@ -10,16 +10,6 @@ from mbnorm.experiments.grid import Run, Setting, reference_of
 from mbnorm.experiments.methods import OURS, Method
 from mbnorm.experiments.training import FIRST_FORWARD, Outcome
 
-CAPTION = (
-    "Test accuracy, mean over the seeds with its 95 % confidence interval (Student's t). From one seed all "
-    "methods start at the same weights and see the same batches, so each is compared with {baseline} seed by "
-    "seed: the difference is the mean over the seeds for which both have an accuracy, with its interval. A "
-    "run that diverged is measured like any other and is part of the means; one that failed has no accuracy, "
-    "and is counted. The losses are those of the trained net on its training data, with its layers in train "
-    "mode and in eval mode. In italics: batch norm on shuffled batches of 64 at lr 0.1. Written by "
-    "`mbnorm compare`."
-)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -86,6 +76,21 @@ class Row:
 
 
 Tables: TypeAlias = Sequence[tuple[Setting, Sequence[Row]]]
+
+
+def caption(tables: Tables, baseline: Method) -> str:
+    """Return how the tables were made, and what stands in italics if anything does."""
+    italics = "In italics: batch norm on shuffled batches of 64 at lr 0.1. "
+    return (
+        "Test accuracy, mean over the seeds with its 95 % confidence interval (Student's t). From one seed "
+        "all methods start at the same weights and see the same batches, so each is compared with "
+        f"{baseline} seed by seed: the difference is the mean over the seeds for which both have an "
+        "accuracy, with its interval. A run that diverged is measured like any other and is part of the "
+        "means; one that failed has no accuracy, and is counted. The losses are those of the trained net on "
+        "its training data, with its layers in train mode and in eval mode. "
+        f"{italics if any(row.reference for _, rows in tables for row in rows) else ''}"
+        "Written by `mbnorm compare`."
+    )
 
 
 def columns(baseline: Method) -> tuple[str, ...]:
