@@ -14,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-SECONDS = 180
+SECONDS = 300
 """How long a check may take, the start of the processes included."""
+SECONDS_APART = 150
+"""How long one rank may wait for the other, which imports as much on a core that others use, too."""
 
 
 class TwoRanks:
@@ -69,9 +71,8 @@ def _serve(rank: int, store: str, connection: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30)
-    )
+    timeout = timedelta(seconds=SECONDS_APART)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     while True:
         try:
             module, name, args = pickle.loads(connection.recv_bytes())

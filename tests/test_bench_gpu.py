@@ -170,7 +170,8 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 @no_gpu
 def test_a_part_that_cannot_run_becomes_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    parts = {"layers": gpu.Part(30.0, 30.0), "check": gpu.Part(30.0, 30.0, 2)}
+    # as much time as a busy machine may need for the imports of a process
+    parts = {"layers": gpu.Part(150.0, 150.0), "check": gpu.Part(150.0, 150.0, 2)}
     monkeypatch.setattr(gpu, "PARTS", parts)
     gpu.measure(tmp_path, gpu.SECONDS)
     rows = read(tmp_path / "gpu.jsonl")

@@ -51,7 +51,8 @@ def do(tmp_path):
     """Supervise a process that runs these pieces of code; return all rows by their order, and the seconds."""
     from mbnorm.experiments.bench.rows import read
 
-    def run(*codes, seconds=60.0, patience=30.0):
+    # on a busy machine it takes a process long to begin
+    def run(*codes, seconds=300.0, patience=60.0):
         out = tmp_path / "rows"
         head = f"CODES, OUT = {codes!r}, {str(out)!r}"
         start = time.monotonic()
@@ -87,10 +88,10 @@ def test_after_a_job_that_dies_another_process_goes_on(do):
 
 
 def test_after_a_job_that_hangs_another_process_goes_on(do):
-    rows, told, _ = do(WORKS, HANGS, WORKS, patience=2.0)
+    rows, told, _ = do(WORKS, HANGS, WORKS, patience=10.0)
     assert [row["job"] for row in rows] == [0, 2]
     assert [(row["what"], row["why"]) for row in told] == [
-        ("job 1", "RuntimeError: killed: no progress in 2 s")
+        ("job 1", "RuntimeError: killed: no progress in 10 s")
     ]
 
 
@@ -105,16 +106,18 @@ def test_after_a_job_that_loses_the_device_another_process_goes_on(do):
     assert told == []
 
 
-def test_a_part_ends_in_time_whatever_hangs(do):
+def test_a_part_ends_in_time_whatever_hangs(do, monkeypatch):
+    # the process itself is not to see that the time is up, however soon it begins
+    monkeypatch.setattr(gpu_parts, "MARGIN", -100.0)
     rows, told, seconds = do(HANGS, WORKS, seconds=1.0)
-    assert seconds < 5
+    assert seconds < 60
     assert rows == []
     assert [row["why"] for row in told] == ["RuntimeError: killed: no time left"]
 
 
 def test_a_process_that_does_not_begin_is_not_begun_again(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such package')"]
-    (row,) = supervise("part", command, tmp_path, time.monotonic() + 60, 30.0)
+    (row,) = supervise("part", command, tmp_path, time.monotonic() + 300, 60.0)
     assert (row["what"], row["why"]) == ("before its first job", "RuntimeError: exit status 1")
     assert row["traceback"].strip() == "no such package"
 
@@ -123,14 +126,17 @@ def test_what_a_process_has_started_dies_with_it(tmp_path):
     child = tmp_path / "child"
     code = dedent(
         f"""
-        import subprocess, time
-        child = subprocess.Popen(["sleep", "100"])
+        import subprocess, sys, time
+        child = subprocess.Popen(["sleep", "1000"])
         open({str(child)!r}, "w").write(str(child.pid))
-        time.sleep(100)
+        # from here on it does nothing, and is killed for that
+        open(sys.argv[sys.argv.index("--note") + 1], "w").write("0 job")
+        time.sleep(1000)
         """
     )
-    list(supervise("part", [sys.executable, "-c", code], tmp_path, time.monotonic() + 2, 30.0))
-    # a signal is answered when the kernel next runs who was sent it: that may take a while on a busy machine
+    row = next(supervise("part", [sys.executable, "-c", code], tmp_path, time.monotonic() + 300, 0.5))
+    assert row["what"] == "job"
+    # a signal is answered when the kernel next runs who was sent it, which may take a while on a busy machine
     until = time.monotonic() + 30
     while _runs(child.read_text()) and time.monotonic() < until:
         time.sleep(0.01)

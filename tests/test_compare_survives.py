@@ -66,7 +66,7 @@ class Comparison:
     def end(self):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=120)
 
     def finish(self):
         _, err = self.process.communicate(timeout=200)
@@ -88,7 +88,7 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(comparis
     comparison.wait_for_results(2)
     os.kill(comparison.process.pid, signal.SIGKILL)
     # whoever is left has its end of the pipe
-    comparison.process.communicate(timeout=60)
+    comparison.process.communicate(timeout=120)
     assert comparison.group_is_gone_within(60)
     finished = comparison.lines()
     assert 2 <= len(finished) < RUNS

@@ -189,7 +189,7 @@ def start(out, *options, launcher=(sys.executable, "-c", INTERRUPTIBLE)):
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(FileNotFoundError):
             if torch.load(out / "checkpoint.pt")["step"] >= 20:
@@ -220,14 +220,14 @@ def test_ctrl_c_gives_one_line_loses_no_step_and_leaves_no_process(tmp_path):
     process = start(tmp_path, *LONG)
     try:
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         kill(process)
     assert process.returncode == 130
     step = torch.load(tmp_path / "checkpoint.pt")["step"]
     assert err.startswith(f"interrupted: step {step} of 125000 is in {tmp_path}")
     assert err.count("\n") == 1
-    assert ends_within(10, process.pid)
+    assert ends_within(60, process.pid)
 
 
 TORCHRUN = [
@@ -291,7 +291,7 @@ def test_two_ranks_that_are_killed_go_on_to_the_same_end(tmp_path):
     process.communicate()
     # torchrun has given each a group of its own
     assert len(ranks) == 2
-    assert all(ends_within(10, rank) for rank in ranks)
+    assert all(ends_within(60, rank) for rank in ranks)
     train_on_two_ranks(tmp_path / "killed", *options)
     train_on_two_ranks(tmp_path / "whole", *options)
     assert_same(tmp_path / "whole", tmp_path / "killed")

@@ -114,8 +114,10 @@ def supervise(part: str, command: list[str], scratch: Path, until: float, patien
             # the clock is that of all processes
             options = ["--first", str(first), "--note", str(note.path), "--until", f"{until - MARGIN:.1f}"]
             # a session of its own, so that what it has started dies with it
+            # before the process, whose first note is not to be missed however late this one goes on
+            start = time.time()
             process = subprocess.Popen([*command, *options], stdout=said, stderr=said, start_new_session=True)
-            why = _wait(process, note, until, patience)
+            why = _wait(process, note, start, until, patience)
             said.seek(0)
             words = said.read()[-SAID:]
         if why is None:
@@ -129,9 +131,10 @@ def supervise(part: str, command: list[str], scratch: Path, until: float, patien
         first = number + 1
 
 
-def _wait(process: "subprocess.Popen[bytes]", note: Note, until: float, patience: float) -> str | None:
-    """Wait for the end of a process, or make it; return why it ended too early, or None."""
-    start = time.time()
+def _wait(
+    process: "subprocess.Popen[bytes]", note: Note, start: float, until: float, patience: float
+) -> str | None:
+    """Wait for the end of a process begun at ``start``, or make it; return why it was too early, or None."""
     while process.poll() is None:
         late, idle = time.monotonic() > until, note.age(start) > patience
         if late or idle:
