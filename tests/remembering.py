@@ -5,7 +5,16 @@ import torch
 from helpers import layout_id
 
 from mbnorm.backends import cpu
-from mbnorm.memory import CUMULATIVE, InferenceAverages, InferenceUpdate, MovingAverage, RecentBatches, commit
+from mbnorm.memory import (
+    CUMULATIVE,
+    MEASURES,
+    InferenceAverages,
+    InferenceUpdate,
+    MeasuredAverage,
+    MovingAverage,
+    RecentBatches,
+    commit,
+)
 
 EPS = 1e-3
 SHAPE = (6, 11, 3)
@@ -21,8 +30,12 @@ def filled(channels, dtype, seed):
 
 def memory_of(kind, dtype, channels=SHAPE[1], size=5, device="cpu"):
     integer = torch.zeros((), dtype=torch.int64)
-    if kind == "average":
+    if kind != "ring":
         memory = MovingAverage(*(torch.empty(channels, dtype=dtype) for _ in range(2)), integer)
+        if kind == "measured":
+            memory = MeasuredAverage(
+                *memory, *(torch.empty(size, dtype=dtype) for size in (channels, MEASURES))
+            )
     else:
         rings = (torch.empty(size, channels, dtype=dtype) for _ in range(2))
         memory = RecentBatches(*rings, torch.empty(size, dtype=dtype), integer)
@@ -52,6 +65,8 @@ def fused(kernels, x, parameters, state, how_read, variance, update, *, store=Tr
     memory, averages = state
     ring = isinstance(memory, RecentBatches)
     operator = kernels.forward_with_ring if ring else kernels.forward_with_average
+    if type(memory) is MovingAverage and kernels is cpu:
+        memory = *memory, None, None
     blended, unbiased, weight, rule, early = update
     result = operator(
         x,

@@ -13,6 +13,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=l
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
     "matched": lambda: MomentumBatchNorm2d(3, matched_values=4096),
+    "measured": lambda: MomentumBatchNorm2d(3, matched_values=4096, measured=True),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=5),
 }
 on_every_method = pytest.mark.parametrize("method", LAYERS)

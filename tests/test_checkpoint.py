@@ -15,6 +15,7 @@ from mbnorm import DoubleForward, MemorizedBatchNorm1d, MomentumBatchNorm1d, rec
 METHODS = {
     "momentum": functools.partial(MomentumBatchNorm1d, history_weight=0.75),
     "matched": functools.partial(MomentumBatchNorm1d, matched_values=64),
+    "measured": functools.partial(MomentumBatchNorm1d, matched_values=64, measured=True),
     "memorized": functools.partial(MemorizedBatchNorm1d, memory_size=5),
     "memorized-ema": functools.partial(MemorizedBatchNorm1d, memory_size=5, inference="ema"),
 }

@@ -24,6 +24,7 @@ from mbnorm.backends import cpu
 METHODS = {
     "momentum": ("momentum", {}),
     "matched": ("matched", {}),
+    "matched, plain": ("matched", {"measured": False}),
     "memorized": ("memorized", {"memory_size": 32}),
 }
 on_every_method = pytest.mark.parametrize("method", METHODS)
@@ -178,6 +179,7 @@ CHEAP_TO_READ = {
     "averaged": lambda: MomentumBatchNorm1d(3, history_weight=0.75),
     "pooled": lambda: MomentumBatchNorm1d(3, history_weight=0.75, variance="pooled"),
     "matched": lambda: MomentumBatchNorm1d(3, matched_values=64),
+    "measured": lambda: MomentumBatchNorm1d(3, matched_values=64, measured=True),
     "memory of 2": lambda: MemorizedBatchNorm1d(3, memory_size=2),
     "memory of 4, decaying": lambda: MemorizedBatchNorm1d(3, memory_size=4, decay=0.9),
 }

@@ -221,13 +221,15 @@ def test_momentum_follows_the_batch_size(m, weight):
 def test_the_default_matches_the_noise():
     layer = nn.BatchNorm1d(3)
     convert(layer)
-    assert (layer.matched_values, layer.early_weight, layer.momentum) == (128, 8, 0.1)
+    assert (layer.matched_values, layer.measured) == (128, True)
+    assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 
 def test_matched_needs_nothing():
     layer = nn.BatchNorm1d(3)
     convert(layer, "matched")
-    assert (layer.matched_values, layer.early_weight, layer.momentum) == (128, 8, 0.1)
+    assert (layer.matched_values, layer.measured) == (128, True)
+    assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 
 def test_options_win_over_the_batch_size():
@@ -419,6 +421,7 @@ def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
         (("momentum", {"batch_size": 2}), ("matched", {}), False),
         (("matched", {}), ("matched", {}), True),
         (("matched", {}), ("matched", {"matched_values": 64}), False),
+        (("matched", {}), ("matched", {"measured": False}), False),
         (("matched", {}), ("momentum", {"batch_size": 2}), False),
     ],
 )

@@ -30,6 +30,7 @@ METHODS = {
         reference.MomentumNorm,
         {"matched_values": 64, "early_weight": 8.0},
     ),
+    "measured": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64, "measured": True}),
     "memorized": (MemorizedBatchNorm1d, reference.MemorizedNorm, {"memory_size": 7}),
     "memorized-ema": (
         MemorizedBatchNorm1d,

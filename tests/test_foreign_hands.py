@@ -15,6 +15,7 @@ from mbnorm import DoubleForward, MomentumSchedule, convert, no_update, refresh,
 METHODS = {
     "momentum": ("momentum", {"history_weight": 0.75}),
     "matched": ("matched", {}),
+    "matched, plain": ("matched", {"measured": False}),
     "memorized": ("memorized", {"memory_size": 4}),
     "memorized-ema": ("memorized", {"memory_size": 4, "inference": "ema"}),
 }

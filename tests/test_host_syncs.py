@@ -17,6 +17,7 @@ METHODS = {
     "momentum": (MomentumBatchNorm2d, {"history_weight": 0.5}),
     "matched": (MomentumBatchNorm2d, {"matched_values": 128}),
     "matched, early": (MomentumBatchNorm2d, {"matched_values": 128, "early_weight": 8.0}),
+    "measured": (MomentumBatchNorm2d, {"matched_values": 128, "measured": True}),
     "memorized": (MemorizedBatchNorm2d, {"memory_size": 4}),
     "memorized, ema": (MemorizedBatchNorm2d, {"memory_size": 4, "memory_values": 32}),
 }

@@ -15,6 +15,7 @@ from mbnorm import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MomentumBatchNorm
 METHODS = {
     "momentum": ("Momentum", {"history_weight": 0.75}),
     "matched": ("Momentum", {"matched_values": 64}),
+    "measured": ("Momentum", {"matched_values": 64, "measured": True}),
     "memorized": ("Memorized", {"memory_size": 4}),
     "memorized-ema": ("Memorized", {"memory_size": 4, "inference": "ema"}),
 }
@@ -558,6 +559,7 @@ def test_the_memorys_cost_is_shown():
 def test_the_method_is_shown():
     assert "history_weight=0.75, variance=averaged" in repr(MomentumBatchNorm2d(3, history_weight=0.75))
     assert "matched_values=64, variance=pooled" in repr(MomentumBatchNorm2d(3, matched_values=64))
+    assert "=64, measured=True, variance" in repr(MomentumBatchNorm2d(3, matched_values=64, measured=True))
     assert "early_weight=8, variance=averaged" in repr(MomentumBatchNorm2d(3, early_weight=8.0))
     assert "memory_values=128, decay=1.0, variance=pooled, inference=ema" in repr(
         MemorizedBatchNorm2d(3, memory_values=128)
@@ -572,6 +574,7 @@ def test_the_method_is_shown():
         ("Momentum", {"matched_values": 0}, "matched_values must be at least 1, got 0"),
         ("Momentum", {"matched_values": 64, "history_weight": 0.5}, "leave history_weight=0.5 out"),
         ("Momentum", {"matched_values": 64, "variance": "averaged"}, "pooled.*only"),
+        ("Momentum", {"measured": True}, "measured=True needs matched_values"),
         ("Momentum", {"early_weight": -1.0}, "early_weight must be 0 or more, and finite, got -1.0"),
         ("Momentum", {"early_weight": float("inf")}, "early_weight must be .*got inf"),
         ("Momentum", {"variance": "mixed"}, "variance must be one of .*got 'mixed'"),

@@ -18,6 +18,8 @@ MOMENTUM_OPTIONS = [
     {"matched_values": 64, "early_weight": 1.0},
     {"matched_values": 64, "early_weight": 4.5, "momentum": 0.9},
     {"history_weight": 0.75, "early_weight": 3.0, "momentum": 0.4},
+    {"matched_values": 64, "measured": True},
+    {"matched_values": 8, "measured": True, "early_weight": 8.0, "momentum": 0.3},
 ]
 MEMORIZED_OPTIONS = [
     {"memory_size": 1},
@@ -45,7 +47,7 @@ def pairs():
     for momentum in ANY_MOMENTUM:
         options = {"history_weight": 0.75, "momentum": momentum}
         yield pytest.param("Momentum", reference.MomentumNorm, options, id=f"momentum-{name(options)}")
-        options = {"matched_values": 64, "early_weight": 8.0, "momentum": momentum}
+        options = {"matched_values": 64, "measured": True, "early_weight": 8.0, "momentum": momentum}
         yield pytest.param("Momentum", reference.MomentumNorm, options, id=f"momentum-{name(options)}")
         options = {"memory_size": 4, "momentum": momentum}
         yield pytest.param("Memorized", reference.MemorizedNorm, options, id=f"memorized-{name(options)}")

@@ -11,6 +11,7 @@ from mbnorm import DoubleForward, MemorizedBatchNorm2d, MomentumBatchNorm2d
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
     "matched": lambda: MomentumBatchNorm2d(3, matched_values=4096),
+    "measured": lambda: MomentumBatchNorm2d(3, matched_values=4096, measured=True),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=4),
     "memorized-ema": lambda: MemorizedBatchNorm2d(3, memory_size=4, inference="ema"),
     "memory_size=1": lambda: MemorizedBatchNorm2d(3, memory_size=1),

@@ -17,6 +17,7 @@ CHANNELS = 3
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(CHANNELS, history_weight=0.75),
     "matched": lambda: MomentumBatchNorm2d(CHANNELS, matched_values=128, early_weight=8),
+    "measured": lambda: MomentumBatchNorm2d(CHANNELS, matched_values=128, measured=True),
     "memorized": lambda: MemorizedBatchNorm2d(CHANNELS, memory_size=4),
 }
 
@@ -138,6 +139,7 @@ CASES = [
     *((method, name, change) for method in LAYERS for name, change in CHANGES.items()),
     *(("momentum", *case) for case in OF_MOMENTUM.items()),
     *(("matched", *case) for case in OF_MATCHED.items()),
+    *(("measured", *case) for case in OF_MATCHED.items()),
     *(("memorized", *case) for case in OF_MEMORIZED.items()),
 ]
 

@@ -143,7 +143,11 @@ momentum_options = st.one_of(
         }
     ),
     st.fixed_dictionaries(
-        {"matched_values": st.integers(1, 200), "early_weight": st.sampled_from([0.0, 1.0, 8.0])}
+        {
+            "matched_values": st.integers(1, 200),
+            "measured": st.booleans(),
+            "early_weight": st.sampled_from([0.0, 1.0, 8.0]),
+        }
     ),
 )
 memorized_options = st.fixed_dictionaries(

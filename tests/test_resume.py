@@ -380,6 +380,8 @@ def saved_and_loaded(method, options, change):
         ),
         ("matched", {"matched_values": 64}, {}, None),
         ("matched", {"matched_values": 64}, {"matched_values": 96}, "matched_values=64 and .*=96"),
+        ("matched", {"measured": True}, {"measured": False}, "measured=True and .* measured=False"),
+        ("matched", {"measured": False}, {"measured": True}, "measured=False and .* measured=True"),
         ("momentum", {}, {"history_weight": 0.5}, None),
         ("momentum", {}, {"variance": "pooled"}, "variance='averaged' and .* variance='pooled'"),
     ],

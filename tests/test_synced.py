@@ -16,6 +16,7 @@ LAYERS = {
     "momentum": ("Momentum", {"history_weight": 0.7}),
     "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance": "pooled"}),
     "matched": ("Momentum", {"matched_values": 64, "early_weight": 8.0}),
+    "measured": ("Momentum", {"matched_values": 64, "measured": True}),
     "memorized": ("Memorized", {"memory_size": 3}),
     "averaged": ("Memorized", {"memory_size": 3, "variance": "averaged"}),
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),
@@ -120,9 +121,7 @@ class Late:
         if self.kind == "Momentum":
             if whole.M is None:
                 return torch.zeros(CHANNELS), torch.ones(CHANNELS), 1.0
-            matched = whole.matched_values
-            history = whole.history_weight if matched is None else max(0.0, (matched - n) / (matched + n))
-            return whole.M, whole.V, 1 - history
+            return whole.M, whole.V, 1 - whole.weight_of_the_past(n)
         limit = whole.memory_size - 1
         if whole.memory_values:
             limit = min(-(-whole.memory_values // max(n, 1)), whole.memory_size) - 1

@@ -25,7 +25,8 @@ SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
 MATCHED_VALUES = 128
-EARLY_WEIGHT = 8.0
+MATCHED: dict[str, Any] = {"matched_values": MATCHED_VALUES, "measured": True, "early_weight": 8.0}
+"""What "matched" sets."""
 
 _MOMENTUM: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
     nn.BatchNorm1d: MomentumBatchNorm1d,
@@ -72,9 +73,9 @@ def convert(
 
     Args:
         model: any module, a batch norm itself included.
-        method: "matched" (Momentum BN whose noise is matched per layer, with matched_values = 128, and whose
-            averages do not start late, early_weight = 8; needs nothing else), "momentum" (Yong et al., ECCV
-            2020) or "memorized" (Guo et al., AAAI 2018).
+        method: "matched" (Momentum BN whose noise is matched per layer to that of matched_values = 128, by
+            what its batches are measured to be worth, and whose averages do not start late, early_weight = 8;
+            needs nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
@@ -171,7 +172,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
     if method == "matched":
-        return {"matched_values": MATCHED_VALUES, "early_weight": EARLY_WEIGHT}
+        return MATCHED
     if batch_size is None:
         return {}
     if method == "memorized":

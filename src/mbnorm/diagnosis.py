@@ -98,7 +98,9 @@ class Diagnosis:
                 raise ValueError(f"the model has no layer {layer.name!r}, which was diagnosed")
         report = ConversionReport()
         for layer in needing:
-            found = convert(modules[layer.name], "matched", matched_values=layer.matched_values)
+            found = convert(
+                modules[layer.name], "matched", matched_values=layer.matched_values, measured=False
+            )
             report.converted.update((layer.name, what) for what in found.converted.values())
             report.skipped.update((layer.name, why) for why in found.skipped.values())
             report.notes += [note.replace(ITSELF, layer.name) for note in found.notes]

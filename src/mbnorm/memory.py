@@ -11,6 +11,15 @@ from torch import Tensor
 
 from mbnorm.blend import Variance, blend
 
+MEASURED_WEIGHT = 0.02
+"""Weight of a batch in what is measured of the batches."""
+
+EARLY = 8.0
+"""After t batches the next weighs at least 8 / (t + 8) in that, so that it forgets its start."""
+
+MEASURES = 4
+"""Numbers that a `MeasuredAverage` keeps of what it has measured."""
+
 AS_MANY_AS_THE_BATCH = -1.0
 """Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""
 
@@ -76,6 +85,113 @@ class MovingAverage(NamedTuple):
         self.mean.zero_()
         self.var.fill_(1.0)
         self.filled.zero_()
+
+    def holds_anything(self) -> Tensor:
+        """Return whether there is something to read."""
+        return self.filled > 0
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Return what `rewind` needs to come back here."""
+        return _clones(self)
+
+    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Go back to a snapshot."""
+        for tensor, then in zip(self, snapshot, strict=True):
+            tensor.copy_(then)
+
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Go back to a snapshot, from wherever a `rewind` and commits have led."""
+        self.rewind(snapshot)
+
+
+class MeasuredAverage(NamedTuple):
+    r"""A `MovingAverage` that measures how noisy its batches are and how wrong it is itself.
+
+    A batch of n values per channel, with mean :math:`m` after one of n' values with mean :math:`m'`, adds a
+    sample to two averages over the last 50 batches or so, the means over channels of
+
+    .. math::
+        r: \ \frac{(m - m')^2}{(1/n + 1/n')\,\mathrm{var}}, \qquad
+        e: \ \frac{(m - M)^2}{\mathrm{var}} - \frac{(m - m')^2}{(1 + n/n')\,\mathrm{var}}
+
+    with the variance that normalizes the batch. Half of what the truth moves in a step is in r. A batch is thus worth :math:`n/r` independent values, and
+    the remembered mean's squared error is e, both in units of the variance.
+
+    ``last``, shape (C,), is :math:`m'`; ``measured``, shape (4,), is r, e, n' and the number of samples,
+    which is -1 where there is no batch before.
+    """
+
+    mean: Tensor
+    var: Tensor
+    filled: Tensor
+    last: Tensor
+    measured: Tensor
+
+    @property
+    def _average(self) -> MovingAverage:
+        return MovingAverage(self.mean, self.var, self.filled)
+
+    def history_weight(self, n: int, matched_values: int) -> Tensor:
+        r"""Return the weight of the past for a batch of n values per channel.
+
+        .. math::
+            \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N - n/r}{N + n/r}\bigr)\bigr)
+
+        The first is what leaves the least error; the second what matches the noise of N values. A batch is
+        worth one value at least, of which nothing else is known before there are samples, and n at most: the
+        same batch again and again has no noise, and would be left to itself.
+        """
+        ratio, error, _, samples = self.measured.unbind()
+        noise = torch.where(samples > 0, ratio.clamp_min(1.0) / max(n, 1), 1.0).clamp_max(1.0)
+        matched = ((matched_values * noise - 1) / (matched_values * noise + 1)).clamp_min(0.0)
+        return torch.minimum(noise / (noise + error.clamp_min(0.0)), matched)
+
+    def read(self, history_weight: Tensor | float) -> Past:
+        """Return the averages, weighing ``history_weight`` unless the memory is empty."""
+        return self._average.read(history_weight)
+
+    def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
+        """Measure a forward, and replace the averages with its blended statistics."""
+        mean, var = batch[0].to(self.mean.dtype), blended[1].to(self.var.dtype)
+        ratio, error, last_n, samples = self.measured.unbind()
+        live = var > 0
+        step, distance = (
+            torch.where(live, (mean - past).square() / torch.where(live, var, 1.0), 0.0).sum()
+            / live.sum().clamp_min(1)
+            for past in (self.last, self.mean)
+        )
+        per_value = step / (1 / n + 1 / last_n.clamp_min(1.0))
+        weight = (EARLY / (samples + EARLY)).clamp_min(MEASURED_WEIGHT)
+        known = samples >= 0
+        measured = torch.stack(
+            (
+                torch.where(known, ratio + weight * (per_value - ratio), ratio),
+                # an empty memory becomes this batch, and is as wrong as that
+                torch.where(
+                    known,
+                    error + weight * (distance - per_value / n - error),
+                    torch.where(self.filled > 0, error, 1.0),
+                ),
+                torch.full_like(last_n, n),
+                samples + 1,
+            )
+        )
+        # statistics may be finite whose distances are not
+        _write(self.measured, measured, finite & measured.isfinite().all())
+        _write(self.last, mean, finite)
+        self._average.commit(finite, batch, blended, n)
+
+    def seed(self, mean: Tensor, var: Tensor) -> None:
+        """Start from known statistics, which are taken to be right until the batches say more."""
+        self.clear()
+        self._average.seed(mean, var)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._average.clear()
+        self.last.zero_()
+        self.measured.zero_()
+        self.measured[3:] = -1.0
 
     def holds_anything(self) -> Tensor:
         """Return whether there is something to read."""
@@ -195,7 +311,7 @@ class RecentBatches(NamedTuple):
         self.counts.copy_(counts)
 
 
-Memory: TypeAlias = MovingAverage | RecentBatches
+Memory: TypeAlias = MovingAverage | MeasuredAverage | RecentBatches
 
 
 class InferenceAverages(NamedTuple):

@@ -8,6 +8,7 @@ Sources: Guo et al., AAAI 2018 (Memorized BN, Double-Forward); Yong et al., ECCV
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ class MomentumNorm(_Norm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        measured: bool = False,
         early_weight: float = 0.0,
         variance: str = "averaged",
         eps: float = 1e-5,
@@ -137,24 +139,56 @@ class MomentumNorm(_Norm):
         super().__init__(channels, eps=eps, momentum=momentum)
         self.history_weight = history_weight
         self.matched_values = matched_values
+        self.measured = measured
         self.early_weight = early_weight
         self.variance = "pooled" if matched_values else variance
         self.M: Tensor | None = None
         self.V: Tensor | None = None
+        self.last: tuple[Tensor, int] | None = None  # m', n'
+        self.r = 0.0  # a batch of n values is worth n / r
+        self.e = 1.0  # squared error of M, in variances
+        self.samples = 0
+
+    def seed(self, mean: Tensor, var: Tensor) -> None:
+        """Start from known statistics."""
+        self.M, self.V = mean.double(), var.double()
+        self.e = 0.0
+
+    def weight_of_the_past(self, n: int) -> float:
+        """Return lambda for a batch of n values."""
+        if not self.matched_values:
+            return self.history_weight
+        N = self.matched_values
+        if not self.measured:
+            return max(0.0, (N - n) / (N + n))
+        worth = max(n / max(self.r, 1.0), 1.0) if self.samples > 0 else 1.0
+        noise = 1 / worth
+        return min(noise / (noise + max(self.e, 0.0)), max(0.0, (N - worth) / (N + worth)))
+
+    def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
+        """Take a batch into r and e."""
+        if self.last is not None:
+            before, n_before = self.last
+            d = float(((mB - before) ** 2 / var).mean())
+            D = float(((mB - M) ** 2 / var).mean())
+            beta = max(0.02, 8 / (self.samples + 8))
+            r = d / (1 / n + 1 / n_before)
+            self.r = (1 - beta) * self.r + beta * r
+            self.e = (1 - beta) * self.e + beta * (D - r / n)
+            self.samples += 1
+        self.last = mB, n
 
     def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Return the output of a training forward, and store it."""
         n = x.numel() // x.shape[1]
-        lam = self.history_weight
-        if self.matched_values:
-            N = self.matched_values
-            lam = max(0.0, (N - n) / (N + n))
+        lam = self.weight_of_the_past(n)
         M, V = self.M, self.V
         if M is None or V is None:
             lam, M, V = 0.0, self.running_mean, self.running_var
         y, mB, vB, mean, var = self._forward(x, w, b, M, V, 1 - lam, self.variance)
         if self.momentum == 0:
             return y
+        self.measure(mB, var, n, M)
         self.M, self.V = mean, var
         self.batches += 1
         if self._raw_average(mB, vB, n):
@@ -169,13 +203,15 @@ class MomentumNorm(_Norm):
         self._average(mB, vB, tau, moments=bool(self.matched_values))
         return y
 
-    def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]:
+    def mark(self) -> tuple[Any, ...]:
         """Return the state to rewind to."""
-        return self.M, self.V, self.running_mean, self.running_var, self.batches
+        measured = self.last, self.r, self.e, self.samples
+        return self.M, self.V, measured, self.running_mean, self.running_var, self.batches
 
-    def rewind(self, mark: tuple[Tensor | None, Tensor | None, Tensor, Tensor, int]) -> None:
+    def rewind(self, mark: tuple[Any, ...]) -> None:
         """Go back to a mark."""
-        self.M, self.V, self.running_mean, self.running_var, self.batches = mark
+        self.M, self.V, measured, self.running_mean, self.running_var, self.batches = mark
+        self.last, self.r, self.e, self.samples = measured
 
 
 class MemorizedNorm(_Norm):

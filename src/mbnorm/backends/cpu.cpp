@@ -229,22 +229,23 @@ Gradients gradients(const Tensor& dy, const Tensor& x, const Optional& weight, c
 // What a forward with a memory returns: y and the record.
 using Remembered = std::tuple<Tensor, Tensor>;
 
-// Where the state before a forward goes: past mean and variance, averages for inference, and the counters
-// batches, skipped and the memory's. Kept by the caller and written round and round: small tensors that live
+// Where the state before a forward goes: past mean and variance, averages for inference, what else the memory
+// has, and the counters batches, skipped and the memory's. Kept by the caller and written round and round: small tensors that live
 // from step to step break up the heap in which large ones come and go, so that these get fresh pages each time.
 struct Log {
-  Optional rows, counters;
+  Optional numbers, counters;
   int64_t slot;
 
-  template <class A>
-  void write(const A* past, const Averages<A>& averages, int64_t memory_counter) const {
-    if (!rows || !counters) return;
-    const int64_t C = averages.channels;
+  template <class A, class Memory>
+  void write(const A* past, const Averages<A>& averages, const Memory& memory, int64_t memory_counter) const {
+    if (!numbers || !counters) return;
+    const int64_t C = averages.channels, size = 4 * C + memory.more();
     STD_TORCH_CHECK(slot >= 0 && counters->numel() >= 3 * (slot + 1), "expected a log with a slot ", slot);
-    A* to = state<A>(*rows, counters->numel() / 3 * 4 * C) + slot * 4 * C;
+    A* to = state<A>(*numbers, counters->numel() / 3 * size) + slot * size;
     std::copy_n(past, 2 * C, to);
     std::copy_n(averages.mean, C, to + 2 * C);
     std::copy_n(averages.var, C, to + 3 * C);
+    memory.copy_more(to + 4 * C);
     int64_t* then = data<int64_t>(*counters) + 3 * slot;
     then[0] = *averages.batches, then[1] = *averages.skipped, then[2] = memory_counter;
   }
@@ -260,21 +261,28 @@ struct Running {
   }
 };
 
-// The buffers of a moving average, and how they are read and written.
+// The buffers of a moving average, measured or not, and how they are read and written.
 struct AverageBuffers {
   const Tensor &mean, &var, &filled;
+  const Optional &last, &measured;
   double history_weight;
 
   template <class A>
   Average<A> open(int64_t C) const {
-    return {state<A>(mean, C), state<A>(var, C), counter(filled), C};
+    Average<A> average{state<A>(mean, C), state<A>(var, C), nullptr, nullptr, counter(filled), C};
+    if (last && measured) {
+      average.last = state<A>(*last, C);
+      average.measured = reinterpret_cast<Measured<A>*>(state<A>(*measured, sizeof(Measured<A>) / sizeof(A)));
+    }
+    return average;
   }
   template <class A>
   double read(const Average<A>& memory, int64_t, A* past_mean, A* past_var) const {
     return memory.read(history_weight, past_mean, past_var);
   }
   template <class A>
-  void store(const Average<A>& memory, const Statistics<A>& of, int64_t) const {
+  void store(const Average<A>& memory, const Statistics<A>& of, int64_t n) const {
+    if (memory.measured) memory.measure(of.batch_mean, of.var, n);
     memory.store(of.mean, of.var);
   }
   int64_t count() const { return *counter(filled); }
@@ -339,7 +347,7 @@ Remembered remember(const Tensor& x, const Optional& weight, const Optional& bia
     A* past = data<A>(record) + PAST_ROW * C;
     const double a = buffers.read(memory, n, past, past + C);
     std::fill_n(data<A>(record) + WEIGHT_ROW * C, C, A(a));
-    log.write<A>(past, averages, buffers.count());
+    log.write<A>(past, averages, memory, buffers.count());
     const Statistics<A> out = rows<A>(record, C);
     forward<A>(at, type, source.data_ptr(), y.data_ptr(), {w.p, b.p}, {past, past + C}, {a, eps, pooled}, out);
     if (store) commit(memory, buffers, averages, out, n, update);
@@ -366,12 +374,13 @@ void commit_sums(const Tensor& sums, bool pooled, const Buffers& buffers, const 
 }
 
 [[gnu::cold]] Remembered average_op(Tensor x, Optional weight, Optional bias, bool pooled, double eps,
-                                    Tensor memory_mean, Tensor memory_var, Tensor filled,
-                                    double history_weight, Tensor running_mean, Tensor running_var,
-                                    Tensor batches, Tensor skipped, Optional log, Optional log_counters,
+                                    Tensor memory_mean, Tensor memory_var, Tensor filled, Optional last,
+                                    Optional measured, double history_weight, Tensor running_mean,
+                                    Tensor running_var, Tensor batches, Tensor skipped, Optional log, Optional log_counters,
                                     int64_t slot, bool store, bool blended, bool unbiased,
                                     double new_weight, bool new_pooled, double early) {
-  return remember(x, weight, bias, pooled, eps, AverageBuffers{memory_mean, memory_var, filled, history_weight},
+  return remember(x, weight, bias, pooled, eps,
+                  AverageBuffers{memory_mean, memory_var, filled, last, measured, history_weight},
                   {running_mean, running_var, batches, skipped}, {log, log_counters, slot}, store,
                   {blended, unbiased, new_pooled, new_weight, early});
 }
@@ -389,10 +398,10 @@ void commit_sums(const Tensor& sums, bool pooled, const Buffers& buffers, const 
 }
 
 [[gnu::cold]] void commit_to_average_op(Tensor sums, bool pooled, Tensor memory_mean, Tensor memory_var,
-                                        Tensor filled, double history_weight, Tensor running_mean,
-                                        Tensor running_var, Tensor batches, Tensor skipped, bool blended,
+                                        Tensor filled, Optional last, Optional measured,
+                                        double history_weight, Tensor running_mean, Tensor running_var, Tensor batches, Tensor skipped, bool blended,
                                         bool unbiased, double new_weight, bool new_pooled, double early) {
-  commit_sums(sums, pooled, AverageBuffers{memory_mean, memory_var, filled, history_weight},
+  commit_sums(sums, pooled, AverageBuffers{memory_mean, memory_var, filled, last, measured, history_weight},
               {running_mean, running_var, batches, skipped}, {blended, unbiased, new_pooled, new_weight, early});
 }
 
@@ -419,10 +428,10 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
       "bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
       "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
-      "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, float history_weight, "
-      "Tensor(d!) running_mean, Tensor(e!) running_var, Tensor(f!) batches, Tensor(g!) skipped, "
-      "Tensor(h!)? log, Tensor(i!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-      "float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)");
+      "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, Tensor(d!)? last, "
+      "Tensor(e!)? measured, float history_weight, Tensor(f!) running_mean, Tensor(g!) running_var, "
+      "Tensor(h!) batches, Tensor(i!) skipped, Tensor(j!)? log, Tensor(k!)? log_counters, int slot, "
+      "bool store, bool blended, bool unbiased, float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)");
   m.def(
       "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
       "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) counts, Tensor(d!) position, int limit, "
@@ -431,9 +440,9 @@ STABLE_TORCH_LIBRARY(mbnorm_cpu, m) {
       "bool unbiased, float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)");
   m.def(
       "commit_to_average(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
-      "Tensor(c!) filled, float history_weight, Tensor(d!) running_mean, Tensor(e!) running_var, "
-      "Tensor(f!) batches, Tensor(g!) skipped, bool blended, bool unbiased, float new_weight, "
-      "bool new_pooled, float early) -> ()");
+      "Tensor(c!) filled, Tensor(d!)? last, Tensor(e!)? measured, float history_weight, "
+      "Tensor(f!) running_mean, Tensor(g!) running_var, Tensor(h!) batches, Tensor(i!) skipped, "
+      "bool blended, bool unbiased, float new_weight, bool new_pooled, float early) -> ()");
   m.def(
       "commit_to_ring(Tensor sums, bool pooled, Tensor(a!) memory_mean, Tensor(b!) memory_var, "
       "Tensor(c!) counts, Tensor(d!) position, int limit, float decay, Tensor(e!) running_mean, "

@@ -34,10 +34,10 @@ _library: Any = None
 _forward: Any = None
 _backward: Any = None
 forward_with_average: Any = None
-"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, history_weight, running_mean,
-running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight, new_pooled,
-early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, normalize, and ``store`` or not;
-differentiable.
+"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, last, measured, history_weight,
+running_mean, running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight,
+new_pooled, early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, or a `MeasuredAverage` where there
+are ``last`` and ``measured``, normalize, and ``store`` or not; differentiable.
 
 ``blended`` to ``early`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
 and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass
@@ -51,9 +51,9 @@ differentiable_gradients: Any = None
 """How the kernels' gradients are had where they must be differentiable; `mbnorm.functional` sets it, since
 backends do not know one another."""
 commit_to_average: Any = None
-"""``(sums, pooled, memory_mean, memory_var, filled, history_weight, running_mean, running_var, batches,
-skipped, blended, unbiased, new_weight, new_pooled, early)``: read a `mbnorm.memory.MovingAverage`, blend with
-it the batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
+"""``(sums, pooled, memory_mean, memory_var, filled, last, measured, history_weight, running_mean,
+running_var, batches, skipped, blended, unbiased, new_weight, new_pooled, early)``: read such an average,
+blend with it the batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
 commit_to_ring: Any = None
 """``(sums, pooled, memory_mean, memory_var, counts, position, limit, decay, running_mean, ...)``: the same
 with a `mbnorm.memory.RecentBatches`."""

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t BLOCK = 256;       // channels whose sums stay in L1
 constexpr int64_t GRAIN = 32 << 10;  // fewest values worth a thread
 
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8;  // those of mbnorm/memory.py
+
 template <class A>
 void copy(A* to, const A* from, int64_t number) {
   std::memcpy(to, from, number * sizeof(A));
@@ -37,6 +39,38 @@ double Average<A>::read(double history_weight, A* past_mean, A* past_var) const 
   copy(past_mean, mean, channels);
   copy(past_var, var, channels);
   return *filled ? 1 - history_weight : 1;
+}
+
+template <class A>
+void Average<A>::measure(const A* batch_mean, const A* blended_var, int64_t n) const {
+  const Measured<A> then = *measured;
+  Measured<A> now{then.ratio, *filled ? then.error : A(1), A(n), then.samples + 1};
+  if (then.samples >= 0) {
+    double step = 0, distance = 0;
+    int64_t live = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      if (!(blended_var[c] > 0)) continue;
+      const double away = double(batch_mean[c]) - last[c], off = double(batch_mean[c]) - mean[c];
+      step += away * away / blended_var[c];
+      distance += off * off / blended_var[c];
+      ++live;
+    }
+    const double channels_live = std::max<int64_t>(live, 1),
+                 ratio = step / channels_live / (1.0 / n + 1 / std::max(1.0, double(then.last_values))),
+                 weight = std::max(MEASURED_WEIGHT, EARLY / (then.samples + EARLY));
+    now.ratio = then.ratio + weight * (ratio - then.ratio);
+    now.error = then.error + weight * (distance / channels_live - ratio / n - then.error);
+  }
+  // statistics may be finite whose distances are not
+  if (std::isfinite(now.ratio) && std::isfinite(now.error)) *measured = now;
+  copy(last, batch_mean, channels);
+}
+
+template <class A>
+void Average<A>::copy_more(A* to) const {
+  if (!measured) return;
+  copy(to, last, channels);
+  std::memcpy(to + channels, measured, sizeof *measured);
 }
 
 template <class A>

@@ -7,15 +7,27 @@
 
 namespace mbnorm {
 
-// MovingAverage.
+// What a MeasuredAverage has measured, in the order of its tensor.
+template <class A>
+struct Measured {
+  A ratio, error, last_values, samples;
+};
+
+// MovingAverage, or MeasuredAverage where `last` and `measured` are not null.
 template <class A>
 struct Average {
-  A *mean, *var;
+  A *mean, *var, *last;
+  Measured<A>* measured;
   int64_t *filled, channels;
 
   // Copy out the past; return the weight of the batch.
   double read(double history_weight, A* past_mean, A* past_var) const;
+  // Take the batch's mean and the variance that normalized it into what is measured.
+  void measure(const A* batch_mean, const A* blended_var, int64_t n) const;
   void store(const A* blended_mean, const A* blended_var) const;
+  // Numbers beside mean and variance, and their copy.
+  int64_t more() const { return measured ? channels + int64_t(sizeof(Measured<A>) / sizeof(A)) : 0; }
+  void copy_more(A* to) const;
 };
 
 // RecentBatches: `size` entries, each the mean and variance of the channels and a count of values.
@@ -27,6 +39,8 @@ struct Ring {
   // Write the past for a batch of n values per channel; return the weight of the batch.
   double read(int64_t n, int64_t limit, double decay, bool pooled, A* past_mean, A* past_var) const;
   void store(const A* batch_mean, const A* batch_var, int64_t n) const;
+  int64_t more() const { return 0; }
+  void copy_more(A*) const {}
 };
 
 // What goes into the averages for inference: InferenceUpdate.

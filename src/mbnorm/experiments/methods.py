@@ -28,11 +28,13 @@ Method: TypeAlias = Literal[
     "matched",
     "matched+df",
     "matched-32",
+    "matched-plain",
+    "matched-plain-32",
     "momentum-pooled",
     "memorized-averaged",
 ]
 _ALL: tuple[Method, ...] = get_args(Method)
-VARIANTS: tuple[Method, ...] = ("matched-32", "momentum-pooled", "memorized-averaged")
+VARIANTS: tuple[Method, ...] = _ALL[_ALL.index("matched-32") :]
 """Methods with other options than their own; claims train them, `compare` does not."""
 METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
 OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
@@ -119,6 +121,10 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             convert(model, "momentum", batch_size=batch_size)
         case "matched-32":
             convert(model, "matched", matched_values=32)
+        case "matched-plain":
+            convert(model, "matched", measured=False)
+        case "matched-plain-32":
+            convert(model, "matched", matched_values=32, measured=False)
         case "momentum-pooled":
             convert(model, "momentum", batch_size=batch_size, variance="pooled")
         case "memorized-averaged":

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from mbnorm.convert import EARLY_WEIGHT, MATCHED_VALUES
+from mbnorm.convert import MATCHED
 from mbnorm.layers import (
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
@@ -21,8 +21,8 @@ def register() -> None:
     """Add the norms "momentum", "memorized" and "matched" to MONAI's factory.
 
     Then ``UNet(..., norm="matched")`` or ``UNet(..., norm=("memorized", {"memory_size": 64}))``, with the
-    options of the layers; "matched" is "momentum" with ``matched_values=128`` and ``early_weight=8``. May be
-    called again.
+    options of the layers; "matched" is "momentum" with ``matched_values=128``, ``measured=True`` and
+    ``early_weight=8``. May be called again.
 
     Raises:
         ImportError: MONAI is not installed.
@@ -42,7 +42,7 @@ def register() -> None:
 
     def matched(dim: int) -> Any:
         """Noise-matched Momentum batch normalization in ``dim`` dimensions."""
-        return partial(MOMENTUM[dim - 1], matched_values=MATCHED_VALUES, early_weight=EARLY_WEIGHT)
+        return partial(MOMENTUM[dim - 1], **MATCHED)
 
     for function in (momentum, memorized, matched):
         if function.__name__.upper() not in Norm.names:

@@ -58,6 +58,10 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Return what tells the kernels how a batch of ``n`` values per channel reads the memory."""
         raise NotImplementedError
 
+    def _as_kernels_take(self, memory: Memory) -> tuple[Tensor | None, ...]:
+        """Return the tensors of a memory as the operators of the CPU kernels take them."""
+        return memory
+
     def _fused_operator(self, kernels: ModuleType) -> Callable[..., Any]:
         """Return the operator of ``kernels`` that reads, normalizes and commits."""
         raise NotImplementedError
@@ -111,7 +115,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
                 stores = self.stores
                 return self._run_fused(input, n, logs=stores, stores=stores)[0]
             self._calls.drop_done()
-            if backend == "triton" and n > 0 and self._fuses(input):
+            if backend == "triton" and n > 0 and self._fuses(input) and not self._more_numbers():
                 return self._run_on_device(input, n, m)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
@@ -144,7 +148,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _run_on_device(self, input: Tensor, n: int, m: int) -> Tensor:
         undo = self._undo if self.stores else None
         averages = self._averages()
-        log = (None, None, 0) if undo is None else undo.to_write(averages.mean)
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean, 0)
         rules = (self.variance == "pooled", self.eps)
         rest = (
             *rules,

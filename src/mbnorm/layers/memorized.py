@@ -150,7 +150,9 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
     def _commit_fused(self, *arguments: Any) -> None:
         cpu.commit_to_ring(*arguments)
 
-    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
+    def _memory_before(
+        self, past_mean: Tensor, past_var: Tensor, counter: Tensor, more: Tensor
+    ) -> tuple[Tensor, ...]:
         # what was evicted since is lost: the counts are those of now
         return counter, self.memory_counts
 

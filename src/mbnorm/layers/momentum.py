@@ -15,24 +15,26 @@ from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
 from mbnorm.layers.base import moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
-from mbnorm.memory import InferenceUpdate, MovingAverage, Past
+from mbnorm.memory import MEASURES, InferenceUpdate, MeasuredAverage, Memory, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 
 
 class _MomentumBatchNorm(SyncedBatchNorm):
     memory_buffers = ("memory_mean", "memory_var", "memory_filled")
-    settings = (*SyncedBatchNorm.settings, "matched_values", "early_weight", "scheduled")
+    settings = (*SyncedBatchNorm.settings, "matched_values", "measured", "early_weight", "scheduled")
     options = (
         "history_weight",
         "initial_history_weight",
         "matched_values",
+        "measured",
+        "memory_buffers",
         "early_weight",
         "scheduled",
         "_steps_as_plain_bn",
         "_notices_before",
     )
-    written_options = ("eps", "variance", "matched_values")
+    written_options = ("eps", "variance", "matched_values", "measured")
     memory_mean: Tensor
     memory_var: Tensor
     memory_filled: Tensor
@@ -51,6 +53,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         bias: bool = True,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        measured: bool = False,
         early_weight: float = 0.0,
         variance: Variance | None = None,
         backend: Backend = "auto",
@@ -61,6 +64,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self.set_up(
             history_weight=history_weight,
             matched_values=matched_values,
+            measured=measured,
             early_weight=early_weight,
             variance=variance,
             backend=backend,
@@ -73,6 +77,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         *,
         history_weight: float = 0.0,
         matched_values: int | None = None,
+        measured: bool = False,
         early_weight: float = 0.0,
         variance: Variance | None = None,
         backend: Backend = "auto",
@@ -94,8 +99,13 @@ class _MomentumBatchNorm(SyncedBatchNorm):
                 )
             if variance == "averaged":
                 raise ValueError('matched_values works with variance="pooled" only, got "averaged"')
+        elif measured:
+            raise ValueError("measured=True needs matched_values, the noise to be matched")
         if variance is None:
             variance = "averaged" if matched_values is None else "pooled"
+        self.measured = measured
+        own = ("memory_last", "memory_measured") if measured else ()
+        self.memory_buffers = (*type(self).memory_buffers, *own)
         self._set_up_ranks(process_group, sync, backend)
         self._set_up_history(variance, backend)
         self.matched_values = matched_values
@@ -147,23 +157,45 @@ class _MomentumBatchNorm(SyncedBatchNorm):
             self._fill_history_weight(self.history_weight)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._fit_measures(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if self.history_weight is not None and self.history_weight.is_meta:
             self._fill_history_weight(cast(Tensor, self.running_mean))
 
-    def _new_memory(self, like: Tensor) -> MovingAverage:
-        filled = torch.empty((), device=like.device, dtype=torch.int64)
-        return MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
+    def _fit_measures(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Let a layer that measures load the state of one that does not, and the other way round."""
+        names = [prefix + name for name in ("memory_last", "memory_measured")]
+        if not self.measured:
+            for name in names:
+                state_dict.pop(name, None)
+        elif isinstance(mean := state_dict.get(prefix + "memory_mean"), Tensor):
+            memory = cast(MeasuredAverage, self._new_memory(mean))
+            memory.clear()
+            for name, tensor in zip(names, memory[-2:], strict=True):
+                state_dict.setdefault(name, tensor)
 
-    def _memory(self) -> MovingAverage:
+    def _new_memory(self, like: Tensor) -> MovingAverage | MeasuredAverage:
+        filled = torch.empty((), device=like.device, dtype=torch.int64)
+        average = MovingAverage(torch.empty_like(like), torch.empty_like(like), filled)
+        if not self.measured:
+            return average
+        return MeasuredAverage(*average, torch.empty_like(like), like.new_empty(MEASURES))
+
+    def _memory(self) -> MovingAverage | MeasuredAverage:
         # the dictionary itself: attributes of modules are slow
         buffers: dict[str, Any] = self._buffers
-        return MovingAverage(buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"])
+        average = buffers["memory_mean"], buffers["memory_var"], buffers["memory_filled"]
+        if not self.measured:
+            return MovingAverage(*average)
+        return MeasuredAverage(*average, buffers["memory_last"], buffers["memory_measured"])
 
     def _weight_of_history(self, n: int) -> Tensor | float:
         if self.matched_values is None:
             return self.history_weight
+        memory = self._memory()
+        if isinstance(memory, MeasuredAverage):
+            return memory.history_weight(n, self.matched_values)
         return max(0.0, (self.matched_values - n) / (self.matched_values + n))
 
     def _read(self, n: int) -> Past:
@@ -181,8 +213,17 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def _commit_fused(self, *arguments: Any) -> None:
         cpu.commit_to_average(*arguments)
 
-    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
-        return past_mean, past_var, counter
+    def _as_kernels_take(self, memory: Memory) -> tuple[Tensor | None, ...]:
+        return memory if self.measured else (*memory, None, None)
+
+    def _memory_before(
+        self, past_mean: Tensor, past_var: Tensor, counter: Tensor, more: Tensor
+    ) -> tuple[Tensor, ...]:
+        average = past_mean, past_var, counter
+        return (*average, more[:-MEASURES], more[-MEASURES:]) if self.measured else average
+
+    def _more_numbers(self) -> int:
+        return self.num_features + MEASURES if self.measured else 0
 
     @property
     def past_depends_on_count(self) -> bool:
@@ -230,7 +271,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
 
     def _history_repr(self) -> str:
         if self.matched_values is not None:
-            method = f"matched_values={self.matched_values}"
+            method = f"matched_values={self.matched_values}" + ", measured=True" * self.measured
         else:
             method = f"history_weight={_number(self.history_weight)}"
         early = f", early_weight={self.early_weight:g}" if self.early_weight else ""
@@ -293,6 +334,12 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         history_weight: the paper's :math:`\lambda` in [0, 1), kept as a 0-dim tensor to be changed in place.
         matched_values: N; sets :math:`\lambda = \max(0, (N-n)/(N+n))` for each batch of n values per
             channel, so that the noise is that of N values (64 to 256; 128 is a good choice).
+        measured: with ``matched_values``: measures how noisy the layer's batches are and how wrong its memory
+            is, and sets :math:`\lambda = \max(0, \min(\frac{r/n}{r/n + e}, \frac{N - n/r}{N + n/r}))`. Here
+            :math:`n/r` is how many independent values the batch is worth, fewer than n since the pixels of an
+            image are alike, and e the squared error of the remembered mean, in variances, which grows as the
+            weights change: the past weighs what leaves the least error, and no more than the noise of N
+            values takes. r and e are averages over some 50 batches; see `mbnorm.memory.MeasuredAverage`.
         early_weight: c; after t batches (num_batches_tracked) the next one weighs at least c / (t + c) in
             running_mean and running_var, so that they forget torch's initial 0 and 1 at once, and early
             batches soon. 1 averages all batches alike until ``momentum`` takes over, 8 the last fifth of
@@ -308,11 +355,13 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
 
     Raises:
         TypeError: ``process_group`` is none.
-        ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``.
+        ValueError: an option out of range; ``matched_values`` with "averaged" or a ``history_weight``;
+            ``measured`` without ``matched_values``.
 
     Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small
-    Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis. ``early_weight`` is
-    the polynomial-decay averaging of Shamir and Zhang, ICML 2013.
+    Batch Size, ECCV 2020. ``matched_values`` is ours, from that paper's noise analysis, and so is
+    ``measured``, whose first weight is that of a Kalman filter. ``early_weight`` is the polynomial-decay
+    averaging of Shamir and Zhang, ICML 2013.
 
     >>> layer = MomentumBatchNorm2d(8, history_weight=0.75)
     >>> layer(torch.randn(2, 8, 4, 4)).shape

@@ -56,8 +56,10 @@ class PreparedForward:
         self._kernels = layer._fused_operator(cpu)
         averages = layer._averages()
         self._undo = layer._undo if logs else None
-        rows, counters, _ = (None, None, 0) if self._undo is None else self._undo.to_write(averages.mean)
-        self._before = (layer.variance == "pooled", layer.eps, *layer._memory())
+        rows, counters = None, None
+        if self._undo is not None:
+            rows, counters, _ = self._undo.to_write(averages.mean, layer._more_numbers())
+        self._before = (layer.variance == "pooled", layer.eps, *layer._as_kernels_take(layer._memory()))
         self._log = (*averages, rows, counters)
         self._after = (stores, *layer._fused_update(input.shape[0]))
 

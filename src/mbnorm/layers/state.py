@@ -161,13 +161,21 @@ class StatefulBatchNorm(_BatchNorm):
             self._holds_past = False
 
     def _as_snapshot(self, state: Written) -> Snapshot:
-        (past_mean, past_var, *running), (*counters, own) = state
-        memory = self._memory_before(past_mean, past_var, own)
+        channels = self.num_features
+        past_mean, past_var, *running = state.numbers[: 4 * channels].view(4, channels)
+        *counters, own = state.counters
+        memory = self._memory_before(past_mean, past_var, own, state.numbers[4 * channels :])
         return Snapshot(self._resets, (*running, *counters), memory)
 
-    def _memory_before(self, past_mean: Tensor, past_var: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
-        """Return the memory's snapshot from what was read of it and its counter."""
+    def _memory_before(
+        self, past_mean: Tensor, past_var: Tensor, counter: Tensor, more: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the memory's snapshot from what was read of it, its counter, and its further numbers."""
         raise NotImplementedError
+
+    def _more_numbers(self) -> int:
+        """How many numbers the memory's snapshot has beside a mean and a variance."""
+        return 0
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

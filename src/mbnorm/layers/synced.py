@@ -264,7 +264,9 @@ class SyncedBatchNorm(HistoryBatchNorm):
                 return
             how_read = self._how_read(n) if self.past_depends_on_count else late.past
             update = self._fused_update(m)
-            self._commit_fused(sums, self.variance == "pooled", *memory, *how_read, *averages, *update)
+            self._commit_fused(
+                sums, self.variance == "pooled", *self._as_kernels_take(memory), *how_read, *averages, *update
+            )
         finally:
             self.__dict__["momentum"] = present
 

@@ -21,11 +21,11 @@ class Snapshot(NamedTuple):
 class Written(NamedTuple):
     """What kernels note of a state.
 
-    ``rows``, (4, C): past mean and variance, running mean and variance. ``counters``, (3,): batches, skipped
-    and the memory's own.
+    ``numbers``, (4 C + ...,): past mean and variance, running mean and variance, and what else the memory
+    has. ``counters``, (3,): batches, skipped and the memory's own.
     """
 
-    rows: Tensor
+    numbers: Tensor
     counters: Tensor
 
 
@@ -49,17 +49,22 @@ class UndoLog:
         """Add the state before a forward."""
         self._entries.append(snapshot)
 
-    def to_write(self, averages: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Return where kernels may write a state with averages like these, and the place in there."""
-        kind = averages.dtype, averages.device, averages.numel()
+    def to_write(self, averages: Tensor, more: int) -> tuple[Tensor, Tensor, int]:
+        """Return where kernels may write a state with averages like these, and the place in there.
+
+        Args:
+            averages: running_mean, shape (C,).
+            more: how many numbers the memory has beside a mean and a variance.
+        """
+        kind = averages.dtype, averages.device, 4 * averages.numel() + more
         if self._written is None or self._kind != kind:
             self.clear()
-            rows = averages.new_empty((UNDO_DEPTH, 4, averages.numel()))
+            numbers = averages.new_empty((UNDO_DEPTH, kind[2]))
             counters = torch.empty((UNDO_DEPTH, 3), dtype=torch.int64, device=averages.device)
-            self._written = Written(rows, counters)
+            self._written = Written(numbers, counters)
             self._kind = kind
-        rows, counters = self._written
-        return rows, counters, self.slot
+        numbers, counters = self._written
+        return numbers, counters, self.slot
 
     def add_written(self) -> None:
         """Add the state that kernels have written."""
@@ -71,5 +76,5 @@ class UndoLog:
         entry = self._entries[-calls]
         if isinstance(entry, Snapshot):
             return entry
-        rows, counters = cast(Written, self._written)
-        return Written(rows[entry], counters[entry])
+        numbers, counters = cast(Written, self._written)
+        return Written(numbers[entry], counters[entry])

@@ -118,7 +118,8 @@ def _convert(model: nn.Module, candidate: str, before: Diagnosis) -> None:
     if candidate == AS_TOLD:
         before.convert(model)
     elif method == "matched":
-        convert(model, "matched", **({"matched_values": int(number)} if number else {}))
+        values = {"matched_values": int(number)} if number else {}
+        convert(model, "matched", measured=False, **values)
     elif method == "memorized":
         convert(model, "memorized", memory_size=int(number), inference="ema")
 

@@ -1,0 +1,233 @@
+"""What a layer measures of its batches, and what it makes of that."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mbnorm import MomentumBatchNorm1d, MomentumBatchNorm2d, convert, reference, revert
+from mbnorm.experiments.synthetic import GaussianField
+from mbnorm.memory import MEASURED_WEIGHT
+
+CHANNELS = 32
+
+
+def fed(layer, batches):
+    for x in batches:
+        layer(x)
+    return layer
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer_of(matched_values=64, **options):
+    return MomentumBatchNorm2d(CHANNELS, matched_values=matched_values, measured=True, **options)
+
+
+def worth(layer, n):
+    """How many independent values a batch of n was measured to be worth."""
+    return n / float(layer.memory_measured[0])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        GaussianField(CHANNELS, (4, 4)),
+        GaussianField(CHANNELS, (4, 4), correlation=0.8),
+        GaussianField(CHANNELS, (4, 4), image_offset=0.5),
+        GaussianField(CHANNELS, (4, 4), batch_offset=0.3),
+    ],
+    ids=["independent", "correlated", "offset images", "poorly sampled"],
+)
+def test_what_a_batch_is_worth_is_measured(field):
+    layer = fed(layer_of(), field.batches(4, 300, seed=0))
+    # the estimate averages some 2 / MEASURED_WEIGHT batches of so many channels, in pairs that overlap
+    error = 5 * math.sqrt(1.5 * MEASURED_WEIGHT / CHANNELS)
+    assert worth(layer, 64) == pytest.approx(field.effective_values(4), rel=error)
+
+
+@pytest.mark.parametrize("worth_of_a_pixel", [1.0, 0.0])
+def test_the_normalizing_mean_has_the_noise_of_so_many_values(worth_of_a_pixel):
+    field = GaussianField(CHANNELS, (2, 2), image_offset=1 - worth_of_a_pixel)
+    layer = layer_of(64)
+    squares = []
+    for number, x in enumerate(field.batches(2, 1200, seed=0)):
+        layer(x)
+        if number > 200:
+            squares.append(layer.memory_mean.square().mean())
+    assert 1 / float(torch.stack(squares).mean()) == pytest.approx(64, rel=0.25)
+
+
+def weight_where_the_truth_moves(by):
+    """The weight of the past after batches of 4 values whose mean moves each step by so many deviations."""
+    layer, truth = layer_of(1000), torch.zeros(1, CHANNELS, 1, 1)
+    draws = torch.Generator().manual_seed(0)
+    weights = []
+    for step in range(600):
+        truth = truth + by * torch.randn(truth.shape, generator=draws)
+        layer(truth + torch.randn(4, CHANNELS, 1, 1, generator=draws))
+        if step >= 200:
+            weights.append(float(layer._weight_of_history(4)))
+    return sum(weights) / len(weights)
+
+
+@pytest.mark.parametrize("by", [0.03, 0.1])
+def test_the_weight_is_that_of_the_kalman_filter_where_the_truth_moves(by):
+    # the steady state of a random walk seen through noise: P = P R / (P + R) + Q
+    noise, walk = 1 / 4, by**2
+    error = (walk + math.sqrt(walk**2 + 4 * walk * noise)) / 2
+    assert weight_where_the_truth_moves(by) == pytest.approx(noise / (noise + error), abs=0.06)
+
+
+def test_the_past_weighs_half_at_most_where_the_truth_moves_faster_than_the_noise():
+    assert weight_where_the_truth_moves(2.0) < 0.52
+
+
+def test_matched_alone_stays_the_plain_rule():
+    layer = MomentumBatchNorm1d(3, matched_values=64)
+    assert "memory_measured" not in layer.state_dict()
+    fed(layer, normal(5, 2, 3).float())
+    assert layer._weight_of_history(2) == 62 / 66
+
+
+def test_enough_values_are_plain_batch_norm():
+    layer, stock = layer_of(64), nn.BatchNorm2d(CHANNELS)
+    for seed in range(20):
+        x = normal(4, CHANNELS, 8, 8, seed=seed).float()
+        got, want = layer(x), stock(x)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_second_batch_weighs_as_much_as_the_first():
+    layer = fed(layer_of(), [normal(2, CHANNELS, 2, 2).float()])
+    assert float(layer._weight_of_history(8)) == 0.5
+
+
+def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
+    stock = nn.BatchNorm2d(CHANNELS)
+    stock(normal(8, CHANNELS, 2, 2).float())
+    layer = layer_of(64)
+    layer.load_state_dict(stock.state_dict())
+    # as if the batch were a single value
+    assert float(layer._weight_of_history(10_000)) == pytest.approx(63 / 65)
+
+
+@pytest.mark.parametrize(("ratio", "worth"), [(1e9, 1), (0.0, 8)])
+def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, worth):
+    layer = layer_of(64)
+    layer.memory_measured.copy_(torch.tensor([ratio, 0.0, 8.0, 9.0]))
+    assert float(layer._weight_of_history(8)) == pytest.approx((64 - worth) / (64 + worth))
+
+
+def test_the_same_batch_again_and_again_is_no_reason_to_forget():
+    x = normal(2, CHANNELS, 2, 2).float()
+    layer = fed(layer_of(64), [x] * 50)
+    assert float(layer._weight_of_history(8)) == pytest.approx(56 / 72, abs=0.01)
+
+
+def test_what_is_measured_holds_for_batches_of_other_sizes():
+    layer = fed(layer_of(1000), [normal(4, CHANNELS, 2, 2, seed=s).float() for s in range(300)])
+    expected = (1000 - 4) / (1000 + 4), (1000 - 64) / (1000 + 64)
+    found = [float(layer.memory_measured[0]) / n for n in (4, 64)]
+    layer.memory_measured[1] = 0.0
+    assert [float(layer._weight_of_history(n)) for n in (4, 64)] == pytest.approx(expected, abs=0.02)
+    assert found == pytest.approx([1 / 4, 1 / 64], rel=0.2)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_scales_of_channels_do_not_matter(scale):
+    x = [normal(2, CHANNELS, 3, 3, seed=seed) for seed in range(30)]
+    scales = torch.ones(CHANNELS, 1, 1, dtype=torch.float64)
+    scales[::2] = scale
+    plain = fed(layer_of(dtype=torch.float64), x)
+    scaled = fed(layer_of(dtype=torch.float64), [scales * v for v in x])
+    torch.testing.assert_close(plain.memory_measured, scaled.memory_measured)
+
+
+def test_channels_without_variance_are_left_out():
+    x = [normal(4, 2, 3, 3, seed=seed) for seed in range(9)]
+    both = fed(MomentumBatchNorm2d(2, matched_values=64, measured=True).double(), x)
+    x = [torch.cat([v, torch.full_like(v[:, :1], 0.5)], 1) for v in x]
+    with_dead = fed(MomentumBatchNorm2d(3, matched_values=64, measured=True).double(), x)
+    torch.testing.assert_close(both.memory_measured, with_dead.memory_measured)
+
+
+@pytest.mark.parametrize("backend", ["auto", "traceable"])
+def test_distances_that_overflow_are_not_measured(backend):
+    layer = fed(layer_of(backend=backend), [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(3)])
+    before = layer.memory_measured.clone()
+    # statistics that are just finite, and a distance that is not
+    layer.memory_last.fill_(-1e30)
+    layer(normal(2, CHANNELS, 2, 2).float())
+    assert torch.equal(layer.memory_measured, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "traceable"])
+def test_a_batch_that_is_not_finite_measures_nothing(backend):
+    layer = fed(layer_of(backend=backend), [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(3)])
+    before = {name: t.clone() for name, t in layer.named_buffers() if name.startswith("memory")}
+    layer(torch.full((2, CHANNELS, 2, 2), math.inf))
+    assert all(torch.equal(before[name], getattr(layer, name)) for name in before)
+
+
+def test_an_empty_batch_measures_nothing():
+    layer = fed(layer_of(), [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(3)])
+    before = layer.memory_measured.clone()
+    layer(torch.empty(0, CHANNELS, 2, 2))
+    assert torch.equal(layer.memory_measured, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "traceable"])
+def test_what_is_measured_agrees_with_the_reference(backend):
+    layer = MomentumBatchNorm1d(5, matched_values=64, measured=True, backend=backend).double()
+    norm = reference.MomentumNorm(5, matched_values=64, measured=True)
+    for step in range(120):
+        x = normal(3 + step % 3, 5, seed=step) + 3 * normal(1, 5, seed=100 + step)
+        layer(x), norm(x)
+    measured = torch.tensor([norm.r, norm.e, norm.last[1], norm.samples], dtype=torch.float64)
+    torch.testing.assert_close(layer.memory_measured, measured)
+    torch.testing.assert_close(layer.memory_last, norm.last[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "traceable"])
+def test_what_was_measured_is_taken_back_with_the_forwards(backend):
+    layer = fed(layer_of(backend=backend), [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(4)])
+    before = {name: t.clone() for name, t in layer.named_buffers()}
+    fed(layer, [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(4, 7)])
+    layer.undo(3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.named_buffers())
+
+
+def test_training_goes_on_from_a_checkpoint_bit_for_bit():
+    whole = fed(layer_of(), [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(6)])
+    half = fed(layer_of(), [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(3)])
+    rest = layer_of()
+    rest.load_state_dict(half.state_dict())
+    fed(rest, [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(3, 6)])
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), rest.buffers(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint was written with")
+@pytest.mark.parametrize("measures", [True, False])
+def test_a_layer_that_does_the_other_takes_the_memory_from_a_checkpoint(measures):
+    source = fed(
+        MomentumBatchNorm2d(CHANNELS, matched_values=64, measured=not measures),
+        [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(3)],
+    )
+    target = MomentumBatchNorm2d(CHANNELS, matched_values=64, measured=measures)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.memory_mean, source.memory_mean)
+    if measures:
+        assert target.memory_measured.tolist() == [0, 0, 0, -1]
+
+
+def test_revert_leaves_nothing_behind():
+    model = nn.Sequential(nn.BatchNorm2d(CHANNELS))
+    before = set(model[0].__dict__)
+    convert(model, "matched")
+    revert(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert set(model[0].__dict__) == before
