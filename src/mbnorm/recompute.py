@@ -4,10 +4,13 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mbnorm.backends import cpu
 from mbnorm.memory import Past
@@ -16,6 +19,9 @@ CALLS_KEPT = 32
 """Forwards of one layer that a backward pass still to come may repeat."""
 
 Node = torch.autograd.graph.Node
+
+_SELECTIVE_CHECKPOINTS = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+"""What is active in a forward and in a recompute of selective activation checkpointing."""
 
 
 def in_backward() -> bool:
@@ -48,6 +54,12 @@ if not hasattr(torch._C, "_current_graph_task_id"):
     backward_runs = _recompute_runs
 
 
+def _in_autograd_function() -> bool:
+    """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints are, whoever wrote them."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    return any(f.f_code is apply for f in callers())
+
+
 def callers() -> Iterator[FrameType]:
     """Return the frames on the stack, from the caller's caller on."""
     frame = sys._getframe(1).f_back
@@ -66,6 +78,19 @@ def saved_by_compiled_code(past: Past) -> Past:
     weight = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
     together = torch.cat((past.mean, past.var, weight.view(1)))
     return Past(together[:channels], together[channels:-1], together[-1])
+
+
+@contextmanager
+def unseen_by_selective_checkpoints() -> Iterator[None]:
+    """Hide the operators called inside from torch's selective activation checkpointing.
+
+    It numbers them, and finds those of a recompute by their numbers: it must not see that one needs others
+    than its forward did.
+    """
+    with ExitStack() as stack:
+        while isinstance(_get_current_dispatch_mode(), _SELECTIVE_CHECKPOINTS):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
@@ -176,7 +201,7 @@ class CallLog:
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
-        if not torch.is_grad_enabled() and not self.tapes and not in_torch_checkpoint(("forward",)):
+        if not torch.is_grad_enabled() and not self.tapes and not _in_autograd_function():
             # nothing will repeat it
             return
         self.calls.append(call)

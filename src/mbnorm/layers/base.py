@@ -37,6 +37,7 @@ from mbnorm.recompute import (
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
+    unseen_by_selective_checkpoints,
 )
 
 REFERENCE_BATCH = 32
@@ -72,6 +73,9 @@ class HistoryBatchNorm(StatefulBatchNorm):
             prepared: PreparedForward | None = self.__dict__.get("_prepared")
             if prepared is not None and prepared.fits(self, input):
                 return prepared.run(self, input)[0]
+            if torch._C._len_torch_dispatch_stack() and self.training and self.has_memory:
+                with unseen_by_selective_checkpoints():
+                    return self._forward(input)
         return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
