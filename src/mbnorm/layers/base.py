@@ -138,7 +138,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
         prepared = PreparedForward(self, input, n, logs=logs, stores=stores)
         # past Module's own way, which looks for parameters and is slow
-        self.__dict__["_prepared"] = prepared if n > 1 and self._repeats() else None
+        self.__dict__["_prepared"] = prepared if n > 1 and prepared.lasts and self._repeats() else None
         return prepared.run(self, input)
 
     def _repeats(self) -> bool:
