@@ -256,7 +256,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Whether the memory holds something to read; asks the device until the answer is yes."""
         if torch.compiler.is_compiling():
             return True
-        if not self._holds_past:
+        if not self._holds_past and self.memory_device.type != "meta":
             self._holds_past = bool(self._memory().holds_anything())
         return self._holds_past
 
