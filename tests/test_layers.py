@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, gradients, layout_id, make_input
+from helpers import BACKENDS, DTYPES, LAYOUTS, gradients, layout_id, make_input
 from torch import nn
 from torch.nn import functional as F
 
 import mbnorm
 from mbnorm import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MomentumBatchNorm1d, MomentumBatchNorm2d
+from mbnorm.layers.momentum import STEPS_BEFORE_NOTICE
 
 METHODS = {
     "momentum": ("Momentum", {"history_weight": 0.75}),
@@ -318,6 +319,35 @@ def test_several_forwards_then_one_backward(method):
     torch.testing.assert_close(together[-1], sum(g[1] for g in one_by_one))
 
 
+@pytest.mark.contract("MF-1")
+@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_method
+def test_a_forward_in_eval_mode_then_one_in_train_mode_then_one_backward(method, backend):
+    layer = build(method, backend=backend).double()
+    layer(make_input(shape_of(4), torch.float64))
+    x = make_input(shape_of(4), torch.float64, seed=1).requires_grad_()
+    cotangent = make_input(shape_of(4), torch.float64, seed=20)
+    wanted = gradients(layer.eval()(x), (x, layer.weight), cotangent)
+    y = layer(x)
+    layer.train()(make_input(shape_of(4), torch.float64, seed=2))
+    torch.testing.assert_close(gradients(y, (x, layer.weight), cotangent), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.contract("MF-1")
+@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_method
+def test_a_graph_that_holds_state_does_not_read_it_after_a_forward_has_written_it(method, backend):
+    layer = build(method, backend=backend)
+    scale = torch.ones(3, requires_grad=True)
+    loss = (scale * layer.running_var).sum()
+    with mbnorm.no_update(layer):
+        layer(make_input(shape_of(4), torch.float32))
+    loss.backward(retain_graph=True)
+    layer(make_input(shape_of(4), torch.float32))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.contract("MF-4")
 @on_every_method
 def test_double_backward_through_a_layer_with_a_past(method):
@@ -494,6 +524,16 @@ def test_copies_and_pickles_are_equal_and_independent(method):
         assert same_state(layer, before)
         with mbnorm.no_update(layer):
             assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"history_weight": 0.5}, {"matched_values": 64}])
+def test_meta_layers_train_without_values(options):
+    layer = MomentumBatchNorm1d(3, device="meta", **options)
+    for _ in range(STEPS_BEFORE_NOTICE + 1):
+        y = layer(torch.empty(2, 3, device="meta"))
+    assert y.is_meta
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.empty(1, 3, device="meta"))
 
 
 @pytest.mark.contract("ST-7")

@@ -115,6 +115,18 @@ class Normalization : public Node {
   double eps_;
 };
 
+// Raise the versions of what an operator (..., store, ...) is about to write, as torch's own operators do: graphs
+// that hold it must not read what will be there then.
+void raise_versions(const c10::FunctionSchema& schema, const c10::IValue* arguments) {
+  if (!arguments[*schema.argumentIndexWithName("store")].toBool()) return;
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (!alias || !alias->isWrite() || arguments[i].isNone()) continue;
+    const at::Tensor& written = arguments[i].toTensor();
+    if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
 // Run an operator (x, weight, bias, pooled, eps, ...) -> (y, record) below autograd, and make y differentiable.
 void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t first = stack->size() - op.schema().arguments().size();
@@ -125,6 +137,7 @@ void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
   const at::Tensor x = argument(0), weight = argument(1), bias = argument(2);
   const bool pooled = (*stack)[first + 3].toBool();
   const double eps = (*stack)[first + 4].toDouble();
+  raise_versions(op.schema(), &(*stack)[first]);
   bool wanted = false;
   for (const at::Tensor& t : {x, weight, bias}) {
     if (!t.defined()) continue;

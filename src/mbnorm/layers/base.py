@@ -235,15 +235,21 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return result
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
-        running_mean, running_var = self._running()
-        dtype = statistics_dtype(input.dtype) if running_mean is None else running_mean.dtype
+        mean, var = self._running()
+        dtype = statistics_dtype(input.dtype) if mean is None else mean.dtype
+        of_the_batch = self.training or mean is None or var is None
+        if of_the_batch:
+            mean = var = None
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._is_tracing():
+            # copies for the backward: a training forward may come before that, and writes in place
+            mean, var = cast(Tensor, mean).clone(), cast(Tensor, var).clone()
         return F.batch_norm(
             input,
-            None if self.training else running_mean,
-            None if self.training else running_var,
+            mean,
+            var,
             None if self.weight is None else self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
-            self.training or running_mean is None,
+            of_the_batch,
             0.0,
             self.eps,
         )
