@@ -2,6 +2,8 @@ import copy
 import functools
 import inspect
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -349,6 +351,34 @@ def test_a_graph_that_holds_state_does_not_read_it_after_a_forward_has_written_i
 
 
 @pytest.mark.contract("MF-4")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_that_train_one_layer_do_not_disturb_each_other(backend):
+    layer = build("matched", backend=backend)
+    x = make_input(shape_of(4), torch.float32)
+
+    def train(_):
+        for _ in range(100):
+            layer(x).sum().backward()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(train, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@on_every_method
+def test_replicas_of_data_parallel_share_no_log(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight, layer.bias
+    replica(make_input(shape_of(4), torch.float32, seed=1))
+    assert len(layer._calls.calls) == len(layer._undo) == len(replica._calls.calls) == 1
+
+
 @on_every_method
 def test_double_backward_through_a_layer_with_a_past(method):
     layer = build(method, 3).double()

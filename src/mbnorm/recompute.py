@@ -5,6 +5,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from types import FrameType
 
 import torch
@@ -184,6 +185,11 @@ class CallLog:
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.tapes: list[list[Call]] = []
         self.script: Iterator[Call] | None = None
+        # threads that train one model at the same time share its layers
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["CallLog"], tuple[()]]:
+        return CallLog, ()
 
     def clear(self) -> None:
         """Forget all forwards."""
@@ -191,20 +197,22 @@ class CallLog:
 
     def drop_done(self) -> None:
         """Forget forwards whose backward has run; before the next, which can then use their memory."""
-        calls = self.calls
-        if not calls or not torch.is_grad_enabled():
+        if not self.calls or not torch.is_grad_enabled():
             return
-        while calls and calls[0].backwards:
-            calls.popleft()
-        if calls and any(c.backwards for c in calls):
-            self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
+        with self._lock:
+            calls = self.calls
+            while calls and calls[0].backwards:
+                calls.popleft()
+            if calls and any(c.backwards for c in calls):
+                self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
         if not torch.is_grad_enabled() and not self.tapes and not _in_autograd_function():
             # nothing will repeat it
             return
-        self.calls.append(call)
+        with self._lock:
+            self.calls.append(call)
         self.note(call, node)
 
     def note(self, call: Call, node: Node | None) -> None:
@@ -220,7 +228,8 @@ class CallLog:
         Autograd runs the latest forward's backward first. A forward may be repeated several times
         before its backward is through (nested checkpoints), so that alone moves it to the end.
         """
-        newest_first = (c for c in reversed(self.calls) if c.n == n)
+        with self._lock:
+            newest_first = [c for c in reversed(self.calls) if c.n == n]
         return sorted(newest_first, key=lambda c: (not c.awaits_this_backward(), c.backwards))
 
 

@@ -315,6 +315,12 @@ class StatefulBatchNorm(_BatchNorm):
         state |= {"_undo": UndoLog(), "_calls": CallLog(), "_prepared": None, "_frozen": 0}
         return state
 
+    def _replicate_for_data_parallel(self) -> "StatefulBatchNorm":
+        """Return what torch's DataParallel runs in a thread: it shares no log with the others."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.update(_undo=None, _calls=CallLog(), _prepared=None)
+        return cast(StatefulBatchNorm, replica)
+
     @property
     def memory_bytes(self) -> int:
         """What the memory's buffers take, in bytes."""
