@@ -5,6 +5,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, DTYPES, LAYOUTS, gradients, layout_id, make_input
@@ -350,7 +351,6 @@ def test_a_graph_that_holds_state_does_not_read_it_after_a_forward_has_written_i
         loss.backward()
 
 
-@pytest.mark.contract("MF-4")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_that_train_one_layer_do_not_disturb_each_other(backend):
     layer = build("matched", backend=backend)
@@ -379,6 +379,7 @@ def test_replicas_of_data_parallel_share_no_log(method):
     assert len(layer._calls.calls) == len(layer._undo) == len(replica._calls.calls) == 1
 
 
+@pytest.mark.contract("MF-4")
 @on_every_method
 def test_double_backward_through_a_layer_with_a_past(method):
     layer = build(method, 3).double()
@@ -526,6 +527,18 @@ def test_an_untrained_stock_checkpoint_leaves_the_memory_empty(method):
     layer(make_input(shape_of(4), torch.float32))
     layer.load_state_dict(nn.BatchNorm2d(3).state_dict())
     assert layer._read(8).batch_weight == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("matched", {"eps": np.float32(1e-3), "matched_values": np.int64(64)}),
+        ("memorized", {"decay": np.float64(0.5), "memory_values": np.int64(64), "memory_size": np.int64(4)}),
+    ],
+)
+def test_options_may_be_numpys_numbers(method, options, tmp_path):
+    torch.save(build(method, **options).state_dict(), tmp_path / "checkpoint")
+    build(method, **options).load_state_dict(torch.load(tmp_path / "checkpoint"))
 
 
 def test_a_half_checkpoint_loads_into_float32_state():

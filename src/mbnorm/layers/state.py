@@ -252,7 +252,7 @@ class StatefulBatchNorm(_BatchNorm):
         # beside the version, so that the keys stay as they are
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata["options"] = {name: getattr(self, name) for name in self.written_options}
+            metadata["options"] = {name: _plain(getattr(self, name)) for name in self.written_options}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -334,6 +334,11 @@ class StatefulBatchNorm(_BatchNorm):
 
     def _history_repr(self) -> str:
         raise NotImplementedError
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as torch.load takes it by default: a number that is not NumPy's."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def all_finite(*tensors: Tensor) -> bool:
