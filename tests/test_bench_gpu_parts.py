@@ -130,7 +130,7 @@ def test_what_a_process_has_started_dies_with_it(tmp_path):
         """
     )
     list(supervise("part", [sys.executable, "-c", code], tmp_path, time.monotonic() + 2, 30.0))
-    # a signal is answered when the kernel next runs who was sent it, and that may take a while on a busy machine
+    # a signal is answered when the kernel next runs who was sent it: on a busy machine that takes a while
     until = time.monotonic() + 30
     while _runs(child.read_text()) and time.monotonic() < until:
         time.sleep(0.01)
