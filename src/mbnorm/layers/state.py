@@ -70,7 +70,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._undo: UndoLog | None = UndoLog()
         self._calls = CallLog()
         self._prepared: PreparedForward | None = None
-        # set where conversion changes it, for the way back
+        # set where conversion or a schedule changes it, for the way back
         self.torchs_momentum: float | None = None
         if self.running_mean is None or self.running_var is None:
             for name in self._own_buffers:
