@@ -351,6 +351,30 @@ def test_a_graph_that_holds_state_does_not_read_it_after_a_forward_has_written_i
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@on_every_method
+def test_an_ensemble_trains_under_vmap(method):
+    layers = [build(method).double() for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        layer(make_input(shape_of(4), torch.float64, seed=seed))
+    base = copy.deepcopy(layers[0])
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = make_input(shape_of(4), torch.float64, seed=9)
+
+    def forward(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    for _ in range(2):
+        y = torch.func.vmap(forward)(parameters, buffers)
+        torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+    for i, layer in enumerate(layers):
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(buffers[name][i], buffer)
+    # nothing of the transform is kept
+    assert not len(base._undo)
+    assert not base._calls.calls
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_that_train_one_layer_do_not_disturb_each_other(backend):
     layer = build("matched", backend=backend)

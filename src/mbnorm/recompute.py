@@ -39,6 +39,11 @@ def backward_runs() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def transforms_run() -> bool:
+    """Return whether this call comes from inside a function transform, as `torch.func.vmap`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
     """Return whether one of these functions of torch's checkpointing is on the stack."""
     return any(
@@ -208,8 +213,8 @@ class CallLog:
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
-        if not torch.is_grad_enabled() and not self.tapes and not _in_autograd_function():
-            # nothing will repeat it
+        if transforms_run() or not (torch.is_grad_enabled() or self.tapes or _in_autograd_function()):
+            # nothing will repeat it, and what a transform has wrapped is of no use after it
             return
         with self._lock:
             self.calls.append(call)

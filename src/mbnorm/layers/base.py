@@ -37,6 +37,7 @@ from mbnorm.recompute import (
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
+    transforms_run,
     unseen_by_selective_checkpoints,
 )
 
@@ -291,7 +292,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     @torch.no_grad()
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
-        if not torch.compiler.is_compiling() and self._undo is not None:
+        # state that is given for a function transform is not the layer's own
+        if self._undo is not None and not (torch.compiler.is_compiling() or transforms_run()):
             self._undo.append(self.snapshot())
         self._store(self._memory(), self._averages(), result, n, m)
 
