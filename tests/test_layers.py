@@ -375,6 +375,19 @@ def test_an_ensemble_trains_under_vmap(method):
     assert not base._calls.calls
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "traceable"])
+@on_every_method
+def test_an_input_that_cannot_be_saved_for_a_backward_is_not_stored(method, backend):
+    layer = build(method, backend=backend)
+    layer(make_input(shape_of(4), torch.float32))
+    before = state_of(layer)
+    with torch.inference_mode():
+        x = make_input(shape_of(4), torch.float32)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        layer(x)
+    assert same_state(layer, before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_that_train_one_layer_do_not_disturb_each_other(backend):
     layer = build("matched", backend=backend)
