@@ -258,6 +258,71 @@ def test_more_calls_than_are_kept_are_refused_not_guessed():
         loss.backward()
 
 
+class OwnCheckpoint(torch.autograd.Function):
+    """A reentrant checkpoint of a user's own, as many code bases have."""
+
+    @staticmethod
+    def forward(ctx, function, x, *parameters):
+        ctx.function, ctx.parameters = function, parameters
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradient)
+
+
+@pytest.mark.contract("CK-1", "CK-2", "CK-3")
+@pytest.mark.parametrize("times", [1, 3])
+@on_every_backend
+@on_every_method
+def test_checkpoints_that_are_not_torchs(method, backend, times):
+    assert_same_runs(
+        block(method, backend),
+        plainly,
+        lambda model: lambda x: OwnCheckpoint.apply(model, x, *model.parameters()),
+        lambda step: [(step + 1) * x.detach() + step for x in inputs(times)],
+    )
+
+
+def save_products(context, operator, *args, **kwargs):
+    saved = (torch.ops.aten.addmm.default, torch.ops.aten.mul.Tensor)
+    policies = torch_checkpoint.CheckpointPolicy
+    return policies.MUST_SAVE if operator in saved else policies.PREFER_RECOMPUTE
+
+
+def save_all(context, operator, *args, **kwargs):
+    return torch_checkpoint.CheckpointPolicy.MUST_SAVE
+
+
+def save_nothing(context, operator, *args, **kwargs):
+    return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.contract("CK-1", "CK-2", "CK-3")
+@pytest.mark.parametrize("policy", [save_products, save_all, save_nothing])
+@on_every_backend
+@on_every_method
+def test_selective_checkpoints(method, backend, policy):
+    contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
+
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            # an operator of the layers' own backends, too, whose results must not be mixed up with theirs
+            return super().forward(x) * x
+
+    assert_same_runs(
+        Scaled(*block(method, backend)),
+        plainly,
+        lambda model: checkpointed(model, use_reentrant=False, context_fn=contexts),
+        lambda step: [(step + 1) * x.detach() + step for x in inputs(3)],
+    )
+
+
 @pytest.mark.contract("CK-4")
 @pytest.mark.parametrize("explicit", [True, False], ids=["context_fn", "automatic"])
 @on_every_method

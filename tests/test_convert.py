@@ -274,6 +274,15 @@ class FrozenBatchNorm2d(nn.Module):
             self.register_buffer(name, torch.ones(channels))
 
 
+def test_a_norm_without_a_counter_is_named_and_left_alone():
+    net = nn.Sequential(nn.BatchNorm1d(4))
+    net[0].num_batches_tracked = None
+    report = convert(net, "matched")
+    assert "num_batches_tracked" in report.skipped["0"]
+    assert type(net[0]) is nn.BatchNorm1d
+    net(torch.randn(2, 4))
+
+
 @on_every_method
 @pytest.mark.parametrize(
     ("layer", "words"),

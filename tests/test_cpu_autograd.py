@@ -112,6 +112,12 @@ def test_a_graph_is_used_once():
         y.sum().backward()
 
 
+def test_an_input_without_values_is_refused():
+    for shape in ((4, 0, 3), (0, 11, 3)):
+        with pytest.raises(RuntimeError, match="expected an input with values"):
+            cpu.forward_with_average(torch.empty(shape), None, None, *arguments_after_parameters())
+
+
 def test_an_input_that_was_changed_is_refused():
     x, *parameters = leaves(False, True, True)
     y, _ = cpu.forward_with_average(x, *parameters, *arguments_after_parameters())

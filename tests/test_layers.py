@@ -2,15 +2,19 @@ import copy
 import functools
 import inspect
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, gradients, layout_id, make_input
+from helpers import BACKENDS, DTYPES, LAYOUTS, gradients, layout_id, make_input
 from torch import nn
 from torch.nn import functional as F
 
 import mbnorm
 from mbnorm import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MomentumBatchNorm1d, MomentumBatchNorm2d
+from mbnorm.layers.momentum import STEPS_BEFORE_NOTICE
 
 METHODS = {
     "momentum": ("Momentum", {"history_weight": 0.75}),
@@ -319,6 +323,100 @@ def test_several_forwards_then_one_backward(method):
     torch.testing.assert_close(together[-1], sum(g[1] for g in one_by_one))
 
 
+@pytest.mark.contract("MF-1")
+@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_method
+def test_a_forward_in_eval_mode_then_one_in_train_mode_then_one_backward(method, backend):
+    layer = build(method, backend=backend).double()
+    layer(make_input(shape_of(4), torch.float64))
+    x = make_input(shape_of(4), torch.float64, seed=1).requires_grad_()
+    cotangent = make_input(shape_of(4), torch.float64, seed=20)
+    wanted = gradients(layer.eval()(x), (x, layer.weight), cotangent)
+    y = layer(x)
+    layer.train()(make_input(shape_of(4), torch.float64, seed=2))
+    torch.testing.assert_close(gradients(y, (x, layer.weight), cotangent), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.contract("MF-1")
+@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_method
+def test_a_graph_that_holds_state_does_not_read_it_after_a_forward_has_written_it(method, backend):
+    layer = build(method, backend=backend)
+    scale = torch.ones(3, requires_grad=True)
+    loss = (scale * layer.running_var).sum()
+    with mbnorm.no_update(layer):
+        layer(make_input(shape_of(4), torch.float32))
+    loss.backward(retain_graph=True)
+    layer(make_input(shape_of(4), torch.float32))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@on_every_method
+def test_an_ensemble_trains_under_vmap(method):
+    layers = [build(method).double() for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        layer(make_input(shape_of(4), torch.float64, seed=seed))
+    base = copy.deepcopy(layers[0])
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = make_input(shape_of(4), torch.float64, seed=9)
+
+    def forward(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    for _ in range(2):
+        y = torch.func.vmap(forward)(parameters, buffers)
+        torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+    for i, layer in enumerate(layers):
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(buffers[name][i], buffer)
+    # nothing of the transform is kept
+    assert not len(base._undo)
+    assert not base._calls.calls
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "traceable"])
+@on_every_method
+def test_an_input_that_cannot_be_saved_for_a_backward_is_not_stored(method, backend):
+    layer = build(method, backend=backend)
+    layer(make_input(shape_of(4), torch.float32))
+    before = state_of(layer)
+    with torch.inference_mode():
+        x = make_input(shape_of(4), torch.float32)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        layer(x)
+    assert same_state(layer, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_that_train_one_layer_do_not_disturb_each_other(backend):
+    layer = build("matched", backend=backend)
+    x = make_input(shape_of(4), torch.float32)
+
+    def train(_):
+        for _ in range(100):
+            layer(x).sum().backward()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(train, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@on_every_method
+def test_replicas_of_data_parallel_share_no_log(method):
+    layer = build(method)
+    layer(make_input(shape_of(4), torch.float32))
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight, layer.bias
+    replica(make_input(shape_of(4), torch.float32, seed=1))
+    assert len(layer._calls.calls) == len(layer._undo) == len(replica._calls.calls) == 1
+
+
 @pytest.mark.contract("MF-4")
 @on_every_method
 def test_double_backward_through_a_layer_with_a_past(method):
@@ -469,6 +567,18 @@ def test_an_untrained_stock_checkpoint_leaves_the_memory_empty(method):
     assert layer._read(8).batch_weight == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("matched", {"eps": np.float32(1e-3), "matched_values": np.int64(64)}),
+        ("memorized", {"decay": np.float64(0.5), "memory_values": np.int64(64), "memory_size": np.int64(4)}),
+    ],
+)
+def test_options_may_be_numpys_numbers(method, options, tmp_path):
+    torch.save(build(method, **options).state_dict(), tmp_path / "checkpoint")
+    build(method, **options).load_state_dict(torch.load(tmp_path / "checkpoint"))
+
+
 def test_a_half_checkpoint_loads_into_float32_state():
     layer = MomentumBatchNorm2d(3, history_weight=0.5)
     layer.load_state_dict(nn.BatchNorm2d(3).half().state_dict(), assign=True)
@@ -495,6 +605,16 @@ def test_copies_and_pickles_are_equal_and_independent(method):
         assert same_state(layer, before)
         with mbnorm.no_update(layer):
             assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"history_weight": 0.5}, {"matched_values": 64}])
+def test_meta_layers_train_without_values(options):
+    layer = MomentumBatchNorm1d(3, device="meta", **options)
+    for _ in range(STEPS_BEFORE_NOTICE + 1):
+        y = layer(torch.empty(2, 3, device="meta"))
+    assert y.is_meta
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.empty(1, 3, device="meta"))
 
 
 @pytest.mark.contract("ST-7")

@@ -1,6 +1,7 @@
 """Forwards run again as they were prepared, beside a twin that finds everything out anew at each call."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -92,6 +93,16 @@ def replace_weight(layer):
     layer.weight = nn.Parameter(torch.full((CHANNELS,), 2.0))
 
 
+def set_dtype_of_parameters(layer):
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def set_dtype_of_state(layer):
+    for buffer in layer.buffers():
+        buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
+
+
 def double_weight(layer):
     parametrize.register_parametrization(layer, "weight", _Double())
 
@@ -122,6 +133,8 @@ CHANGES = {
     "buffer replaced": replace_a_buffer_behind_the_module,
     "weight replaced": replace_weight,
     "weight parametrized": double_weight,
+    "parameters set to bfloat16": set_dtype_of_parameters,
+    "state set to float64": set_dtype_of_state,
 }
 OF_MOMENTUM = {
     "history weight in place": lambda layer: layer.history_weight.fill_(0.25),
@@ -194,6 +207,18 @@ def test_functional_calls_use_what_they_are_given(method):
         want = functional_call(twin, {k: v.clone() for k, v in given.items()}, (batch(step),))
         assert torch.equal(functional_call(layer, given, (batch(step),)), want)
         same(layer, twin, batch(step))
+
+
+@pytest.mark.contract("ST-7")
+@on_every_method
+def test_parameters_with_a_history_are_not_kept(method):
+    layer, _ = prepared(method)
+    history = torch.ones(CHANNELS, requires_grad=True)
+    weight = history * 2
+    seen = weakref.ref(weight)
+    y = functional_call(layer, {"weight": weight, "bias": layer.bias}, (batch(3),))
+    del y, weight
+    assert seen() is None
 
 
 @on_every_method

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, MomentumSchedule, reference
+from mbnorm import (
+    MemorizedBatchNorm1d,
+    MomentumBatchNorm1d,
+    MomentumSchedule,
+    convert,
+    reference,
+    revert,
+)
 from mbnorm.layers import momentum as momentum_module
 
 
@@ -82,6 +89,17 @@ def test_matched_and_memorized_layers_are_left_alone():
     MomentumSchedule(model, 5, batch_size=8, schedule="constant")
     assert [m.momentum for m in model[:2]] == [0.1, 0.1]
     assert float(model[2].history_weight) == 0.75
+
+
+@pytest.mark.contract("CV-6")
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_reverted_net_has_the_momentum_that_it_had_before_the_schedule(batch_size):
+    net = nn.Sequential(nn.BatchNorm1d(4, momentum=0.3))
+    convert(net, "momentum", batch_size=batch_size)
+    for _ in range(2):
+        MomentumSchedule(net, total_steps=10, batch_size=2)
+    revert(net)
+    assert net[0].momentum == 0.3
 
 
 def test_a_checkpointed_schedule_goes_on_where_it_was():

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 from itertools import pairwise
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import budget, make_input, make_parameters, native_errors, relative_error
+from test_checkpoint import OwnCheckpoint, save_all
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mbnorm
 from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, reference
@@ -326,7 +328,20 @@ def test_one_value_on_each_rank_is_enough_to_start_and_one_on_all_is_not(two_ran
     assert other == (finite, error)
 
 
-def checkpointed(rank, sync, reentrant):
+CHECKPOINTS = {
+    "reentrant": lambda block, x: checkpoint(block, x, use_reentrant=True),
+    "plain": lambda block, x: checkpoint(block, x, use_reentrant=False),
+    "selective": lambda block, x: checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, save_all),
+    ),
+    "not torch's": lambda block, x: OwnCheckpoint.apply(block, x, *block.parameters()),
+}
+
+
+def checkpointed(rank, sync, variant):
     results = []
     for repeats in (False, True):
         first = make_layer("memorized", process_group="world", sync=sync)
@@ -336,17 +351,17 @@ def checkpointed(rank, sync, reentrant):
         for samples, (batch, cotangent) in zip(PARTS[:2], whole_batches(), strict=False):
             x, dy = part_of(rank, samples, batch, cotangent)
             x = x.clone().requires_grad_()
-            y = checkpoint(block, x, use_reentrant=reentrant) if repeats else block(x)
+            y = CHECKPOINTS[variant](block, x) if repeats else block(x)
             y.backward(dy)
         results.append((x.grad, first.weight.grad, state(first), state(second), collectives() - start))
     return results
 
 
 @pytest.mark.contract("CK-1", "CK-2", "CK-5")
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("variant", CHECKPOINTS)
 @pytest.mark.parametrize("sync", [True, "late"])
-def test_a_recompute_gives_the_same_and_communicates_nothing(two_ranks, sync, reentrant):
-    for (*plain, sent), (*repeated, sent_again) in two_ranks(checkpointed, sync, reentrant):
+def test_a_recompute_gives_the_same_and_communicates_nothing(two_ranks, sync, variant):
+    for (*plain, sent), (*repeated, sent_again) in two_ranks(checkpointed, sync, variant):
         assert_close(repeated, plain)
         assert sent_again == sent
 

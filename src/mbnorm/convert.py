@@ -116,6 +116,8 @@ def convert(
             report.skipped[name] = _why_not(layer, table, options)
         elif not layer.track_running_stats or layer.running_mean is None:
             report.skipped[name] = "track_running_stats=False keeps no statistics to remember"
+        elif layer.num_batches_tracked is None:
+            report.skipped[name] = "it has no num_batches_tracked: set that to how many batches it has seen"
         else:
             report.converted[name] = f"{type(layer).__name__} -> {target.__name__}"
             start = _become(layer, target, options, momentum)
@@ -220,8 +222,8 @@ def _become(
     layer: _BatchNorm, target: type[HistoryBatchNorm], options: dict[str, Any], momentum: float | None
 ) -> Literal["empty", "seeded", "poisoned"]:
     """Change the type of a layer; return how its memory starts."""
-    batches = layer.num_batches_tracked
-    trained = batches is not None and not batches.is_meta and bool(batches > 0)
+    batches = cast(Tensor, layer.num_batches_tracked)
+    trained = not batches.is_meta and bool(batches > 0)
     finite = all_finite(cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var))
     layer.__class__ = target
     ours = cast(HistoryBatchNorm, layer)

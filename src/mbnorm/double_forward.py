@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections import Counter, deque
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -63,14 +63,14 @@ class DoubleForward:
         scaler: "torch.amp.GradScaler | None" = None,
         every: int = 1,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, SupportsIndex) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         check_hooks(optimizer)
         model = _inside(model)
         layers = _layers_to_refresh(model)
         self.model = model
         self.optimizer = optimizer
-        self.every = every
+        self.every = int(every)
         self.scaler = scaler
         self._steps = 0
         self._mark: Mark | None = None

@@ -4,10 +4,14 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mbnorm.backends import cpu
 from mbnorm.memory import Past
@@ -16,6 +20,9 @@ CALLS_KEPT = 32
 """Forwards of one layer that a backward pass still to come may repeat."""
 
 Node = torch.autograd.graph.Node
+
+_SELECTIVE_CHECKPOINTS = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+"""What is active in a forward and in a recompute of selective activation checkpointing."""
 
 
 def in_backward() -> bool:
@@ -32,6 +39,11 @@ def backward_runs() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def transforms_run() -> bool:
+    """Return whether this call comes from inside a function transform, as `torch.func.vmap`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
     """Return whether one of these functions of torch's checkpointing is on the stack."""
     return any(
@@ -46,6 +58,12 @@ def _recompute_runs() -> bool:
 
 if not hasattr(torch._C, "_current_graph_task_id"):
     backward_runs = _recompute_runs
+
+
+def _in_autograd_function() -> bool:
+    """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints are, whoever wrote them."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    return any(f.f_code is apply for f in callers())
 
 
 def callers() -> Iterator[FrameType]:
@@ -66,6 +84,19 @@ def saved_by_compiled_code(past: Past) -> Past:
     weight = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
     together = torch.cat((past.mean, past.var, weight.view(1)))
     return Past(together[:channels], together[channels:-1], together[-1])
+
+
+@contextmanager
+def unseen_by_selective_checkpoints() -> Iterator[None]:
+    """Hide the operators called inside from torch's selective activation checkpointing.
+
+    It numbers them, and finds those of a recompute by their numbers: it must not see that one needs others
+    than its forward did.
+    """
+    with ExitStack() as stack:
+        while isinstance(_get_current_dispatch_mode(), _SELECTIVE_CHECKPOINTS):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
@@ -159,6 +190,11 @@ class CallLog:
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.tapes: list[list[Call]] = []
         self.script: Iterator[Call] | None = None
+        # threads that train one model at the same time share its layers
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["CallLog"], tuple[()]]:
+        return CallLog, ()
 
     def clear(self) -> None:
         """Forget all forwards."""
@@ -166,20 +202,22 @@ class CallLog:
 
     def drop_done(self) -> None:
         """Forget forwards whose backward has run; before the next, which can then use their memory."""
-        calls = self.calls
-        if not calls or not torch.is_grad_enabled():
+        if not self.calls or not torch.is_grad_enabled():
             return
-        while calls and calls[0].backwards:
-            calls.popleft()
-        if calls and any(c.backwards for c in calls):
-            self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
+        with self._lock:
+            calls = self.calls
+            while calls and calls[0].backwards:
+                calls.popleft()
+            if calls and any(c.backwards for c in calls):
+                self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
-        if not torch.is_grad_enabled() and not self.tapes and not in_torch_checkpoint(("forward",)):
-            # nothing will repeat it
+        if transforms_run() or not (torch.is_grad_enabled() or self.tapes or _in_autograd_function()):
+            # nothing will repeat it, and what a transform has wrapped is of no use after it
             return
-        self.calls.append(call)
+        with self._lock:
+            self.calls.append(call)
         self.note(call, node)
 
     def note(self, call: Call, node: Node | None) -> None:
@@ -195,7 +233,8 @@ class CallLog:
         Autograd runs the latest forward's backward first. A forward may be repeated several times
         before its backward is through (nested checkpoints), so that alone moves it to the end.
         """
-        newest_first = (c for c in reversed(self.calls) if c.n == n)
+        with self._lock:
+            newest_first = [c for c in reversed(self.calls) if c.n == n]
         return sorted(newest_first, key=lambda c: (not c.awaits_this_backward(), c.backwards))
 
 

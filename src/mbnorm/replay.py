@@ -33,7 +33,11 @@ class Mark:
         return any(layer.is_void(snapshot) for layer, snapshot, _ in self.snapshots)
 
     def replay(self, model: nn.Module, calls: "list[Call]") -> None:
-        """Go back to this moment and do the calls again; if one fails, no layer has changed its memory."""
+        """Go back to this moment and do the calls again.
+
+        If one fails, every layer has as many batches in its memory as before; one that was reached has
+        those of now.
+        """
         alive = [entry for entry in self.snapshots if isinstance(entry[0], HistoryBatchNorm)]
         present = [(layer, layer.snapshot(), layer.momentum) for layer in memorizing_layers(model)]
         with without_trace(model):

@@ -89,6 +89,8 @@ class MomentumSchedule:
         for layer in self.layers:
             # 0 and None are orders to store nothing, and raw statistics
             if layer.momentum:
+                if layer.torchs_momentum is None:
+                    layer.torchs_momentum = layer.momentum
                 layer.momentum = 1 - inference_momentum ** (batch_size / ideal_batch_size)
             layer.scheduled = True
         self._apply()

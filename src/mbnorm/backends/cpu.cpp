@@ -97,6 +97,7 @@ Tensor matrix(int64_t rows, int64_t columns, const Tensor& type) {
 // `x` itself if there are kernels for it, or a copy: channels first, of other strides or too few channels for
 // a vector; in float32, of half values in planes too small for one, which go value by value.
 [[gnu::cold]] Tensor walkable(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() > 0, "expected an input with values, got none");
   const bool first = x.is_contiguous(), last = is_channels_last(x) && x.size(1) >= FEWEST_CHANNELS;
   const Tensor dense = first || last ? x : torch::stable::contiguous(x);
   const bool half = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;

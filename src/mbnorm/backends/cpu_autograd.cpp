@@ -61,13 +61,17 @@ Nodes& nodes() {
 
 class Normalization : public Node {
  public:
-  Normalization(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor record,
-                bool pooled, double eps)
-      : x_(x, false), weight_(weight, false), bias_(bias, false), record_(std::move(record)), pooled_(pooled),
-        eps_(eps) {
+  Normalization(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, bool pooled, double eps)
+      : x_(x, false), weight_(weight, false), bias_(bias, false), pooled_(pooled), eps_(eps) {}
+  ~Normalization() override {
+    if (record_.defined()) nodes().remove(record_);
+  }
+
+  // Take the record of the forward.
+  void take(at::Tensor record) {
+    record_ = std::move(record);
     nodes().add(record_, this);
   }
-  ~Normalization() override { nodes().remove(record_); }
 
   std::string name() const override { return "BlendedBatchNormBackward"; }
 
@@ -115,6 +119,18 @@ class Normalization : public Node {
   double eps_;
 };
 
+// Raise the versions of what an operator (..., store, ...) is about to write, as torch's own operators do: graphs
+// that hold it must not read what will be there then.
+void raise_versions(const c10::FunctionSchema& schema, const c10::IValue* arguments) {
+  if (!arguments[*schema.argumentIndexWithName("store")].toBool()) return;
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (!alias || !alias->isWrite() || arguments[i].isNone()) continue;
+    const at::Tensor& written = arguments[i].toTensor();
+    if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
 // Run an operator (x, weight, bias, pooled, eps, ...) -> (y, record) below autograd, and make y differentiable.
 void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t first = stack->size() - op.schema().arguments().size();
@@ -132,15 +148,22 @@ void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
     TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(),
                                 "the kernels of mbnorm have no forward-mode derivative: use backend=\"auto\"");
   }
+  NodePointer node;
+  Normalization* normalization = nullptr;
+  if (wanted && at::GradMode::is_enabled()) {
+    // first of all: what cannot be saved is refused before anything is written
+    normalization = new Normalization(x, weight, bias, pooled, eps);
+    node = owned<NodePointer>(static_cast<Node*>(normalization));
+    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
+  }
+  raise_versions(op.schema(), &(*stack)[first]);
   {
     const at::AutoDispatchBelowAutograd below;
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
   }
-  if (!wanted || !at::GradMode::is_enabled()) return;
+  if (!node) return;
+  normalization->take(stack->back().toTensor());
   const at::Tensor& y = (*stack)[stack->size() - 2].toTensor();
-  const NodePointer node =
-      owned<NodePointer>(static_cast<Node*>(new Normalization(x, weight, bias, stack->back().toTensor(), pooled, eps)));
-  node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
   torch::autograd::impl::set_gradient_edge(y, {node, node->add_input_metadata(y)});
 }
 

@@ -37,6 +37,8 @@ from mbnorm.recompute import (
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
+    transforms_run,
+    unseen_by_selective_checkpoints,
 )
 
 REFERENCE_BATCH = 32
@@ -76,6 +78,9 @@ class HistoryBatchNorm(StatefulBatchNorm):
             prepared: PreparedForward | None = self.__dict__.get("_prepared")
             if prepared is not None and prepared.fits(self, input):
                 return prepared.run(self, input)[0]
+            if torch._C._len_torch_dispatch_stack() and self.training and self.has_memory:
+                with unseen_by_selective_checkpoints():
+                    return self._forward(input)
         return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
         prepared = PreparedForward(self, input, n, logs=logs, stores=stores)
         # past Module's own way, which looks for parameters and is slow
-        self.__dict__["_prepared"] = prepared if n > 1 and self._repeats() else None
+        self.__dict__["_prepared"] = prepared if n > 1 and prepared.lasts and self._repeats() else None
         return prepared.run(self, input)
 
     def _repeats(self) -> bool:
@@ -235,15 +240,21 @@ class HistoryBatchNorm(StatefulBatchNorm):
         return result
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
-        running_mean, running_var = self._running()
-        dtype = statistics_dtype(input.dtype) if running_mean is None else running_mean.dtype
+        mean, var = self._running()
+        dtype = statistics_dtype(input.dtype) if mean is None else mean.dtype
+        of_the_batch = self.training or mean is None or var is None
+        if of_the_batch:
+            mean = var = None
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._is_tracing():
+            # copies for the backward: a training forward may come before that, and writes in place
+            mean, var = cast(Tensor, mean).clone(), cast(Tensor, var).clone()
         return F.batch_norm(
             input,
-            None if self.training else running_mean,
-            None if self.training else running_var,
+            mean,
+            var,
             None if self.weight is None else self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
-            self.training or running_mean is None,
+            of_the_batch,
             0.0,
             self.eps,
         )
@@ -256,7 +267,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         """Whether the memory holds something to read; asks the device until the answer is yes."""
         if torch.compiler.is_compiling():
             return True
-        if not self._holds_past:
+        if not self._holds_past and self.memory_device.type != "meta":
             self._holds_past = bool(self._memory().holds_anything())
         return self._holds_past
 
@@ -285,7 +296,8 @@ class HistoryBatchNorm(StatefulBatchNorm):
 
     @torch.no_grad()
     def _commit(self, result: BlendedBatchNorm, n: int, m: int) -> None:
-        if not torch.compiler.is_compiling() and self._undo is not None:
+        # state that is given for a function transform is not the layer's own
+        if self._undo is not None and not (torch.compiler.is_compiling() or transforms_run()):
             self._undo.append(self.snapshot())
         self._store(self._memory(), self._averages(), result, n, m)
 

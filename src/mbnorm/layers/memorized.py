@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
         sync: Sync = True,
     ) -> None:
         """Check and set the options, and start with an empty memory."""
-        if not isinstance(memory_size, int) or memory_size < 1:
+        if not isinstance(memory_size, SupportsIndex) or memory_size < 1:
             raise ValueError(f"memory_size must be a whole number of at least 1, got {memory_size!r}")
         if memory_values is not None and memory_values < 1:
             raise ValueError(f"memory_values must be at least 1, got {memory_values}")
@@ -82,7 +82,7 @@ class _MemorizedBatchNorm(SyncedBatchNorm):
             raise ValueError(f"decay must be in (0, 1], got {decay}")
         if inference not in ("memory", "ema"):
             raise ValueError(f'inference must be "memory" or "ema", got {inference!r}')
-        self.memory_size = memory_size
+        self.memory_size = int(memory_size)
         self.memory_values = memory_values
         self.decay = decay
         self.inference: Inference = "memory" if memory_values is None and inference == "memory" else "ema"

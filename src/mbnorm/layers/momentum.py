@@ -247,6 +247,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     def _has_past(self) -> bool:
         if torch.compiler.is_compiling() or self._holds_past:
             return True
+        if self.memory_device.type == "meta":
+            return False
         # with no weight on it the past is as good as none
         weighs = self.history_weight > 0 if self.matched_values is None else self.matched_values > 1
         self._holds_past = bool(weighs) and super()._has_past()
@@ -266,7 +268,8 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         self.__dict__["_steps_as_plain_bn"] += 1
         if self._steps_as_plain_bn == 1:
             self._notices_before = _Notice.given
-        if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and float(self.history_weight) == 0:
+        weight = self.history_weight
+        if self._steps_as_plain_bn == STEPS_BEFORE_NOTICE and not weight.is_meta and float(weight) == 0:
             _Notice.give(self)
 
     def _history_repr(self) -> str:

@@ -4,7 +4,8 @@ On small maps the Python around the kernels takes longer than they do: it finds 
 and puts the same arguments together.
 """
 
-from operator import is_, itemgetter
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mbnorm.backends import cpu
+from mbnorm.blend import statistics_dtype
 from mbnorm.recompute import RecordedCall, backward_runs
 
 if TYPE_CHECKING:
     from mbnorm.layers.base import HistoryBatchNorm
+
+_dtype_of = attrgetter("dtype")
 
 Remembered: TypeAlias = tuple[Tensor, Tensor]
 """Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
@@ -36,10 +40,12 @@ class PreparedForward:
         "_after",
         "_before",
         "_buffers",
+        "_dtype",
         "_kernels",
         "_kind",
         "_log",
         "_n",
+        "_of_that_dtype",
         "_parameters",
         "_settings",
         "_settings_of",
@@ -62,6 +68,14 @@ class PreparedForward:
         self._before = (layer.variance == "pooled", layer.eps, *layer._as_kernels_take(layer._memory()))
         self._log = (*averages, rows, counters)
         self._after = (stores, *layer._fused_update(input.shape[0]))
+        self._dtype = statistics_dtype(input.dtype)
+        own = (averages.mean, *self._parameters)
+        self._of_that_dtype = tuple(t for t in own if t is not None)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be kept: parameters with a history, as functional_call gives, are of one forward."""
+        return all(p is None or p.is_leaf for p in self._parameters)
 
     def fits(self, layer: "HistoryBatchNorm", input: Tensor) -> bool:
         """Return whether a forward of ``input`` now is the one that was prepared."""
@@ -75,11 +89,14 @@ class PreparedForward:
             and len(own) == 2
             # parameters of another dtype are cast at each call
             and all(map(is_, own, self._parameters))
+            # whoever sets .data may change that of the tensors themselves
+            and all(map(is_, map(_dtype_of, self._of_that_dtype), repeat(self._dtype)))
             and layer._calls.script is None
             and not backward_runs()
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and not torch._C._is_tracing()
+            and not torch._C._len_torch_dispatch_stack()
         )
 
     def run(self, layer: "HistoryBatchNorm", input: Tensor) -> Remembered:

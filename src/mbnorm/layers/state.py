@@ -70,7 +70,7 @@ class StatefulBatchNorm(_BatchNorm):
         self._undo: UndoLog | None = UndoLog()
         self._calls = CallLog()
         self._prepared: PreparedForward | None = None
-        # set where conversion changes it, for the way back
+        # set where conversion or a schedule changes it, for the way back
         self.torchs_momentum: float | None = None
         if self.running_mean is None or self.running_var is None:
             for name in self._own_buffers:
@@ -260,7 +260,7 @@ class StatefulBatchNorm(_BatchNorm):
         # beside the version, so that the keys stay as they are
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata["options"] = {name: getattr(self, name) for name in self.written_options}
+            metadata["options"] = {name: _plain(getattr(self, name)) for name in self.written_options}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -323,6 +323,12 @@ class StatefulBatchNorm(_BatchNorm):
         state |= {"_undo": UndoLog(), "_calls": CallLog(), "_prepared": None, "_frozen": 0}
         return state
 
+    def _replicate_for_data_parallel(self) -> "StatefulBatchNorm":
+        """Return what torch's DataParallel runs in a thread: it shares no log with the others."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.update(_undo=None, _calls=CallLog(), _prepared=None)
+        return cast(StatefulBatchNorm, replica)
+
     @property
     def memory_bytes(self) -> int:
         """What the memory's buffers take, in bytes."""
@@ -336,6 +342,11 @@ class StatefulBatchNorm(_BatchNorm):
 
     def _history_repr(self) -> str:
         raise NotImplementedError
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as torch.load takes it by default: a number that is not NumPy's."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def all_finite(*tensors: Tensor) -> bool:
