@@ -43,6 +43,11 @@ def memory_of(kind, dtype, channels=SHAPE[1], size=5, device="cpu"):
     return copy_of(memory, device)
 
 
+def as_kernels_take(memory, kernels=cpu):
+    """The memory's tensors; the CPU's operators have a place for what an average may measure."""
+    return (*memory, None, None) if type(memory) is MovingAverage and kernels is cpu else memory
+
+
 def averages_of(dtype, channels=SHAPE[1], device="cpu"):
     zeros, ones = torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
     return copy_of(InferenceAverages(zeros, ones, torch.tensor(0), torch.tensor(0)), device)
@@ -65,15 +70,13 @@ def fused(kernels, x, parameters, state, how_read, variance, update, *, store=Tr
     memory, averages = state
     ring = isinstance(memory, RecentBatches)
     operator = kernels.forward_with_ring if ring else kernels.forward_with_average
-    if type(memory) is MovingAverage and kernels is cpu:
-        memory = *memory, None, None
     blended, unbiased, weight, rule, early = update
     result = operator(
         x,
         *parameters,
         variance == "pooled",
         EPS,
-        *memory,
+        *as_kernels_take(memory, kernels),
         *how_read,
         *averages,
         *log,
@@ -95,6 +98,8 @@ def step_by_step(kernels, x, parameters, state, how_read, variance, update):
     n = x.numel() // x.shape[1]
     if isinstance(memory, RecentBatches):
         past = memory.read(n, *how_read, variance)
+    elif isinstance(memory, MeasuredAverage):
+        past = memory.read(memory.history_weight(n, *how_read))
     else:
         past = memory.read(*how_read)
     a = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)

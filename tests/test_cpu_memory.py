@@ -11,6 +11,7 @@ from remembering import (
     EPS,
     SHAPE,
     UPDATES,
+    as_kernels_take,
     assert_close,
     averages_of,
     copy_of,
@@ -22,6 +23,7 @@ from torch.library import opcheck
 import mbnorm
 from mbnorm.backends import cpu
 from mbnorm.distributed import local_statistics, sums_of
+from mbnorm.memory import MEASURES
 
 fused, step_by_step = partial(remembering.fused, cpu), partial(remembering.step_by_step, cpu)
 
@@ -31,7 +33,9 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missin
 @in_both_precisions
 @pytest.mark.parametrize("variance", ["averaged", "pooled"])
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize(("kind", "how_read"), [("ring", (3, 0.7)), ("average", (0.75,))])
+@pytest.mark.parametrize(
+    ("kind", "how_read"), [("ring", (3, 0.7)), ("average", (0.75,)), ("measured", (64.0,))]
+)
 def test_one_operator_commits_the_batch_of_all_ranks(kind, how_read, update, variance, dtype):
     memory, averages = memory_of(kind, dtype), averages_of(dtype)
     wanted = copy_of(memory), copy_of(averages)
@@ -46,7 +50,7 @@ def test_one_operator_commits_the_batch_of_all_ranks(kind, how_read, update, var
             for part in (x[:1], x[1:], x[:0])
         ]
         rules = (blended, unbiased, weight, rule == "pooled", early)
-        operator(sum(ranks), variance == "pooled", *memory, *how_read, *averages, *rules)
+        operator(sum(ranks), variance == "pooled", *as_kernels_take(memory), *how_read, *averages, *rules)
         step_by_step(x, (None, None), wanted, how_read, variance, update)
         assert_close((*memory, *averages), (*wanted[0], *wanted[1]))
     assert (int(averages.batches), int(averages.skipped)) == (9, 3)
@@ -94,13 +98,21 @@ def test_a_log_that_does_not_fit_is_refused():
 @in_both_precisions
 def test_the_operators_are_well_formed(dtype):
     x, parameters = make_input(SHAPE, dtype), make_parameters(SHAPE[1], dtype)
-    log = (torch.zeros(3, 4, SHAPE[1], dtype=dtype), torch.zeros(3, 3, dtype=torch.int64), 1)
-    rest = (*averages_of(dtype), *log, True, False, True, 0.1, True, 2.0)
+    counters = torch.zeros(3, 3, dtype=torch.int64)
+    update = True, False, True, 0.1, True, 2.0
     operators = torch.ops.mbnorm_cpu
     first = (x, *parameters, True, EPS)
+    log = torch.zeros(3, 4 * SHAPE[1], dtype=dtype), counters, 1
+    rest = (*averages_of(dtype), *log, *update)
     opcheck(operators.forward_with_ring.default, (*first, *memory_of("ring", dtype), 3, 0.9, *rest))
-    opcheck(operators.forward_with_average.default, (*first, *memory_of("average", dtype), 0.5, *rest))
+    average = as_kernels_take(memory_of("average", dtype))
+    opcheck(operators.forward_with_average.default, (*first, *average, 0.5, *rest))
+    log = torch.zeros(3, 5 * SHAPE[1] + MEASURES, dtype=dtype), counters, 1
+    measured = memory_of("measured", dtype)
+    rest = (*averages_of(dtype), *log, *update)
+    opcheck(operators.forward_with_average.default, (*first, *measured, 64.0, *rest))
     sums = sums_of(local_statistics(x), 18, 6), True
     rest = (*averages_of(dtype), False, True, 0.1, True, 2.0)
     opcheck(operators.commit_to_ring.default, (*sums, *memory_of("ring", dtype), 3, 0.9, *rest))
-    opcheck(operators.commit_to_average.default, (*sums, *memory_of("average", dtype), 0.5, *rest))
+    opcheck(operators.commit_to_average.default, (*sums, *average, 0.5, *rest))
+    opcheck(operators.commit_to_average.default, (*sums, *memory_of("measured", dtype), 64.0, *rest))

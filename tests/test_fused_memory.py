@@ -59,7 +59,7 @@ def step_by_step(kernels):
 
 
 RINGS = [("ring", (4, 1.0)), ("ring", (2, 0.7)), ("ring", (0, 1.0))]
-AVERAGES = [("average", (0.75,)), ("average", (0.0,)), ("measured", (0.75,))]
+AVERAGES = [("average", (0.75,)), ("average", (0.0,)), ("measured", (64.0,)), ("measured", (8.0,))]
 VARIANCES, FLOATS = ("averaged", "pooled"), (torch.float32, torch.float64)
 CASES = list(itertools.product(RINGS + AVERAGES, (False, True), UPDATES, VARIANCES, FLOATS))
 

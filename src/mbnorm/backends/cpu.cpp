@@ -278,8 +278,8 @@ struct AverageBuffers {
     return average;
   }
   template <class A>
-  double read(const Average<A>& memory, int64_t, A* past_mean, A* past_var) const {
-    return memory.read(history_weight, past_mean, past_var);
+  double read(const Average<A>& memory, int64_t n, A* past_mean, A* past_var) const {
+    return memory.read(history_weight, n, past_mean, past_var);
   }
   template <class A>
   void store(const Average<A>& memory, const Statistics<A>& of, int64_t n) const {

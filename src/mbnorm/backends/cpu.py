@@ -37,7 +37,8 @@ forward_with_average: Any = None
 """``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, last, measured, history_weight,
 running_mean, running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight,
 new_pooled, early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, or a `MeasuredAverage` where there
-are ``last`` and ``measured``, normalize, and ``store`` or not; differentiable.
+are ``last`` and ``measured``, for which ``history_weight`` is the values to be matched, normalize, and
+``store`` or not; differentiable.
 
 ``blended`` to ``early`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
 and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass

@@ -35,10 +35,19 @@ bool all_finite(const A* values, int64_t number) {
 }
 
 template <class A>
-double Average<A>::read(double history_weight, A* past_mean, A* past_var) const {
+double Average<A>::read(double history_weight, int64_t n, A* past_mean, A* past_var) const {
   copy(past_mean, mean, channels);
   copy(past_var, var, channels);
-  return *filled ? 1 - history_weight : 1;
+  if (!*filled) return 1;
+  return 1 - (measured ? measured_weight(history_weight, n) : history_weight);
+}
+
+template <class A>
+double Average<A>::measured_weight(double matched_values, int64_t n) const {
+  const double ratio = std::max(1.0, double(measured->ratio)), error = std::max(0.0, double(measured->error)),
+               noise = measured->samples > 0 ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1;
+  const double matched = (matched_values * noise - 1) / (matched_values * noise + 1);
+  return std::max(0.0, std::min(noise / (noise + error), matched));
 }
 
 template <class A>

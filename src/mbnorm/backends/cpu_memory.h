@@ -20,8 +20,10 @@ struct Average {
   Measured<A>* measured;
   int64_t *filled, channels;
 
-  // Copy out the past; return the weight of the batch.
-  double read(double history_weight, A* past_mean, A* past_var) const;
+  // Copy out the past; return the weight of the batch. `history_weight` is the number N of values to be
+  // matched where something is measured.
+  double read(double history_weight, int64_t n, A* past_mean, A* past_var) const;
+  double measured_weight(double matched_values, int64_t n) const;
   // Take the batch's mean and the variance that normalized it into what is measured.
   void measure(const A* batch_mean, const A* blended_var, int64_t n) const;
   void store(const A* blended_mean, const A* blended_var) const;

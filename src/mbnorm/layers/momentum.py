@@ -202,6 +202,9 @@ class _MomentumBatchNorm(SyncedBatchNorm):
         return self._memory().read(self._weight_of_history(n))
 
     def _how_read(self, n: int) -> tuple[Tensor | float, ...]:
+        if self.measured:
+            # the kernels themselves find the weight that follows from it
+            return (float(cast(int, self.matched_values)),)
         weight = self._weight_of_history(n)
         # to ask another device for its value is to wait for it
         on_device = isinstance(weight, Tensor) and not weight.is_cpu
