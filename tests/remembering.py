@@ -4,17 +4,9 @@ import pytest
 import torch
 from helpers import layout_id
 
+from mbnorm.averages import CUMULATIVE, InferenceAverages, InferenceUpdate, commit
 from mbnorm.backends import cpu
-from mbnorm.memory import (
-    CUMULATIVE,
-    MEASURES,
-    InferenceAverages,
-    InferenceUpdate,
-    MeasuredAverage,
-    MovingAverage,
-    RecentBatches,
-    commit,
-)
+from mbnorm.memory import MEASURES, MeasuredAverage, MovingAverage, RecentBatches
 
 EPS = 1e-3
 SHAPE = (6, 11, 3)

@@ -1,14 +1,8 @@
 import pytest
 import torch
 
-from mbnorm.memory import (
-    AS_MANY_AS_THE_BATCH,
-    InferenceAverages,
-    InferenceUpdate,
-    MovingAverage,
-    RecentBatches,
-    commit,
-)
+from mbnorm.averages import InferenceAverages, InferenceUpdate, commit
+from mbnorm.memory import AS_MANY_AS_THE_BATCH, MovingAverage, RecentBatches
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 BATCH = torch.tensor([77.0]), torch.tensor([77.0])

@@ -84,6 +84,7 @@ def test_arrows_point_down():
     order = [
         {"mbnorm.blend", "mbnorm.backends", "mbnorm.optimizer_steps"},
         {"mbnorm.functional", "mbnorm.memory", "mbnorm.distributed"},
+        {"mbnorm.averages"},
         {"mbnorm.recompute"},
         {"mbnorm.tracing"},
         {"mbnorm.layers"},

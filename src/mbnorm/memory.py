@@ -1,4 +1,4 @@
-"""The two memories of past statistics, and the averages used for inference: tensors in, tensors out.
+"""The memories of past statistics: tensors in, tensors out.
 
 *read* gives what the operator needs, as fresh tensors; *commit* is the only writer of state: in place,
 without a host synchronization, and without effect where ``finite`` is false.
@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mbnorm.blend import Variance, blend
+from mbnorm.blend import Variance
 
 MEASURED_WEIGHT = 0.02
 """Weight of a batch in what is measured of the batches."""
@@ -26,25 +26,6 @@ AS_MANY_AS_THE_BATCH = -1.0
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and biased variance, shape (C,)."""
-
-
-class InferenceUpdate(NamedTuple):
-    """What a forward puts into the averages for inference.
-
-    The blended statistics or the batch's own, with the variance corrected for the batch's size or not; their
-    weight and the rule; and how many of the batches before they weigh at least, which matters while these are
-    few.
-    """
-
-    blended: bool
-    unbiased: bool
-    weight: float
-    variance: Variance
-    early: float = 0.0
-
-
-CUMULATIVE = InferenceUpdate(blended=False, unbiased=True, weight=0.0, variance="averaged", early=1.0)
-"""Each batch weighs as much as any before."""
 
 
 class Past(NamedTuple):
@@ -70,8 +51,8 @@ class MovingAverage(NamedTuple):
     def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Replace the averages with the blended statistics of a forward."""
         mean, var = blended
-        _write(self.mean, mean, finite)
-        _write(self.var, var, finite)
+        write(self.mean, mean, finite)
+        write(self.var, var, finite)
         self.filled.masked_fill_(finite, 1)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
@@ -92,7 +73,7 @@ class MovingAverage(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
-        return _clones(self)
+        return clones(self)
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Go back to a snapshot."""
@@ -177,8 +158,8 @@ class MeasuredAverage(NamedTuple):
             )
         )
         # statistics may be finite whose distances are not
-        _write(self.measured, measured, finite & measured.isfinite().all())
-        _write(self.last, mean, finite)
+        write(self.measured, measured, finite & measured.isfinite().all())
+        write(self.last, mean, finite)
         self._average.commit(finite, batch, blended, n)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
@@ -199,7 +180,7 @@ class MeasuredAverage(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` needs to come back here."""
-        return _clones(self)
+        return clones(self)
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Go back to a snapshot."""
@@ -295,7 +276,7 @@ class RecentBatches(NamedTuple):
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Return what `rewind` and `restore` need to come back here."""
-        return _clones((self.position, self.counts))
+        return clones((self.position, self.counts))
 
     def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
         """Drop the entries stored since a snapshot; what they evicted stays lost."""
@@ -314,84 +295,14 @@ class RecentBatches(NamedTuple):
 Memory: TypeAlias = MovingAverage | MeasuredAverage | RecentBatches
 
 
-class InferenceAverages(NamedTuple):
-    """The statistics of eval mode: ``mean`` and ``var``, shape (C,), and two 0-dim int64 counters.
-
-    ``batches`` counts the batches stored, ``skipped`` those that were not finite.
-    """
-
-    mean: Tensor
-    var: Tensor
-    batches: Tensor
-    skipped: Tensor
-
-    def after(
-        self, mean: Tensor, var: Tensor, weight: float, variance: Variance, early: float = 0.0
-    ) -> Statistics:
-        """Return the averages as they are once new statistics are blended in.
-
-        After t batches these weigh ``weight``, or early / (t + early) if that is more.
-        """
-        mean, var = mean.to(self.mean.dtype), var.to(self.mean.dtype)
-        if weight == 1:
-            return mean, var
-        factor: Tensor | float = weight
-        if early:
-            factor = (early / (self.batches.to(mean.dtype) + early)).clamp_min(weight)
-        return blend(mean, var, self.mean, self.var, factor, variance)
-
-    def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Replace the averages, and count the batch."""
-        self.batches.add_(finite)
-        self.skipped.add_(~finite)
-        _write(self.mean, mean, finite)
-        _write(self.var, var, finite)
-
-    def snapshot(self) -> tuple[Tensor, ...]:
-        """Return what `rewind` needs to come back here."""
-        return _clones(self)
-
-    def rewind(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Go back to a snapshot."""
-        for tensor, then in zip(self, snapshot, strict=True):
-            tensor.copy_(then)
-
-
-def commit(
-    memory: Memory,
-    averages: InferenceAverages,
-    batch: Statistics,
-    blended: Statistics,
-    n: int,
-    update: InferenceUpdate,
-) -> None:
-    """Store a forward in a memory and in the averages for inference, if all that is stored is finite.
-
-    Args:
-        memory: takes the batch's or the blended statistics.
-        averages: take the update.
-        batch: statistics of the batch.
-        blended: statistics that normalized it; they are as finite as the batch's.
-        n: values per channel.
-        update: for the averages.
-    """
-    state = averages.mean.dtype
-    blended = blended[0].to(state), blended[1].to(state)
-    mean, var = blended if update.blended else batch
-    if update.unbiased and n > 1:
-        var = var * (n / (n - 1))
-    running = averages.after(mean, var, update.weight, update.variance, update.early)
-    finite = torch.isfinite(torch.stack((*blended, *running))).all()
-    memory.commit(finite, batch, blended, n)
-    averages.commit(finite, *running)
-
-
-def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return copies of tensors."""
     # one call is half the time of several
     if hasattr(torch, "_foreach_clone"):
         return tuple(torch._foreach_clone(list(tensors)))
     return tuple(t.clone() for t in tensors)
 
 
-def _write(target: Tensor, value: Tensor, finite: Tensor) -> None:
+def write(target: Tensor, value: Tensor, finite: Tensor) -> None:
+    """Copy a value into the state in place, if ``finite``."""
     target.copy_(torch.where(finite, value.to(target.dtype), target))

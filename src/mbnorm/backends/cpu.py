@@ -40,7 +40,7 @@ new_pooled, early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, or a 
 are ``last`` and ``measured``, for which ``history_weight`` is the values to be matched, normalize, and
 ``store`` or not; differentiable.
 
-``blended`` to ``early`` are a `mbnorm.memory.InferenceUpdate`. Rows of ``record`` are the batch's mean
+``blended`` to ``early`` are a `mbnorm.averages.InferenceUpdate`. Rows of ``record`` are the batch's mean
 and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass
 raises its version. The state before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
 forward_with_ring: Any = None

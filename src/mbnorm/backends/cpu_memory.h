@@ -1,4 +1,4 @@
-// The memories and the averages for inference of mbnorm/memory.py, on plain arrays: what takes dozens of
+// The memories of mbnorm/memory.py and the averages of mbnorm/averages.py, on plain arrays: what takes dozens of
 // tensor operations there is one pass here.
 
 #pragma once

@@ -1,4 +1,4 @@
-"""The commit of `mbnorm.memory` as a Triton kernel, after a forward."""
+"""The commit of `mbnorm.averages` as a Triton kernel, after a forward."""
 
 import triton
 import triton.language as tl

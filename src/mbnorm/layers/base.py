@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import functional as F
 
+from mbnorm.averages import CUMULATIVE, InferenceAverages, InferenceUpdate, commit
 from mbnorm.backends import triton
 from mbnorm.blend import Variance, statistics_dtype
 from mbnorm.functional import (
@@ -23,14 +24,7 @@ from mbnorm.functional import (
 )
 from mbnorm.layers.prepared import PreparedForward, Remembered
 from mbnorm.layers.state import StatefulBatchNorm
-from mbnorm.memory import (
-    CUMULATIVE,
-    InferenceAverages,
-    InferenceUpdate,
-    Memory,
-    Past,
-    commit,
-)
+from mbnorm.memory import Memory, Past
 from mbnorm.recompute import (
     Call,
     Node,

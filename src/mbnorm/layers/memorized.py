@@ -8,13 +8,14 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from mbnorm.averages import InferenceUpdate
 from mbnorm.backends import cpu
 from mbnorm.blend import Variance
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
 from mbnorm.layers.base import moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
-from mbnorm.memory import InferenceUpdate, Past, RecentBatches
+from mbnorm.memory import Past, RecentBatches
 
 Inference: TypeAlias = Literal["memory", "ema"]
 

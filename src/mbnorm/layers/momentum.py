@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mbnorm.averages import InferenceUpdate
 from mbnorm.backends import cpu
 from mbnorm.blend import Variance
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
 from mbnorm.layers.base import moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
-from mbnorm.memory import MEASURES, InferenceUpdate, MeasuredAverage, Memory, MovingAverage, Past
+from mbnorm.memory import MEASURES, MeasuredAverage, Memory, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 

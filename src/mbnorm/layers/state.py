@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mbnorm.averages import InferenceAverages
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
 from mbnorm.functional import BACKENDS, Backend
 from mbnorm.layers.prepared import PreparedForward
 from mbnorm.layers.undo import UNDO_DEPTH, Snapshot, UndoLog, Written
-from mbnorm.memory import InferenceAverages, Memory
+from mbnorm.memory import Memory
 from mbnorm.recompute import CallLog
 
 

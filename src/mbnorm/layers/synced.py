@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from mbnorm.averages import InferenceAverages
 from mbnorm.blend import blend
 from mbnorm.distributed import (
     Exchange,
@@ -24,7 +25,7 @@ from mbnorm.distributed import (
 from mbnorm.functional import Backend, BlendedBatchNorm, choose
 from mbnorm.layers.base import HistoryBatchNorm
 from mbnorm.layers.undo import Snapshot
-from mbnorm.memory import InferenceAverages, Memory, Past
+from mbnorm.memory import Memory, Past
 from mbnorm.recompute import Call
 
 

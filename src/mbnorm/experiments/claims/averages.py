@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from mbnorm import recalibrate
+from mbnorm.averages import InferenceAverages
 from mbnorm.experiments.bench.rows import Row
 from mbnorm.experiments.claims import suite
 from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
@@ -18,7 +19,6 @@ from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.training import eval_mode_loss, fit
 from mbnorm.layers.base import HistoryBatchNorm, moments_update
-from mbnorm.memory import InferenceAverages
 
 EARLY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 NAMES = tuple(f"{c:g}" for c in EARLY_WEIGHTS)
