@@ -74,7 +74,7 @@ def losses(setting: Setting, seed: int) -> dict[str, float]:
     def watch(model: nn.Module) -> None:
         layers.extend(Averages(m) for m in model.modules() if isinstance(m, HistoryBatchNorm))
 
-    model, data, _ = fit(Run("matched", setting, seed), "cpu", watch)
+    model, data, _ = fit(Run("matched-plain", setting, seed), "cpu", watch)
     found = {}
     for name in (*NAMES, MEMORY):
         for layer in layers:
@@ -127,7 +127,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
     measured=(
-        "Loss of eval mode on the training images, of nets trained with the noise-matched rule: with exact "
+        "Loss of eval mode on the training images, of nets trained with the plain noise-matched rule: with exact "
         "statistics, recalibrated on shuffled images (mean ± standard deviation over the seeds), and how far "
         "above that it is with the averages of each early weight c and with the memory that training reads. "
         "All columns are of the same trainings. Less than exact can be: training has normalized with what "
