@@ -114,8 +114,9 @@ class MeasuredAverage(NamedTuple):
         r: \ \frac{(m - m')^2}{(1/n + 1/n')\,\mathrm{var}}, \qquad
         e: \ \frac{(m - M)^2}{\mathrm{var}} - \frac{(m - m')^2}{(1 + n/n')\,\mathrm{var}}
 
-    with the variance that normalizes the batch. Half of what the truth moves in a step is in r. A batch is thus worth :math:`n/r` independent values, and
-    the remembered mean's squared error is e, both in units of the variance.
+    with the variance that normalizes the batch. A batch is thus worth :math:`n/r` independent values, and the
+    remembered mean's squared error is e, in units of the variance. Half of what the truth moves in a step is
+    in r.
 
     ``last``, shape (C,), is :math:`m'`; ``measured``, shape (4,), is r, e, n' and the number of samples,
     which is -1 where there is no batch before.
