@@ -94,7 +94,7 @@ def history_weight() -> None:
         matched.plot(values, weights, label=f"matched_values = {target}")
     matched.set_xscale("log", base=2)
     matched.set_xlabel("values per channel in the batch, n")
-    matched.set_title('"matched"', fontsize=10, loc="left")
+    matched.set_title("matched_values, without measured", fontsize=10, loc="left")
     matched.legend(frameon=False, fontsize=9)
     _save(figure, "history-weight")
 

@@ -138,29 +138,73 @@ def test_the_first_training_forwards_at_batch_2_lose_what_eval_mode_does(method,
     assert first_losses(pretrained(seed=seed)) - in_eval_mode > 25 * near
 
 
-@pytest.mark.contract("FT-1")
-def test_on_large_maps_matched_starts_as_batch_norm_and_what_diagnose_converts_where_it_was():
-    torch.manual_seed(0)
+ON_LARGE_MAPS = {
+    "by number": lambda layer, batches: convert(layer, "matched", measured=False),
+    "matched": lambda layer, batches: convert(layer, "matched"),
+    "diagnosed": lambda layer, batches: diagnose(layer, batches).convert(layer),
+    "memorized": lambda layer, batches: convert(layer, "memorized", batch_size=1),
+}
+
+
+@cache
+def distances_on_large_maps(seed, channels=16, forwards=300):
+    """By method, the squared distance of each forward of one image whose pixels are alike from eval mode."""
+    torch.manual_seed(seed)
 
     def images(count):
-        # the pixels of an image are alike
-        return torch.randn(count, 2, 16, 16) + torch.randn(count, 1, 1, 1)
+        return torch.randn(count, channels, 16, 16) + torch.randn(count, 1, 1, 1)
 
-    def distance(layer):
-        return (layer.train()(image) - wanted).square().mean().sqrt().item()
-
-    plain = nn.BatchNorm2d(2)
+    trained = nn.BatchNorm2d(channels)
     for _ in range(100):
-        plain(images(32))
-    matched, diagnosed, memorized = (copy.deepcopy(plain) for _ in range(3))
-    convert(matched, "matched")
-    diagnose(diagnosed, (images(1) for _ in range(100))).convert(diagnosed)
-    convert(memorized, "memorized", batch_size=1)
-    image = images(1)
-    wanted = copy.deepcopy(plain).eval()(image)
-    in_batch_norm = distance(plain)
-    assert distance(matched) == pytest.approx(in_batch_norm)
-    assert max(distance(diagnosed), distance(memorized)) < in_batch_norm / 10
+        trained(images(32))
+    layers = {"batch norm": copy.deepcopy(trained)}
+    for name, convert_it in ON_LARGE_MAPS.items():
+        layers[name] = copy.deepcopy(trained)
+        convert_it(layers[name], [images(1) for _ in range(100)])
+    trained.eval()
+    found = {name: [] for name in layers}
+    with torch.no_grad():
+        for _ in range(forwards):
+            image = images(1)
+            wanted = trained(image)
+            for name, layer in layers.items():
+                found[name].append((layer(image) - wanted).square().mean())
+    return {name: torch.stack(squares) for name, squares in found.items()}
+
+
+def share_of_batch_norms(method, seed, first, last):
+    """Distance from eval mode in these forwards, in that of batch norm."""
+    squares = distances_on_large_maps(seed)
+    return (squares[method][first:last].mean() / squares["batch norm"][first:last].mean()).sqrt().item()
+
+
+on_seeds = pytest.mark.parametrize("seed", [0, 1, 2])
+
+
+@pytest.mark.contract("FT-1")
+@on_seeds
+@pytest.mark.parametrize("method", ["matched", "diagnosed", "memorized"])
+def test_on_large_maps_a_converted_net_starts_where_it_was(method, seed):
+    # the nine: 0.007 to 0.040
+    assert share_of_batch_norms(method, seed, 0, 2) < 0.1
+
+
+@pytest.mark.contract("FT-1")
+@on_seeds
+def test_on_large_maps_the_number_of_values_alone_starts_as_batch_norm(seed):
+    assert share_of_batch_norms("by number", seed, 0, 2) == pytest.approx(1.0)
+
+
+@pytest.mark.contract("FT-1")
+@on_seeds
+@pytest.mark.parametrize(
+    # the largest of three seeds: 0.57 and 0.37, 0.13 and 0.14, 0.05 and 0.09
+    ("method", "early", "late"),
+    [("matched", 0.7, 0.5), ("diagnosed", 0.2, 0.2), ("memorized", 0.1, 0.2)],
+)
+def test_on_large_maps_a_converted_net_stays_nearer_to_where_it_was(method, early, late, seed):
+    assert share_of_batch_norms(method, seed, 2, 50) < early
+    assert share_of_batch_norms(method, seed, 50, 300) < late
 
 
 @pytest.mark.contract("FT-1")

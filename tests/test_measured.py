@@ -115,6 +115,37 @@ def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
     assert float(layer._weight_of_history(10_000)) == pytest.approx(63 / 65)
 
 
+@pytest.mark.parametrize("backend", ["auto", "traceable"])
+def test_a_seeded_memory_follows_the_reference(backend):
+    layer = MomentumBatchNorm1d(5, matched_values=64, measured=True, backend=backend).double()
+    norm = reference.MomentumNorm(5, matched_values=64, measured=True)
+    mean, var = normal(5), normal(5, seed=1).square() + 0.5
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(var)
+    layer.seed()
+    norm.seed(mean, var)
+    for step in range(60):
+        x = normal(3 + step % 3, 5, seed=step) + 3 * normal(1, 5, seed=100 + step)
+        torch.testing.assert_close(layer(x), norm(x, layer.weight, layer.bias))
+    measured = torch.tensor([norm.r, norm.e, norm.last[1], norm.samples], dtype=torch.float64)
+    torch.testing.assert_close(layer.memory_measured, measured)
+
+
+def test_what_a_trained_norm_knows_weighs_for_some_fifty_batches():
+    stock = nn.BatchNorm2d(CHANNELS)
+    layer = layer_of(64)
+    stock.num_batches_tracked.fill_(1000)
+    layer.load_state_dict(stock.state_dict())
+    # 256 values that are worth as many: plain batch norm in the end
+    weights = []
+    for seed in range(400):
+        layer(normal(4, CHANNELS, 8, 8, seed=seed).float())
+        weights.append(float(layer._weight_of_history(256)))
+    assert weights[10] > 0.9
+    assert weights[50] > 0.8
+    assert weights[-1] < 0.1
+
+
 @pytest.mark.parametrize(("ratio", "worth"), [(1e9, 1), (0.0, 8)])
 def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, worth):
     layer = layer_of(64)

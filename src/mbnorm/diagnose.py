@@ -39,9 +39,9 @@ def diagnose(
     up for one another. A layer is noisy below 32 used values, and one with a memory below 16.
 
     What is recommended there, and done by `Diagnosis.convert`, has the noise of 32 values, and no longer
-    a memory than that takes: "matched", which goes by n, with matched_values = 32 n / n_eff. It is 128 in
-    place of 32 where values are alike, by image or by batch: what they have in common is what a net learns
-    to see, and a batch is then worth less than it was to the untrained net.
+    a memory than that takes: "matched" with measured=False, which goes by n, and with matched_values =
+    32 n / n_eff. It is 128 in place of 32 where values are alike, by image or by batch: what they have in
+    common is what a net learns to see, and a batch is then worth less than it was to the untrained net.
 
     Printed, the table has a line a layer: the values n of a batch, n_eff and n_used; what the batch's own
     mean is off by, in standard deviations of a channel, and its variance, relative to the channel's; the

@@ -29,7 +29,7 @@ class LayerDiagnosis:
             than 32 effective values, or 16 with a memory; "stale" if the running statistics are further from
             the truth than those of a batch of 32 values would be; else "fine". The first that applies.
         recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        matched_values: of "matched", else None.
+        matched_values: of "matched" with measured=False, which goes by n; else None.
         ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
             needs none now.
         stale: whether the running statistics are, whatever the verdict.
@@ -73,7 +73,8 @@ class Diagnosis:
         """Convert the layers that need it, and no others, each to the matched_values that it needs.
 
         A memory is of older weights, and what it is off by is passed on to the layers behind: so none where
-        a batch is worth enough, and none longer than it takes.
+        a batch is worth enough, and none longer than it takes. What was diagnosed sets the weights for good
+        (measured=False), from the first step on; ``convert(model, "matched")`` measures while it trains.
 
         Args:
             model: the one that was diagnosed, or another with layers of the same names.

@@ -17,6 +17,9 @@ MEASURED_WEIGHT = 0.02
 EARLY = 8.0
 """After t batches the next weighs at least 8 / (t + 8) in that, so that it forgets its start."""
 
+SEEDED = 400.0
+"""How many samples a trained norm's statistics stand for: from so many on `MEASURED_WEIGHT` is the larger."""
+
 MEASURES = 4
 """Numbers that a `MeasuredAverage` keeps of what it has measured."""
 
@@ -143,18 +146,19 @@ class MeasuredAverage(NamedTuple):
         )
         per_value = step / (1 / n + 1 / last_n.clamp_min(1.0))
         weight = (EARLY / (samples + EARLY)).clamp_min(MEASURED_WEIGHT)
-        known = samples >= 0
+        first, seeded = samples < 0, self.filled > 0
+        # what was seeded is right, and batches are worth one value, as if that had long been measured;
+        # an empty memory becomes this batch, and is as wrong as that
         measured = torch.stack(
             (
-                torch.where(known, ratio + weight * (per_value - ratio), ratio),
-                # an empty memory becomes this batch, and is as wrong as that
+                torch.where(first, torch.where(seeded, n, 0.0), ratio + weight * (per_value - ratio)),
                 torch.where(
-                    known,
+                    first,
+                    torch.where(seeded, 0.0, 1.0),
                     error + weight * (distance - per_value / n - error),
-                    torch.where(self.filled > 0, error, 1.0),
                 ),
                 torch.full_like(last_n, n),
-                samples + 1,
+                torch.where(first & seeded, SEEDED, samples + 1),
             )
         )
         # statistics may be finite whose distances are not

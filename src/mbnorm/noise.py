@@ -238,6 +238,10 @@ class NoiseMeter:
 def _pooled_batches(layer: HistoryBatchNorm, n: int) -> float:
     if isinstance(layer, MomentumBatchNorm1d | MomentumBatchNorm2d | MomentumBatchNorm3d):
         history = float(layer._weight_of_history(n))
+        if layer.measured and layer.memory_measured[3] <= 0:
+            # nothing is measured yet: what it comes to if values are independent
+            wanted = cast(int, layer.matched_values)
+            history = max(0.0, (wanted - n) / (wanted + n))
         return (1 + history) / (1 - history)
     memorized = cast(MemorizedBatchNorm2d, layer)
     weights = [float(memorized.decay) ** age for age in range(1 + memorized._entries_read(n))]

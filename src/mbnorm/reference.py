@@ -167,7 +167,10 @@ class MomentumNorm(_Norm):
 
     def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
         """Take a batch into r and e."""
-        if self.last is not None:
+        if self.last is None and self.M is not None:
+            # seeded: right, and known as well as after 400 batches
+            self.r, self.e, self.samples = float(n), 0.0, 400
+        elif self.last is not None:
             before, n_before = self.last
             d = float(((mB - before) ** 2 / var).mean())
             D = float(((mB - M) ** 2 / var).mean())

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t BLOCK = 256;       // channels whose sums stay in L1
 constexpr int64_t GRAIN = 32 << 10;  // fewest values worth a thread
 
-constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8;  // those of mbnorm/memory.py
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400;  // those of mbnorm/memory.py
 
 template <class A>
 void copy(A* to, const A* from, int64_t number) {
@@ -53,8 +53,10 @@ double Average<A>::measured_weight(double matched_values, int64_t n) const {
 template <class A>
 void Average<A>::measure(const A* batch_mean, const A* blended_var, int64_t n) const {
   const Measured<A> then = *measured;
-  Measured<A> now{then.ratio, *filled ? then.error : A(1), A(n), then.samples + 1};
-  if (then.samples >= 0) {
+  Measured<A> now{0, 1, A(n), 0};
+  if (then.samples < 0) {
+    if (*filled) now = {A(n), 0, A(n), A(SEEDED)};
+  } else {
     double step = 0, distance = 0;
     int64_t live = 0;
     for (int64_t c = 0; c < channels; ++c) {
@@ -67,6 +69,7 @@ void Average<A>::measure(const A* batch_mean, const A* blended_var, int64_t n) c
     const double channels_live = std::max<int64_t>(live, 1),
                  ratio = step / channels_live / (1.0 / n + 1 / std::max(1.0, double(then.last_values))),
                  weight = std::max(MEASURED_WEIGHT, EARLY / (then.samples + EARLY));
+    now.samples = then.samples + 1;
     now.ratio = then.ratio + weight * (ratio - then.ratio);
     now.error = then.error + weight * (distance / channels_live - ratio / n - then.error);
   }
