@@ -39,6 +39,7 @@ class _MomentumBatchNorm(SyncedBatchNorm):
     memory_mean: Tensor
     memory_var: Tensor
     memory_filled: Tensor
+    memory_measured: Tensor
     history_weight: Tensor
 
     def __init__(
