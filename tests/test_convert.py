@@ -221,14 +221,14 @@ def test_momentum_follows_the_batch_size(m, weight):
 def test_the_default_matches_the_noise():
     layer = nn.BatchNorm1d(3)
     convert(layer)
-    assert (layer.matched_values, layer.measured) == (128, True)
+    assert (layer.matched_values, layer.measured) == (32, True)
     assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 
 def test_matched_needs_nothing():
     layer = nn.BatchNorm1d(3)
     convert(layer, "matched")
-    assert (layer.matched_values, layer.measured) == (128, True)
+    assert (layer.matched_values, layer.measured) == (32, True)
     assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 

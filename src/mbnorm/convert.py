@@ -24,8 +24,7 @@ Method: TypeAlias = Literal["momentum", "memorized", "matched"]
 SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
-MATCHED_VALUES = 128
-MATCHED: dict[str, Any] = {"matched_values": MATCHED_VALUES, "measured": True, "early_weight": 8.0}
+MATCHED: dict[str, Any] = {"matched_values": 32, "measured": True, "early_weight": 8.0}
 """What "matched" sets."""
 
 _MOMENTUM: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
@@ -73,7 +72,7 @@ def convert(
 
     Args:
         model: any module, a batch norm itself included.
-        method: "matched" (Momentum BN whose noise is matched per layer to that of matched_values = 128, by
+        method: "matched" (Momentum BN whose noise is matched per layer to that of matched_values = 32, by
             what its batches are measured to be worth, and whose averages do not start late, early_weight = 8;
             needs nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =

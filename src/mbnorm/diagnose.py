@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.convert import IDEAL_BATCH_SIZE, MATCHED_VALUES
+from mbnorm.convert import IDEAL_BATCH_SIZE
 from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
 
 ENOUGH_VALUES = IDEAL_BATCH_SIZE
 """Effective values per batch from which noise does no harm: the ECCV paper's ideal batch size."""
+
+VALUES_IF_ALIKE = 128
+"""How many it takes where values are alike."""
 
 
 def diagnose(
@@ -124,7 +127,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
         recommendation = "matched"
         # what values have in common a net learns to see, and their worth falls to a half, a quarter or less
         alike = _values_alike(noise, noise.effective_values) or _batches_alike(noise)
-        wanted = MATCHED_VALUES if alike else ENOUGH_VALUES
+        wanted = VALUES_IF_ALIKE if alike else ENOUGH_VALUES
         # so that (N - n) / (N + n) is what n_eff values need
         matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)

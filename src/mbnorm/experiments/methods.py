@@ -27,14 +27,15 @@ Method: TypeAlias = Literal[
     "memorized+df",
     "matched",
     "matched+df",
-    "matched-32",
+    "matched-64",
+    "matched-128",
     "matched-plain",
     "matched-plain-32",
     "momentum-pooled",
     "memorized-averaged",
 ]
 _ALL: tuple[Method, ...] = get_args(Method)
-VARIANTS: tuple[Method, ...] = _ALL[_ALL.index("matched-32") :]
+VARIANTS: tuple[Method, ...] = _ALL[_ALL.index("matched-64") :]
 """Methods with other options than their own; claims train them, `compare` does not."""
 METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
 OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
@@ -119,12 +120,12 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             _replace(model, lambda layer: Instance(layer.num_features))
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
-        case "matched-32":
-            convert(model, "matched", matched_values=32)
+        case "matched-64" | "matched-128":
+            convert(model, "matched", matched_values=int(method.removeprefix("matched-")))
         case "matched-plain":
-            convert(model, "matched", measured=False)
+            convert(model, "matched", matched_values=128, measured=False)
         case "matched-plain-32":
-            convert(model, "matched", matched_values=32, measured=False)
+            convert(model, "matched", measured=False)
         case "momentum-pooled":
             convert(model, "momentum", batch_size=batch_size, variance="pooled")
         case "memorized-averaged":

@@ -62,7 +62,7 @@ class BatchNormMemoryHook(Hook):
 def register() -> None:
     """Add the layers as "MomentumBN" and "MemorizedBN", for 1d and 3d with these endings, and the hook.
 
-    Then ``norm_cfg=dict(type="MomentumBN", matched_values=128, measured=True, early_weight=8)`` or
+    Then ``norm_cfg=dict(type="MomentumBN", matched_values=32, measured=True, early_weight=8)`` or
     ``dict(type="MemorizedBN", memory_size=64)``, and
     ``custom_hooks=[dict(type="BatchNormMemoryHook", double_forward=True)]``. Norms are called bn1, bn2 as
     torch's are, so that pretrained weights find them. May be called again.

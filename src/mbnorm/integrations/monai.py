@@ -21,7 +21,7 @@ def register() -> None:
     """Add the norms "momentum", "memorized" and "matched" to MONAI's factory.
 
     Then ``UNet(..., norm="matched")`` or ``UNet(..., norm=("memorized", {"memory_size": 64}))``, with the
-    options of the layers; "matched" is "momentum" with ``matched_values=128``, ``measured=True`` and
+    options of the layers; "matched" is "momentum" with ``matched_values=32``, ``measured=True`` and
     ``early_weight=8``. May be called again.
 
     Raises:

@@ -128,10 +128,10 @@ CLAIM = Claim(
     sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
     measured=(
         "Loss of eval mode on the training images, of nets trained with the plain noise-matched rule: with "
-        "exact statistics, recalibrated on shuffled images (mean ± standard deviation over the seeds), and how "
-        "far above that it is with the averages of each early weight c and with the memory that training "
-        "reads. All columns are of the same trainings. Less than exact can be: training has normalized with what "
-        "these averages follow, and with long-tailed batches exact statistics are of other images."
+        "exact statistics, recalibrated on shuffled images (mean ± standard deviation over the seeds), and "
+        "how far above that it is with the averages of each early weight c and with the memory that training "
+        "reads. All columns are of the same trainings. Less than exact can be: training has normalized with "
+        "what these averages follow, and with long-tailed batches exact statistics are of other images."
     ),
     rows=_rows,
     tables=_tables,

@@ -27,7 +27,8 @@ METHODS: tuple[Method, ...] = (
     "momentum",
     "memorized",
     "matched",
-    "matched-32",
+    "matched-64",
+    "matched-128",
     "matched-plain",
     "matched-plain-32",
 )
@@ -156,7 +157,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence=(
         "How far the noise-matched rule carries, beside its peers: by what batches are measured to be worth, "
-        "as `convert` sets it, and by their number of values (plain); for 128 values and for 32."
+        "as `convert` sets it for 32 values, and for 64 and 128; and by their number of values (plain), for "
+        "128 and for 32."
     ),
     measured=(
         "Test accuracy in percent, mean ± standard deviation over the seeds; from one seed all methods start "
