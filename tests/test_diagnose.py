@@ -226,7 +226,7 @@ def test_a_stale_frozen_layer_is_to_be_thawed_before_recalibrate_reaches_it():
 
 
 GAINS = {
-    "matched": ("matched", {"measured": False}, 64.0),
+    "matched": ("matched", {"matched_values": 128, "measured": False}, 64.0),
     "lambda": ("momentum", {"history_weight": 0.75}, 7.0),
     "memory": ("memorized", {"memory_size": 16}, 16.0),
     "decaying": ("memorized", {"memory_size": 3, "decay": 0.5}, 1.75**2 / (1 + 0.25 + 0.0625)),
@@ -245,10 +245,10 @@ def test_layers_with_a_memory_use_more_values_than_the_batch_has(method, options
 @pytest.mark.parametrize(("wanted", "verdict"), [(128, "fine"), (12, "noisy")])
 @pytest.mark.parametrize("pixels_alike", [False, True])
 def test_a_layer_that_measures_uses_the_values_it_is_to_match(pixels_alike, wanted, verdict):
-    # 8 values that are worth 8, or 2
+    # 8 values that are worth 8; or 2, so that four times as many are matched
     field = GaussianField(CHANNELS, (2, 2), image_offset=1.0 if pixels_alike else 0.0)
     layer = layer_for(field)
-    convert(layer, "matched", matched_values=wanted)
+    convert(layer, "matched", matched_values=wanted // 4 if pixels_alike else wanted)
     for x in field.batches(2, 300, 1):
         layer(x)
     found = only(layer, field.batches(2, BATCHES, 0))

@@ -49,10 +49,11 @@ def test_what_a_batch_is_worth_is_measured(field):
     assert worth(layer, 64) == pytest.approx(field.effective_values(4), rel=error)
 
 
-@pytest.mark.parametrize("worth_of_a_pixel", [1.0, 0.0])
-def test_the_normalizing_mean_has_the_noise_of_so_many_values(worth_of_a_pixel):
+# of four times as many where the four pixels of an image are the same value
+@pytest.mark.parametrize(("worth_of_a_pixel", "matched_values"), [(1.0, 64), (0.0, 16)])
+def test_the_normalizing_mean_has_the_noise_of_so_many_values(worth_of_a_pixel, matched_values):
     field = GaussianField(CHANNELS, (2, 2), image_offset=1 - worth_of_a_pixel)
-    layer = layer_of(64)
+    layer = layer_of(matched_values)
     squares = []
     for number, x in enumerate(field.batches(2, 1200, seed=0)):
         layer(x)
@@ -146,11 +147,11 @@ def test_what_a_trained_norm_knows_weighs_for_some_fifty_batches():
     assert weights[-1] < 0.1
 
 
-@pytest.mark.parametrize(("ratio", "worth"), [(1e9, 1), (0.0, 8)])
-def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, worth):
+@pytest.mark.parametrize(("ratio", "wanted", "worth"), [(1e9, 256, 1), (2.0, 128, 4), (0.0, 64, 8)])
+def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, wanted, worth):
     layer = layer_of(64)
     layer.memory_measured.copy_(torch.tensor([ratio, 0.0, 8.0, 9.0]))
-    assert float(layer._weight_of_history(8)) == pytest.approx((64 - worth) / (64 + worth))
+    assert float(layer._weight_of_history(8)) == pytest.approx((wanted - worth) / (wanted + worth))
 
 
 def test_the_same_batch_again_and_again_is_no_reason_to_forget():

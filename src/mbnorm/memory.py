@@ -20,6 +20,9 @@ EARLY = 8.0
 SEEDED = 400.0
 """How many samples a trained norm's statistics stand for: from so many on `MEASURED_WEIGHT` is the larger."""
 
+MOST_IF_ALIKE = 4.0
+"""How many times as many values are matched, at most, where values are alike."""
+
 MEASURES = 4
 """Numbers that a `MeasuredAverage` keeps of what it has measured."""
 
@@ -119,15 +122,18 @@ class MeasuredAverage(NamedTuple):
         r"""Return the weight of the past for a batch of n values per channel.
 
         .. math::
-            \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N - n/r}{N + n/r}\bigr)\bigr)
+            \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N' - n/r}{N' + n/r}\bigr)\bigr),
+            \qquad N' = N \min(r, 4)
 
-        The first is what leaves the least error; the second what matches the noise of N values. A batch is
+        The first is what leaves the least error; the second what matches the noise of N' values. A batch is
         worth one value at least, of which nothing else is known before there are samples, and n at most: the
         same batch again and again has no noise, and would be left to itself.
         """
         ratio, error, _, samples = self.measured.unbind()
-        noise = torch.where(samples > 0, ratio.clamp_min(1.0) / max(n, 1), 1.0).clamp_max(1.0)
-        matched = ((matched_values * noise - 1) / (matched_values * noise + 1)).clamp_min(0.0)
+        ratio = torch.where(samples > 0, ratio.clamp_min(1.0), 1.0)
+        noise = torch.where(samples > 0, ratio / max(n, 1), 1.0).clamp_max(1.0)
+        inverse = noise * ratio.clamp_max(MOST_IF_ALIKE) * matched_values
+        matched = ((inverse - 1) / (inverse + 1)).clamp_min(0.0)
         return torch.minimum(noise / (noise + error.clamp_min(0.0)), matched)
 
     def read(self, history_weight: Tensor | float) -> Past:

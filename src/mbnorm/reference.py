@@ -161,9 +161,10 @@ class MomentumNorm(_Norm):
         N = self.matched_values
         if not self.measured:
             return max(0.0, (N - n) / (N + n))
-        worth = max(n / max(self.r, 1.0), 1.0) if self.samples > 0 else 1.0
-        noise = 1 / worth
-        return min(noise / (noise + max(self.e, 0.0)), max(0.0, (N - worth) / (N + worth)))
+        r = max(self.r, 1.0) if self.samples > 0 else 1.0
+        worth = max(n / r, 1.0) if self.samples > 0 else 1.0
+        noise, wanted = 1 / worth, N * min(r, 4.0)
+        return min(noise / (noise + max(self.e, 0.0)), max(0.0, (wanted - worth) / (wanted + worth)))
 
     def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
         """Take a batch into r and e."""

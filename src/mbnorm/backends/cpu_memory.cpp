@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t BLOCK = 256;       // channels whose sums stay in L1
 constexpr int64_t GRAIN = 32 << 10;  // fewest values worth a thread
 
-constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400;  // those of mbnorm/memory.py
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400, MOST_IF_ALIKE = 4;  // those of mbnorm/memory.py
 
 template <class A>
 void copy(A* to, const A* from, int64_t number) {
@@ -44,9 +44,12 @@ double Average<A>::read(double history_weight, int64_t n, A* past_mean, A* past_
 
 template <class A>
 double Average<A>::measured_weight(double matched_values, int64_t n) const {
-  const double ratio = std::max(1.0, double(measured->ratio)), error = std::max(0.0, double(measured->error)),
-               noise = measured->samples > 0 ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1;
-  const double matched = (matched_values * noise - 1) / (matched_values * noise + 1);
+  const bool known = measured->samples > 0;
+  const double ratio = known ? std::max(1.0, double(measured->ratio)) : 1,
+               error = std::max(0.0, double(measured->error)),
+               noise = known ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1,
+               inverse = noise * std::min(MOST_IF_ALIKE, ratio) * matched_values,
+               matched = (inverse - 1) / (inverse + 1);
   return std::max(0.0, std::min(noise / (noise + error), matched));
 }
 

@@ -343,11 +343,12 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         matched_values: N; sets :math:`\lambda = \max(0, (N-n)/(N+n))` for each batch of n values per
             channel, so that the noise is that of N values (64 to 256; 128 is a good choice).
         measured: with ``matched_values``: measures how noisy the layer's batches are and how wrong its memory
-            is, and sets :math:`\lambda = \max(0, \min(\frac{r/n}{r/n + e}, \frac{N - n/r}{N + n/r}))`. Here
-            :math:`n/r` is how many independent values the batch is worth, fewer than n since the pixels of an
-            image are alike, and e the squared error of the remembered mean, in variances, which grows as the
-            weights change: the past weighs what leaves the least error, and no more than the noise of N
-            values takes. r and e are averages over some 50 batches; see `mbnorm.memory.MeasuredAverage`.
+            is, and sets :math:`\lambda = \max(0, \min(\frac{r/n}{r/n + e}, \frac{N' - n/r}{N' + n/r}))` with
+            :math:`N' = N \min(r, 4)`. Here :math:`n/r` is how many independent values the batch is worth,
+            fewer than n since the pixels of an image are alike, and e the squared error of the remembered
+            mean, in variances, which grows as the weights change. The past weighs what leaves the least
+            error, and no more than the noise of N values takes, or of up to 4 N where they are alike. r and e
+            are averages over some 50 batches; see `mbnorm.memory.MeasuredAverage`. 32 is a good N.
         early_weight: c; after t batches (num_batches_tracked) the next one weighs at least c / (t + c) in
             running_mean and running_var, so that they forget torch's initial 0 and 1 at once, and early
             batches soon. 1 averages all batches alike until ``momentum`` takes over, 8 the last fifth of

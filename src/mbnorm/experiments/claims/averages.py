@@ -24,12 +24,24 @@ EARLY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 NAMES = tuple(f"{c:g}" for c in EARLY_WEIGHTS)
 MEMORY = "memory"
 EXACT = "exact"
+SHORT = (
+    *suite.MLP,
+    *suite.at_two_rates("mlp6", 2, 1, 0.4),
+    *(
+        setting
+        for sampling in ("one-class", "drifting", "long-tailed")
+        for setting in suite.at_two_rates("cnn", 4, 2, 0.4, sampling=sampling)
+    ),
+    *suite.at_two_rates("vgg-small", 2, 1, 0.4),
+    *suite.at_two_rates("cnn", 4, 1, 0.4, "photos"),
+    *suite.at_two_rates("segment", 2, 1, 0.4, "segments"),
+)
 LONG = (
     Setting("mlp", 2, "shuffled", 0.025, 10),
     Setting("cnn", 4, "one-class", linear_rate(4), 8),
     Setting("cnn", 4, "drifting", linear_rate(4), 6),
 )
-SETTINGS = (*suite.SETTINGS, *LONG)
+SETTINGS = (*SHORT, *LONG)
 
 
 class Averages:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -29,7 +30,7 @@ GOAL = 0.5
 UNTRAINED = "untrained"
 BATCH_NORM = "batch"
 AS_TOLD = "as told"
-SWEEP = (BATCH_NORM, "matched", "matched 32", *(f"memorized {size}" for size in MEMORY_SIZES))
+SWEEP = (BATCH_NORM, "matched", "plain 128", "plain 32", *(f"memorized {size}" for size in MEMORY_SIZES))
 """What is trained in every setting; each is measured as trained and recalibrated."""
 
 
@@ -63,6 +64,7 @@ class Choice:
 
 
 NOTHING = Choice(BATCH_NORM, recalibrated=False)
+MATCHED = Choice("matched", recalibrated=False)
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
@@ -118,8 +120,9 @@ def _convert(model: nn.Module, candidate: str, before: Diagnosis) -> None:
     if candidate == AS_TOLD:
         before.convert(model)
     elif method == "matched":
-        values = {"matched_values": int(number)} if number else {}
-        convert(model, "matched", measured=False, **values)
+        convert(model, "matched")
+    elif method == "plain":
+        convert(model, "matched", matched_values=int(number), measured=False)
     elif method == "memorized":
         convert(model, "memorized", memory_size=int(number), inference="ema")
 
@@ -155,11 +158,17 @@ def recommended(rows: Sequence[Row], setting: Setting, seed: int) -> Choice:
     return Choice(candidate, _row(rows, setting, seed, candidate)["stale"])
 
 
-def best(rows: Sequence[Row], setting: Setting) -> Choice:
-    """Return the choice of the sweep that is best, as a mean over the seeds, on the half that chooses."""
-    seeds = seeds_of(rows, setting)
+def best(rows: Sequence[Row], setting: Setting) -> list[Choice]:
+    """Return for each seed the choice of the sweep that is best by its mean over the other seeds."""
+    count = len(seeds_of(rows, setting))
     choices = [Choice(candidate, again) for candidate in SWEEP for again in (False, True)]
-    return max(choices, key=lambda choice: fmean(_accuracies(rows, setting, [choice] * len(seeds), half=0)))
+    of_all = {choice: _accuracies(rows, setting, [choice] * count) for choice in choices}
+
+    def of_others(choice: Choice, seed: int) -> float:
+        found = of_all[choice]
+        return fmean(found[:seed] + found[seed + 1 :] or found)
+
+    return [max(choices, key=lambda choice: of_others(choice, seed)) for seed in range(count)]
 
 
 def seeds_of(rows: Sequence[Row], setting: Setting) -> list[int]:
@@ -173,42 +182,46 @@ def seeds_of(rows: Sequence[Row], setting: Setting) -> list[int]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A setting's choices, and their accuracies seed by seed on the half that has not chosen."""
+    """A setting's choices, and their accuracies seed by seed."""
 
     recommended: list[Choice]
-    best: Choice
+    best: list[Choice]
     of_recommended: list[float]
     of_best: list[float]
+    of_matched: list[float]
     of_nothing: list[float]
 
     @property
     def behind(self) -> list[float]:
         """How far the recommended is from the best, in points; negative where it is behind."""
-        return [a - b for a, b in zip(self.of_recommended, self.of_best, strict=True)]
+        return self._behind(self.of_recommended)
+
+    @property
+    def matched_behind(self) -> list[float]:
+        """The same of "matched" in all layers, undiagnosed."""
+        return self._behind(self.of_matched)
 
     @property
     def nothing_behind(self) -> list[float]:
         """The same of batch norm as trained."""
-        return [a - b for a, b in zip(self.of_nothing, self.of_best, strict=True)]
+        return self._behind(self.of_nothing)
+
+    def _behind(self, accuracies: list[float]) -> list[float]:
+        return [a - b for a, b in zip(accuracies, self.of_best, strict=True)]
 
 
 def compared(rows: Sequence[Row], setting: Setting) -> Comparison:
-    """Compare the recommended, the best and doing nothing in a setting."""
+    """Compare the recommended, the best, "matched" throughout and doing nothing in a setting."""
     seeds = seeds_of(rows, setting)
-    told, winner = [recommended(rows, setting, seed) for seed in seeds], best(rows, setting)
-    return Comparison(
-        told,
-        winner,
-        *(
-            _accuracies(rows, setting, choices, half=1)
-            for choices in (told, [winner] * len(seeds), [NOTHING] * len(seeds))
-        ),
-    )
+    told, winners = [recommended(rows, setting, seed) for seed in seeds], best(rows, setting)
+    always = ([choice] * len(seeds) for choice in (MATCHED, NOTHING))
+    accuracies = (_accuracies(rows, setting, choices) for choices in (told, winners, *always))
+    return Comparison(told, winners, *accuracies)
 
 
-def _accuracies(rows: Sequence[Row], setting: Setting, choices: Sequence[Choice], half: int) -> list[float]:
+def _accuracies(rows: Sequence[Row], setting: Setting, choices: Sequence[Choice]) -> list[float]:
     return [
-        _row(rows, setting, seed, choice.candidate)["accuracy"][choice.recalibrated][half]
+        fmean(_row(rows, setting, seed, choice.candidate)["accuracy"][choice.recalibrated])
         for seed, choice in zip(seeds_of(rows, setting), choices, strict=True)
     ]
 
@@ -226,34 +239,41 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
             [
                 str(setting),
                 in_words(rows, setting),
-                str(found.best),
+                _counted(map(str, found.best)),
                 mean_and_spread(found.of_recommended, 1),
                 mean_and_spread(found.of_best, 1),
                 _signed(found.behind),
+                _signed(found.matched_behind),
                 _signed(found.nothing_behind),
             ]
         )
         sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in (*SWEEP, AS_TOLD))])
     headings = ["setting", "recommended", "best of the sweep", "recommended, %", "best, %"]
     return [
-        ([*headings, "difference", "do nothing - best"], lines),
+        ([*headings, "difference", "matched - best", "do nothing - best"], lines),
         (["sweep", *SWEEP, "layer by layer"], sweep),
     ]
 
 
 def in_words(rows: Sequence[Row], setting: Setting) -> str:
     """Return what was recommended, with how often where the seeds differ."""
-    named: dict[str, int] = {}
+    names = []
     for seed in seeds_of(rows, setting):
         choice, told = recommended(rows, setting, seed), _row(rows, setting, seed, UNTRAINED)
         name = str(choice)
         if choice.candidate == AS_TOLD:
             layers = f"matched in {len(told['matched_values'])} of {told['layers']} layers"
             name = layers + (", recalibrated" if choice.recalibrated else "")
-        named[name] = named.get(name, 0) + 1
-    if len(named) == 1:
-        return next(iter(named))
-    return "; ".join(f"{count} x {name}" for name, count in named.items())
+        names.append(name)
+    return _counted(names)
+
+
+def _counted(names: Iterable[str]) -> str:
+    """Return names with how often, or the one that there is."""
+    counts = Counter(names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def _cell(rows: Sequence[Row], setting: Setting, candidate: str) -> str:
@@ -274,10 +294,11 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     found = [compared(rows, setting) for setting in SETTINGS]
     series = {
         "what diagnose recommends": [c.behind for c in found],
+        "matched": [c.matched_behind for c in found],
         "do nothing": [c.nothing_behind for c in found],
     }
     for number, (name, differences) in enumerate(series.items()):
-        xs = [x + 0.2 * (number - 0.5) for x in range(len(SETTINGS))]
+        xs = [x + 0.2 * (number - 1) for x in range(len(SETTINGS))]
         panel.plot(xs, [fmean(d) for d in differences], "o", color=f"C{number}", label=name)
         panel.vlines(xs, [min(d) for d in differences], [max(d) for d in differences], color=f"C{number}")
     panel.axhspan(-GOAL, GOAL, color="#9e9e9e", alpha=0.3, linewidth=0)
@@ -293,11 +314,11 @@ CLAIM = Claim(
         f"A net with torch's batch norms is diagnosed before its training, on {BATCHES} batches drawn like "
         "those of the training, and converted as recommended, layer by layer; the trained net is diagnosed "
         "again, and recalibrated if it is called stale. The sweep trains batch norm, matched in all layers "
-        f"(128 values, and 32), and memorized of {', '.join(map(str, MEMORY_SIZES))} batches, and takes each "
-        "as trained and recalibrated. Every other test image chooses the best, by its mean over the seeds, "
-        "and the accuracies are those on the other half, so that no luck of the best is counted. Mean ± "
-        "standard deviation over the seeds; differences are taken seed by seed. Do nothing: batch norm as "
-        "trained. The second table has mean accuracies on all test images, as trained / recalibrated."
+        "(by the number of values, too: plain 128 and 32), and memorized of "
+        f"{', '.join(map(str, MEMORY_SIZES))} batches, and takes each as trained and recalibrated. For each seed the best is what is best by the "
+        "mean over the others, so that no luck of its own is counted. Mean ± standard deviation over the "
+        "seeds; differences are taken seed by seed. matched: in all layers, without a diagnosis, as trained. "
+        "Do nothing: batch norm as trained. The second table has mean accuracies, as trained / recalibrated."
     ),
     rows=_rows,
     tables=_tables,

@@ -38,24 +38,24 @@ BATCH_OF_GOAL = 64
 HALVES = ("even", "odd")
 
 
-def _pair(
+def at_two_rates(
     model: str, m: int, epochs: int, high: float, data: str = "digits", sampling: Sampling = "shuffled"
 ) -> list[Setting]:
     """Return a setting at the learning rates 0.1 m/64 and ``high`` m/64."""
     return [Setting(model, m, sampling, rate * m / 64, epochs, data) for rate in (0.1, high)]
 
 
-MLP = _pair("mlp", 2, 3, 0.8)
-ONE_CLASS = _pair("cnn", 4, 8, 0.4, sampling="one-class")
+MLP = at_two_rates("mlp", 2, 3, 0.8)
+ONE_CLASS = at_two_rates("cnn", 4, 8, 0.4, sampling="one-class")
 SETTINGS = (
     *MLP,
-    *_pair("mlp6", 2, 2, 0.4),
+    *at_two_rates("mlp6", 2, 2, 0.4),
     *ONE_CLASS,
-    *_pair("cnn", 4, 8, 0.4, sampling="drifting"),
-    *_pair("cnn", 4, 8, 0.4, sampling="long-tailed"),
-    *_pair("vgg-small", 2, 3, 0.4),
-    *_pair("cnn", 4, 6, 0.4, "photos"),
-    *_pair("segment", 2, 6, 0.4, "segments"),
+    *at_two_rates("cnn", 4, 8, 0.4, sampling="drifting"),
+    *at_two_rates("cnn", 4, 8, 0.4, sampling="long-tailed"),
+    *at_two_rates("vgg-small", 2, 3, 0.4),
+    *at_two_rates("cnn", 4, 6, 0.4, "photos"),
+    *at_two_rates("segment", 2, 6, 0.4, "segments"),
 )
 
 
