@@ -315,10 +315,11 @@ CLAIM = Claim(
         "those of the training, and converted as recommended, layer by layer; the trained net is diagnosed "
         "again, and recalibrated if it is called stale. The sweep trains batch norm, matched in all layers "
         "(by the number of values, too: plain 128 and 32), and memorized of "
-        f"{', '.join(map(str, MEMORY_SIZES))} batches, and takes each as trained and recalibrated. For each seed the best is what is best by the "
-        "mean over the others, so that no luck of its own is counted. Mean ± standard deviation over the "
-        "seeds; differences are taken seed by seed. matched: in all layers, without a diagnosis, as trained. "
-        "Do nothing: batch norm as trained. The second table has mean accuracies, as trained / recalibrated."
+        f"{', '.join(map(str, MEMORY_SIZES))} batches, and takes each as trained and recalibrated. For each "
+        "seed the best is what is best by the mean over the others, so that no luck of its own is counted. "
+        "Mean ± standard deviation over the seeds; differences are taken seed by seed. matched - best: in "
+        "all layers, without a diagnosis, as trained. Do nothing: batch norm as trained. The second table "
+        "has mean accuracies, as trained / recalibrated."
     ),
     rows=_rows,
     tables=_tables,
