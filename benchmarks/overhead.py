@@ -40,7 +40,7 @@ def main(calls: int = 300, rounds: int = 15) -> None:
         return lambda: torch.autograd.grad(module(x), (x, *parameters), dy)
 
     values, weight, bias = (t.detach() for t in (x, *layer.parameters()))
-    state = (torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.int64))
+    state = (torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.int64), None, None)
     averages = (torch.zeros(channels), torch.ones(channels), torch.tensor(0), torch.tensor(0))
     update = (True, False, False, 0.1, False, 0.0)
 

@@ -20,7 +20,7 @@ def arguments_after_parameters(variance="pooled", channels=SHAPE[1]):
     memory = (mean, var.abs() + 0.5, torch.tensor(1))
     averages = (torch.zeros_like(mean), torch.ones_like(var), torch.tensor(0), torch.tensor(0))
     update = (False, False, 0.1, False, 0.0)
-    return variance == "pooled", EPS, *memory, 0.7, *averages, None, None, 0, False, *update
+    return variance == "pooled", EPS, *memory, None, None, 0.7, *averages, None, None, 0, False, *update
 
 
 def leaves(*needs):
