@@ -182,7 +182,7 @@ class MeasuredAverage(NamedTuple):
         self._average.clear()
         self.last.zero_()
         self.measured.zero_()
-        self.measured[3:] = -1.0
+        self.measured.narrow(0, 3, 1).fill_(-1.0)
 
     def holds_anything(self) -> Tensor:
         """Return whether there is something to read."""
