@@ -113,7 +113,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _halves(rows: Sequence[Row]) -> list[list[str]]:
-    """Return what ours come to on the half that the choice between them may use, and on the other."""
+    """Return what ours come to on each half of the test images."""
     lines = []
     for half in HALVES:
         means = {m: [_mean(rows, s, m, f"{half}_accuracy") for s in SETTINGS] for m in OURS}
@@ -164,8 +164,8 @@ CLAIM = Claim(
         "Test accuracy in percent, mean ± standard deviation over the seeds; from one seed all methods start "
         f"at the same weights and see the same batches. Batch norm at m = {LARGE} has the learning rate in "
         "proportion and as many epochs, so fewer steps. Short trainings: they show the order of methods, not "
-        "what these nets can reach. The choice between ours may look at the even test images; the odd "
-        "ones confirm it or not. The goals are differences of means, in points."
+        "what these nets can reach. The even and the odd test images by themselves show how much of the "
+        "order of ours is luck of the images. The goals are differences of means, in points."
     ),
     rows=_rows,
     tables=_tables,
