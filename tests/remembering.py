@@ -11,7 +11,8 @@ from mbnorm.memory import MEASURES, MeasuredAverage, MovingAverage, RecentBatche
 EPS = 1e-3
 SHAPE = (6, 11, 3)
 in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=layout_id)
-of_both_kinds = pytest.mark.parametrize("kind", ["ring", "average"])
+HOW_READ = {"ring": (4, 1.0), "average": (0.5,), "measured": (64.0,)}
+of_every_kind = pytest.mark.parametrize("kind", HOW_READ)
 
 
 def filled(channels, dtype, seed):
@@ -35,9 +36,17 @@ def memory_of(kind, dtype, channels=SHAPE[1], size=5, device="cpu"):
     return copy_of(memory, device)
 
 
-def as_kernels_take(memory, kernels=cpu):
-    """The memory's tensors; the CPU's operators have a place for what an average may measure."""
-    return (*memory, None, None) if type(memory) is MovingAverage and kernels is cpu else memory
+def as_kernels_take(memory):
+    """The memory's tensors; the operators have a place for what an average may measure."""
+    return (*memory, None, None) if type(memory) is MovingAverage else memory
+
+
+def log_of(memory, dtype, slots=3, device="cpu"):
+    """What an undo log of such states has: numbers and counters."""
+    channels = memory.mean.shape[-1]
+    more = channels + MEASURES if isinstance(memory, MeasuredAverage) else 0
+    numbers = torch.full((slots, 4 * channels + more), torch.nan, dtype=dtype, device=device)
+    return numbers, torch.full((slots, 3), -1, device=device)
 
 
 def averages_of(dtype, channels=SHAPE[1], device="cpu"):
@@ -68,7 +77,7 @@ def fused(kernels, x, parameters, state, how_read, variance, update, *, store=Tr
         *parameters,
         variance == "pooled",
         EPS,
-        *as_kernels_take(memory, kernels),
+        *as_kernels_take(memory),
         *how_read,
         *averages,
         *log,

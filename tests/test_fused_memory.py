@@ -14,14 +14,16 @@ import torch
 from helpers import make_input, make_parameters
 from remembering import (
     BAD,
+    HOW_READ,
     SHAPE,
     UPDATES,
     assert_close,
     averages_of,
     copy_of,
     filled,
+    log_of,
     memory_of,
-    of_both_kinds,
+    of_every_kind,
 )
 
 from mbnorm.backends import cpu, triton
@@ -69,8 +71,7 @@ CASES = list(itertools.product(RINGS + AVERAGES, (False, True), UPDATES, VARIANC
     ("kernels", "number"),
     [
         *((cpu, number) for number in range(len(CASES))),
-        # they know no measuring
-        *((triton, n) for n in range(0, len(CASES), 11) if CASES[n][0][0] != "measured"),
+        *((triton, number) for number in range(0, len(CASES), 11)),
     ],
     indirect=["kernels"],
     ids=lambda v: v if isinstance(v, int) else v.__name__.rpartition(".")[2],
@@ -93,44 +94,41 @@ def test_one_operator_does_as_read_normalize_commit(number, kernels, fused, step
     assert (int(averages.batches), int(averages.skipped)) == (9, 3)
 
 
-@of_both_kinds
+@of_every_kind
 def test_statistics_that_are_finite_but_blend_to_infinity_are_not_stored(kind, fused, device):
     state = memory_of(kind, torch.float32, device=device), averages_of(torch.float32, device=device)
-    how_read = (4, 1.0) if kind == "ring" else (0.5,)
     x = make_input(SHAPE, torch.float32).to(device)
-    fused(x, (None, None), state, how_read, "pooled", UPDATES[3])
+    fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[3])
     before = [t.clone() for part in state for t in part][:-1]
-    fused(x + 1e20, (None, None), state, how_read, "pooled", UPDATES[3])
+    fused(x + 1e20, (None, None), state, HOW_READ[kind], "pooled", UPDATES[3])
     assert all(torch.equal(a, b) for a, b in zip((*state[0], *state[1][:3]), before, strict=True))
     assert int(state[1].skipped) == 1
 
 
-@of_both_kinds
+@of_every_kind
 def test_without_store_nothing_is_written(kind, fused, step_by_step, device):
     state = memory_of(kind, torch.float64, device=device), averages_of(torch.float64, device=device)
     state[0].seed(*(t.to(device) for t in filled(SHAPE[1], torch.float64, 1)))
     before = [copy_of(part) for part in state]
-    how_read = (4, 1.0) if kind == "ring" else (0.5,)
     x = make_input(SHAPE, torch.float64).to(device)
-    got = fused(x, (None, None), state, how_read, "pooled", UPDATES[0], store=False)
+    got = fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0], store=False)
     now, then = ([t for part in parts for t in part] for parts in (state, before))
     assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-    wanted = step_by_step(x, (None, None), before, how_read, "pooled", UPDATES[0])
+    wanted = step_by_step(x, (None, None), before, HOW_READ[kind], "pooled", UPDATES[0])
     assert_close(got[:2], wanted[:2])
 
 
-@of_both_kinds
+@of_every_kind
 def test_what_was_before_is_logged(kind, fused, device):
-    rows = torch.full((2, 4, 11), torch.nan, dtype=torch.float64, device=device)
-    counters = torch.full((2, 3), -1, device=device)
     state = memory_of(kind, torch.float64, device=device), averages_of(torch.float64, device=device)
-    how_read = (4, 1.0) if kind == "ring" else (0.5,)
+    rows, counters = log_of(state[0], torch.float64, slots=2, device=device)
     x = make_input(SHAPE, torch.float64).to(device)
-    fused(x, (None, None), state, how_read, "pooled", UPDATES[0])
+    fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0])
     running = [t.clone() for t in state[1][:2]]
+    more = [t.clone() for t in state[0][3:]] if kind == "measured" else []
     log = (rows, counters, 1)
-    _, _, past, _ = fused(x, (None, None), state, how_read, "pooled", UPDATES[0], log=log)
-    assert all(torch.equal(a, b) for a, b in zip(rows[1], (*past, *running), strict=True))
+    _, _, past, _ = fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0], log=log)
+    assert torch.equal(rows[1], torch.cat((*past, *running, *more)))
     assert counters.tolist() == [[-1, -1, -1], [1, 0, 1]]
     assert rows[0].isnan().all()
 
@@ -142,7 +140,7 @@ def test_half_inputs_keep_float32_state(fused, device):
     assert (y.dtype, statistics.dtype) == (torch.bfloat16, torch.float32)
 
 
-@of_both_kinds
+@of_every_kind
 def test_more_channels_and_entries_than_a_program_takes_at_once(
     kind, kernels, fused, step_by_step, device, monkeypatch
 ):
@@ -166,7 +164,7 @@ def test_more_channels_and_entries_than_a_program_takes_at_once(
         memory.counts.copy_(torch.arange(1.0, size + 1))
         memory.position.fill_(2 * size + 17)
     ours, theirs = (memory, averages), (copy_of(memory), copy_of(averages))
-    how_read = (size - 3, 1.0) if kind == "ring" else (0.5,)
+    how_read = (size - 3, 1.0) if kind == "ring" else HOW_READ[kind]
     for step in range(2):
         x = make_input((3, channels), torch.float32, seed=step).to(device)
         _, statistics, past, a = fused(x, (None, None), ours, how_read, "pooled", UPDATES[4])

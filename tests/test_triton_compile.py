@@ -46,7 +46,7 @@ VALUES = ("x", "y", "dy", "dx")
 SIZES = ("channels", "outer", "units", "per_split", "splits", "n", "size", "limit", "slot")
 COUNTERS = ("filled", "position", "counter", "batches", "skipped", "log_counters")
 SCALARS = ("fixed_weight", "new_weight", "early")
-OPTIONAL = {"weight": None, "bias": None, "history": None, "counts": None, "log": None, "log_counters": None}
+OPTIONAL = ("weight", "bias", "history", "counts", "log", "log_counters", "last", "measured")
 
 
 def compile_for(target, kernel, dtype, rows, size="i32", **others):
@@ -90,10 +90,22 @@ def test_every_kernel_compiles_for_every_type_and_layout(name):
         assert len(compile_for(TARGETS["sm_90"], KERNELS[name], dtype, rows)) > 1000
 
 
+AVERAGES = {"measured": {}, "on device": {"measured": None}, "number": {"measured": None, "history": None}}
+OF_AN_AVERAGE = {"commit": "counts", "forward_whole": "batch_weight", "blend_parts": "batch_weight"}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("absent", AVERAGES.values(), ids=AVERAGES)
+def test_kernels_compile_for_a_moving_average(absent, target):
+    for (name, other), dtype in itertools.product(OF_AN_AVERAGE.items(), ("fp32", "fp64")):
+        made = compile_for(target, KERNELS[name], dtype, False, **absent, **{other: None})
+        assert len(made) > 1000
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_compiles_without_what_is_optional(name):
     kernel = KERNELS[name]
-    without = {k: v for k, v in OPTIONAL.items() if name != "read_ring" or k != "counts"}
+    without = {k: None for k in OPTIONAL if name != "read_ring" or k != "counts"}
     without |= {"POOLED": False, "LOG2_DECAY": 0.0, "EARLY": False, "REPLACES": True}
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **without)) > 1000
 

@@ -98,6 +98,10 @@ def momentum(channels, **options):
     return MomentumBatchNorm2d(channels, backend="triton", **({"history_weight": 0.5} | options))
 
 
+def measured(channels, **options):
+    return momentum(channels, history_weight=0.0, matched_values=32, measured=True, **options)
+
+
 def memorized(channels, **options):
     return MemorizedBatchNorm2d(channels, backend="triton", **({"memory_size": 9} | options))
 
@@ -121,11 +125,10 @@ PARTS = {"moments_part", "blend_parts", "normalize_part", "sums_part", "add_part
 )
 def test_a_layer_launches_what_is_compiled_for_its_shape(device, shape, layout, wanted, dtype):
     (x,) = tensors_of(Case(shape, dtype, layout), "cpu", 1)
-    train(momentum(shape[1]), x)
-    assert set(device.launches) == wanted | {"commit"}
-    device.launches.clear()
-    train(memorized(shape[1]), x)
-    assert set(device.launches) == wanted | {"read_ring", "commit"}
+    for build, more in ((momentum, set()), (measured, set()), (memorized, {"read_ring"})):
+        train(build(shape[1]), x)
+        assert set(device.launches) == wanted | {"commit"} | more
+        device.launches.clear()
 
 
 def test_a_forward_that_stores_nothing_notes_what_it_has_read(device):
@@ -173,6 +176,8 @@ WAYS = {
     "cumulative": (momentum, {"momentum": None}, SMALL),
     "raw": (momentum, {"momentum": 1.0}, SMALL),
     "matched": (momentum, {"history_weight": 0.0, "matched_values": 64}, SMALL),
+    "measured": (measured, {"early_weight": 8.0}, SMALL),
+    "measured, float64": (measured, {"dtype": torch.float64}, SMALL.double()),
     "without bias": (momentum, {"bias": False}, SMALL),
     "without parameters": (momentum, {"affine": False}, SMALL),
     "float64": (momentum, {"dtype": torch.float64}, SMALL.double()),
@@ -237,6 +242,7 @@ def test_direct_calls_and_operators_launch_the_same(device):
 def test_writes_raise_the_version_of_what_is_written(device):
     for layer, names in (
         (momentum(8), ("memory_mean", "memory_filled", "running_var", "num_batches_tracked")),
+        (measured(8), ("memory_last", "memory_measured")),
         (memorized(8), ("memory_var", "memory_position", "running_mean", "num_batches_skipped")),
     ):
         before = [layer.get_buffer(name)._version for name in names]

@@ -18,14 +18,8 @@ from mbnorm.layers import base
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason="the C++ kernels do not run here")
 
 
-# where the operator of the CPU takes what an average measures
-MEASURES = 8
-
-
 def in_tritons_form(forward):
     def run(*arguments):
-        if forward is cpu.forward_with_average:
-            arguments = *arguments[:MEASURES], None, None, *arguments[MEASURES:]
         y, record = forward(*arguments)
         return y, record[:4], record[4:6], record[6, 0]
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from helpers import CONTIGUOUS, layout_id, make_input, make_parameters, near_statistics, relative_error
-from remembering import averages_of, memory_of
+from remembering import as_kernels_take, averages_of, log_of, memory_of
 from torch.library import opcheck
 
 from mbnorm import reference
@@ -51,13 +51,19 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
 def test_the_operators_that_write_memories_are_well_formed(shape, layout, dtype):
     channels = shape[1]
     x = make_input(shape, dtype, layout).to(DEVICE)
-    log = torch.zeros(3, 4, channels, device=DEVICE), torch.zeros(3, 3, dtype=torch.int64, device=DEVICE), 1
-    rest = (*averages_of(torch.float32, channels, DEVICE), *log, True, False, True, 0.0, True, 1.0)
     first = (x, None, None, True, EPS)
-    ring, average = (memory_of(kind, torch.float32, channels, device=DEVICE) for kind in ("ring", "average"))
-    weight = torch.tensor(0.5, device=DEVICE)
-    opcheck(OPERATORS.forward_with_ring.default, (*first, *ring, 3, 0.9, *rest))
-    opcheck(OPERATORS.forward_with_average.default, (*first, *average, weight, 0.0, *rest))
+    how_read = {
+        "ring": (3, 0.9),
+        "average": (torch.tensor(0.5, device=DEVICE), 0.0),
+        "measured": (None, 64.0),
+    }
+    for kind, how in how_read.items():
+        memory = memory_of(kind, torch.float32, channels, device=DEVICE)
+        averages = averages_of(torch.float32, channels, DEVICE)
+        log = *log_of(memory, torch.float32, device=DEVICE), 1
+        operator = OPERATORS.forward_with_ring if kind == "ring" else OPERATORS.forward_with_average
+        rest = (*averages, *log, True, False, True, 0.0, True, 1.0)
+        opcheck(operator.default, (*first, *as_kernels_take(memory), *how, *rest))
 
 
 def test_state_that_cannot_be_written_in_place_is_refused():
@@ -66,7 +72,7 @@ def test_state_that_cannot_be_written_in_place_is_refused():
     averages = averages._replace(mean=torch.zeros(22, device=DEVICE)[::2])
     update = (None, None, 0, True, False, False, 0.1, False, 0.0)
     with pytest.raises(RuntimeError, match=r"contiguous state in torch.float32 .* strides \(2,\)"):
-        kernels.forward_with_average(x, None, None, True, EPS, *memory, 0.5, *averages, *update)
+        kernels.forward_with_average(x, None, None, True, EPS, *memory, None, None, 0.5, *averages, *update)
 
 
 def test_offsets_beyond_two_billion():
@@ -78,7 +84,7 @@ def test_offsets_beyond_two_billion():
     statistics = torch.empty(4, channels, device=DEVICE)
     past = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
     a = torch.tensor(1.0, device=DEVICE)
-    sizes, past = (channels, 2, inner // 16, 16), (*past, a, None, None, 0.0)
+    sizes, past = (channels, 2, inner // 16, 16), (*past, a, None, None, 0.0, None, 1)
     triton_forward.forward_whole[(1, 1)](
         x, y, None, None, *past, statistics, *sizes, EPS, False, tl.float32, False, 16, 1, 1, 2048
     )

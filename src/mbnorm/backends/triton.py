@@ -71,19 +71,22 @@ def forward_with_average(
     memory_mean: Tensor,
     memory_var: Tensor,
     filled: Tensor,
+    last: Tensor | None,
+    measured: Tensor | None,
     history_weight: Tensor | float,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do as `mbnorm.backends.cpu.forward_with_average`; a history weight on the device stays there."""
     given = history_weight if isinstance(history_weight, Tensor) else None
     fixed = 0.0 if isinstance(history_weight, Tensor) else history_weight
-    arguments = x, weight, bias, pooled, eps, memory_mean, memory_var, filled, given, fixed, *rest
+    memory = memory_mean, memory_var, filled, last, measured
+    arguments = x, weight, bias, pooled, eps, *memory, given, fixed, *rest
     result: tuple[Tensor, Tensor, Tensor, Tensor]
     if not _is_plain(x, weight, bias):
         result = _operators.forward_with_average.default(*arguments)
         return result
     result = _remember.forward_with_average(*arguments)
-    _written(memory_mean, memory_var, filled, *rest)
+    _written(*memory, *rest)
     return result
 
 

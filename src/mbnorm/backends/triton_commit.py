@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mbnorm.backends.triton_average import distances, measure
 from mbnorm.backends.triton_memory import note_of_average
 
 
@@ -43,6 +44,8 @@ def commit(
     memory_var,
     counts,
     counter,
+    last,
+    measured,
     running_mean,
     running_var,
     batches,
@@ -69,8 +72,8 @@ def commit(
 ):
     """Store a forward in a memory, a ring if it has ``counts``, and in the averages, if all of it is finite.
 
-    One program does it: what one channel has decides on all of them. What the forward has read of a moving
-    average is written elsewhere before it is overwritten.
+    One program does it: what one channel has decides on all of them, and measures of an average are sums over
+    all. What the forward has read of a moving average is written elsewhere before it is overwritten.
     """
     before = tl.load(batches).to(tl.float64)
     # the zero, since a float alone is float32 where kernels are interpreted
@@ -84,6 +87,9 @@ def commit(
         correction = (values / tl.maximum(values - 1.0, 1.0)).to(STATE)
     lanes = tl.arange(0, BLOCK_C)
     wrong = tl.zeros((BLOCK_C,), tl.int32)
+    step = tl.zeros((BLOCK_C,), STATE)
+    distance = tl.zeros((BLOCK_C,), STATE)
+    live = tl.zeros((BLOCK_C,), tl.int32)
     for first in range(0, channels, BLOCK_C):
         channel = first + lanes
         there = channel < channels
@@ -92,8 +98,11 @@ def commit(
                 memory_mean,
                 memory_var,
                 counter,
+                last,
+                measured,
                 history,
                 fixed_weight,
+                n,
                 past,
                 batch_weight,
                 running_mean,
@@ -123,7 +132,16 @@ def commit(
         finite &= tl.abs(tl.load(blended, mask=there, other=0.0)) < float("inf")
         finite &= tl.abs(tl.load(blended + channels, mask=there, other=0.0)) < float("inf")
         wrong += tl.where(there & (finite == 0), 1, 0)
+        if measured is not None:
+            stepped, off, lives = distances(statistics, last, memory_mean, channel, channels)
+            step += stepped
+            distance += off
+            live += lives
     finite = tl.sum(wrong, 0) == 0
+    if measured is not None:
+        ratio, error, values, samples = measure(
+            measured, counter, tl.sum(step, 0), tl.sum(distance, 0), tl.sum(live, 0), n
+        )
     here = tl.load(counter)
     if counts is None:
         row = 0
@@ -150,10 +168,20 @@ def commit(
         place = row * channels + channel
         tl.store(memory_mean + place, tl.load(stored + channel, mask=there, other=0.0), mask=mask)
         tl.store(memory_var + place, tl.load(stored + channels + channel, mask=there, other=0.0), mask=mask)
+        if measured is not None:
+            batch_mean = tl.load(statistics + channel, mask=there, other=0.0)
+            tl.store(last + channel, batch_mean, mask=mask)
         tl.store(running_mean + channel, mean, mask=mask)
         tl.store(running_var + channel, var, mask=mask)
     # every thread has read these scalars for itself, and one of them writes them
     tl.debug_barrier()
+    if measured is not None:
+        # statistics may be finite whose distances are not
+        sound = finite & (tl.abs(ratio) < float("inf")) & (tl.abs(error) < float("inf"))
+        tl.store(measured, ratio.to(STATE), mask=sound)
+        tl.store(measured + 1, error.to(STATE), mask=sound)
+        tl.store(measured + 2, values.to(STATE), mask=sound)
+        tl.store(measured + 3, samples.to(STATE), mask=sound)
     if counts is None:
         tl.store(counter, 1, mask=finite)
     else:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mbnorm.backends.triton_average import batch_weight_of_average
 from mbnorm.backends.triton_tiles import my_channels, my_tiles, tile
 
 
@@ -57,14 +58,6 @@ def _moments(
 
 
 @triton.jit
-def batch_weight_of_average(filled, history, fixed_weight):
-    """Return what a batch weighs beside a moving average whose weight is ``history`` or else a number."""
-    weight = fixed_weight if history is None else tl.load(history).to(tl.float64)
-    held = (tl.load(filled) > 0).to(tl.float64)
-    return 1.0 - held * weight
-
-
-@triton.jit
 def _blend(
     batch_mean,
     batch_var,
@@ -74,6 +67,8 @@ def _blend(
     filled,
     history,
     fixed_weight,
+    measured,
+    n,
     statistics,
     channel,
     channels,
@@ -84,7 +79,7 @@ def _blend(
     old_mean = tl.load(past_mean + channel, mask=there, other=0.0)
     old_var = tl.load(past_var + channel, mask=there, other=1.0)
     if batch_weight is None:
-        weight = batch_weight_of_average(filled, history, fixed_weight).to(old_mean.dtype)
+        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n).to(old_mean.dtype)
     else:
         weight = tl.load(batch_weight)
     rest = 1.0 - weight
@@ -134,7 +129,7 @@ def _normalize(
         tl.store(y + offsets, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["outer", "units", "per_split"])
+@triton.jit(do_not_specialize=["n", "outer", "units", "per_split"])
 def forward_whole(
     x,
     y,
@@ -146,6 +141,8 @@ def forward_whole(
     filled,
     history,
     fixed_weight: tl.float64,
+    measured,
+    n,
     statistics,
     channels,
     outer,
@@ -178,6 +175,8 @@ def forward_whole(
         filled,
         history,
         fixed_weight,
+        measured,
+        n,
         statistics,
         channel,
         channels,
@@ -236,7 +235,7 @@ def moments_part(
     tl.store(parts + 4 * rows + row, centre, mask=there)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["n", "splits"])
 def blend_parts(
     parts,
     past_mean,
@@ -245,6 +244,8 @@ def blend_parts(
     filled,
     history,
     fixed_weight: tl.float64,
+    measured,
+    n,
     statistics,
     channels,
     splits,
@@ -275,6 +276,8 @@ def blend_parts(
         filled,
         history,
         fixed_weight,
+        measured,
+        n,
         statistics,
         channel,
         channels,

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -17,6 +17,23 @@ ALIGNED = 16
 """Bytes; what kernels are compiled for depends on whether tensors begin at a multiple of them."""
 
 _compiled: dict[Any, Any] = {}
+
+
+class History(NamedTuple):
+    """What a batch is blended with, as the kernels take it.
+
+    The batch weighs ``batch_weight``; where that is None, what `triton_average.batch_weight_of_average` finds
+    from the rest, for ``n`` values per channel.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batch_weight: Tensor | None
+    filled: Tensor | None = None
+    weight: Tensor | None = None
+    fixed_weight: float = 0.0
+    measured: Tensor | None = None
+    n: int = 1
 
 
 @cache
@@ -75,19 +92,15 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
-    past = past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device)
+    past = History(past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device))
     with on_device_of(x):
-        return normalize(x, weight, bias, (*past, None, None, 0.0), pooled, eps)
+        return normalize(x, weight, bias, past, pooled, eps)
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, past: tuple[Any, ...], pooled: bool, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, past: History, pooled: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Do as `forward` on the current device.
-
-    ``past`` has mean, variance and the weight of the batch; where that is None, then whether there is a past,
-    and what it weighs, a tensor or else a number.
-    """
+    """Do as `forward` on the current device."""
     x = _dense(x)
     y = torch.empty_like(x)
     channels = x.shape[1]
@@ -99,7 +112,8 @@ def normalize(
     grid, warps = (made.blocks, made.splits), made.warps
     sizes = channels, outer, inner // unit, made.per_split
     tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
-    optional = weight is None, bias is None, past[2] is None, getattr(past[4], "dtype", None)
+    computed = past.batch_weight is None, past.measured is None, getattr(past.weight, "dtype", None)
+    optional = weight is None, bias is None, *computed
     key = *kind_of(x), x.dtype, tiles, optional, pooled, eps
     given = x, y, weight, bias
     if made.splits == 1:

@@ -3,8 +3,11 @@
 import triton
 import triton.language as tl
 
-from mbnorm.backends.triton_forward import batch_weight_of_average
+from mbnorm import memory
+from mbnorm.backends.triton_average import batch_weight_of_average
 from mbnorm.backends.triton_tiles import my_channels
+
+MEASURES = tl.constexpr(memory.MEASURES)
 
 
 @triton.jit
@@ -19,16 +22,24 @@ def _log(
     batches,
     skipped,
     counter,
+    last,
+    measured,
     channel,
     channels,
 ):
-    """Write the state before a forward into a slot of an undo log."""
+    """Write the state before a forward into a slot of an undo log; see `mbnorm.layers.undo.Written`."""
     there = channel < channels
-    row = rows + tl.cast(slot, tl.int64) * 4 * channels + channel
+    width = 4 * channels if measured is None else 5 * channels + MEASURES
+    start = rows + tl.cast(slot, tl.int64) * width
+    row = start + channel
     tl.store(row, past_mean, mask=there)
     tl.store(row + channels, past_var, mask=there)
     tl.store(row + 2 * channels, tl.load(running_mean + channel, mask=there, other=0.0), mask=there)
     tl.store(row + 3 * channels, tl.load(running_var + channel, mask=there, other=0.0), mask=there)
+    if measured is not None:
+        tl.store(row + 4 * channels, tl.load(last + channel, mask=there, other=0.0), mask=there)
+        number = tl.arange(0, MEASURES)
+        tl.store(start + 5 * channels + number, tl.load(measured + number), mask=tl.program_id(0) == 0)
     if tl.program_id(0) == 0:
         tl.store(counters + slot * 3, tl.load(batches))
         tl.store(counters + slot * 3 + 1, tl.load(skipped))
@@ -40,8 +51,11 @@ def note_of_average(
     memory_mean,
     memory_var,
     filled,
+    last,
+    measured,
     history,
     fixed_weight,
+    n,
     past,
     batch_weight,
     running_mean,
@@ -61,7 +75,7 @@ def note_of_average(
     tl.store(past + channel, mean, mask=there)
     tl.store(past + channels + channel, var, mask=there)
     if tl.program_id(0) == 0:
-        weight = batch_weight_of_average(filled, history, fixed_weight)
+        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n)
         tl.store(batch_weight, weight.to(batch_weight.dtype.element_ty))
     if log is not None:
         _log(
@@ -75,18 +89,23 @@ def note_of_average(
             batches,
             skipped,
             filled,
+            last,
+            measured,
             channel,
             channels,
         )
 
 
-@triton.jit(do_not_specialize=["slot"])
+@triton.jit(do_not_specialize=["n", "slot"])
 def note_average(
     memory_mean,
     memory_var,
     filled,
+    last,
+    measured,
     history,
     fixed_weight: tl.float64,
+    n,
     past,
     batch_weight,
     running_mean,
@@ -104,8 +123,11 @@ def note_average(
         memory_mean,
         memory_var,
         filled,
+        last,
+        measured,
         history,
         fixed_weight,
+        n,
         past,
         batch_weight,
         running_mean,
@@ -206,6 +228,8 @@ def read_ring(
             batches,
             skipped,
             position,
+            None,
+            None,
             channel,
             channels,
         )

@@ -24,7 +24,7 @@ Remembered = tuple[Tensor, Tensor, Tensor, Tensor]
 class _Forward:
     """A forward with a memory: what it is about, and its commit."""
 
-    def __init__(self, x: Tensor, states: tuple[Tensor, ...]) -> None:
+    def __init__(self, x: Tensor, states: tuple[Tensor | None, ...]) -> None:
         self.x = x
         self.channels = x.shape[1]
         self.n = x.numel() // x.shape[1]
@@ -34,13 +34,15 @@ class _Forward:
         self.batch_weight = x.new_empty((), dtype=self.dtype)
         self.key = *triton_launch.kind_of(x), self.dtype
 
-    def _check(self, states: tuple[Tensor, ...]) -> None:
+    def _check(self, states: tuple[Tensor | None, ...]) -> None:
         """Refuse states that kernels cannot write in place.
 
         Raises:
             RuntimeError: one is not contiguous, or neither int64 nor of the dtype of statistics.
         """
         for state in states:
+            if state is None:
+                continue
             if not state.is_contiguous() or state.dtype not in (self.dtype, torch.int64):
                 raise RuntimeError(
                     f"expected contiguous state in {self.dtype} for an input in {self.x.dtype}, "
@@ -50,7 +52,7 @@ class _Forward:
     def commit(
         self,
         statistics: Tensor,
-        memory: tuple[Tensor, Tensor, Tensor | None, Tensor],
+        memory: tuple[Tensor | None, ...],
         averages: tuple[Tensor, ...],
         read: tuple[Any, ...],
         blended: bool,
@@ -59,8 +61,12 @@ class _Forward:
         new_pooled: bool,
         early: float,
     ) -> None:
-        """Store a forward; ``read`` tells what of a moving average to write elsewhere before."""
-        counts, log = memory[2], read[4]
+        """Store a forward.
+
+        ``memory`` has mean, variance, counts, counter, and ``last`` and ``measured``; ``read`` tells what of
+        a moving average to write elsewhere before.
+        """
+        counts, measured, log = memory[2], memory[5], read[4]
         # the constants that decide what is computed
         rules = blended, unbiased and self.n > 1, early > 0, new_weight == 1, new_pooled
         size = 1 if counts is None else counts.shape[0]
@@ -68,7 +74,16 @@ class _Forward:
         triton_launch.launch(
             triton_commit.commit,
             (1, 1),
-            (*self.key, rules, size, block, counts is None, getattr(read[0], "dtype", None), log is None),
+            (
+                *self.key,
+                rules,
+                size,
+                block,
+                counts is None,
+                measured is None,
+                getattr(read[0], "dtype", None),
+                log is None,
+            ),
             statistics,
             *memory,
             *averages,
@@ -94,6 +109,8 @@ def forward_with_average(
     memory_mean: Tensor,
     memory_var: Tensor,
     filled: Tensor,
+    last: Tensor | None,
+    measured: Tensor | None,
     history_weight: Tensor | None,
     fixed_weight: float,
     running_mean: Tensor,
@@ -108,23 +125,25 @@ def forward_with_average(
 ) -> Remembered:
     """Read a moving average, normalize and store or not; see `mbnorm.backends.cpu.forward_with_average`."""
     averages = running_mean, running_var, batches, skipped
-    made = _Forward(x, (memory_mean, memory_var, filled, *averages))
+    made = _Forward(x, (memory_mean, memory_var, filled, last, measured, *averages))
     history = history_weight, fixed_weight
     with triton_launch.on_device_of(x):
-        past = memory_mean, memory_var, None, filled, *history
+        past = triton_launch.History(memory_mean, memory_var, None, filled, *history, measured, made.n)
         y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
         # only now: the commit overwrites what was read
         if store:
             read = *history, made.past, made.batch_weight, log, log_counters, slot
-            made.commit(statistics, (memory_mean, memory_var, None, filled), averages, read, *update)
+            memory = memory_mean, memory_var, None, filled, last, measured
+            made.commit(statistics, memory, averages, read, *update)
         else:
             block = min(power_of_two(made.channels), NOTE_TILE)
-            memory = memory_mean, memory_var, filled
-            noted = *memory, *history, made.past, made.batch_weight, *averages, log, log_counters, slot
+            average = memory_mean, memory_var, filled, last, measured
+            noted = *history, made.n, made.past, made.batch_weight, *averages, log, log_counters, slot
             triton_launch.launch(
                 triton_memory.note_average,
                 (-(-made.channels // block), 1),
-                (*made.key, block, getattr(history_weight, "dtype", None), log is None),
+                (*made.key, block, measured is None, getattr(history_weight, "dtype", None), log is None),
+                *average,
                 *noted,
                 made.channels,
                 block,
@@ -184,11 +203,11 @@ def forward_with_ring(
             entries,
             block,
         )
-        past = past_mean, past_var, made.batch_weight, None, None, 0.0
+        past = triton_launch.History(past_mean, past_var, made.batch_weight)
         y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
         if store:
             unread = None, 0.0, None, None, None, None, 0
-            made.commit(statistics, memory, averages, unread, *update)
+            made.commit(statistics, (*memory, None, None), averages, unread, *update)
     return y, statistics, made.past, made.batch_weight
 
 
@@ -205,8 +224,8 @@ _AROUND = (
 _library: Any = torch.library.Library("mbnorm_triton", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "forward_with_average(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "
-    "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, Tensor? history_weight, "
-    "float fixed_weight, " + _AROUND.format(*"defghi")
+    "Tensor(a!) memory_mean, Tensor(b!) memory_var, Tensor(c!) filled, Tensor(d!)? last, "
+    "Tensor(e!)? measured, Tensor? history_weight, float fixed_weight, " + _AROUND.format(*"fghijk")
 )
 _library.define(
     "forward_with_ring(Tensor x, Tensor? weight, Tensor? bias, bool pooled, float eps, "

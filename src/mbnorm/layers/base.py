@@ -55,7 +55,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         raise NotImplementedError
 
     def _as_kernels_take(self, memory: Memory) -> tuple[Tensor | None, ...]:
-        """Return the tensors of a memory as the operators of the CPU kernels take them."""
+        """Return the tensors of a memory as the kernels' operators take them."""
         return memory
 
     def _fused_operator(self, kernels: ModuleType) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
                 stores = self.stores
                 return self._run_fused(input, n, logs=stores, stores=stores)[0]
             self._calls.drop_done()
-            if backend == "triton" and n > 0 and self._fuses(input) and not self._more_numbers():
+            if backend == "triton" and n > 0 and self._fuses(input):
                 return self._run_on_device(input, n, m)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
@@ -147,11 +147,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _run_on_device(self, input: Tensor, n: int, m: int) -> Tensor:
         undo = self._undo if self.stores else None
         averages = self._averages()
-        log = (None, None, 0) if undo is None else undo.to_write(averages.mean, 0)
+        log = (None, None, 0) if undo is None else undo.to_write(averages.mean, self._more_numbers())
         rules = (self.variance == "pooled", self.eps)
         rest = (
             *rules,
-            *self._memory(),
+            *self._as_kernels_take(self._memory()),
             *self._how_read(n),
             *averages,
             *log,
