@@ -6,7 +6,8 @@ from helpers import layout_id
 
 from mbnorm.averages import CUMULATIVE, InferenceAverages, InferenceUpdate, commit
 from mbnorm.backends import cpu
-from mbnorm.memory import MEASURES, MeasuredAverage, MovingAverage, RecentBatches
+from mbnorm.measures import MEASURES
+from mbnorm.memory import MeasuredAverage, MovingAverage, RecentBatches
 
 EPS = 1e-3
 SHAPE = (6, 11, 3)

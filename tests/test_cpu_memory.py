@@ -23,7 +23,7 @@ from torch.library import opcheck
 import mbnorm
 from mbnorm.backends import cpu
 from mbnorm.distributed import local_statistics, sums_of
-from mbnorm.memory import MEASURES
+from mbnorm.measures import MEASURES
 
 fused, step_by_step = partial(remembering.fused, cpu), partial(remembering.step_by_step, cpu)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mbnorm import MomentumBatchNorm1d, MomentumBatchNorm2d, convert, reference, revert
 from mbnorm.experiments.synthetic import GaussianField
-from mbnorm.memory import MEASURED_WEIGHT
+from mbnorm.measures import MEASURED_WEIGHT
 
 CHANNELS = 32
 

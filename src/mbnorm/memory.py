@@ -10,21 +10,7 @@ import torch
 from torch import Tensor
 
 from mbnorm.blend import Variance
-
-MEASURED_WEIGHT = 0.02
-"""Weight of a batch in what is measured of the batches."""
-
-EARLY = 8.0
-"""After t batches the next weighs at least 8 / (t + 8) in that, so that it forgets its start."""
-
-SEEDED = 400.0
-"""How many samples a trained norm's statistics stand for: from so many on `MEASURED_WEIGHT` is the larger."""
-
-MOST_IF_ALIKE = 4.0
-"""How many times as many values are matched, at most, where values are alike."""
-
-MEASURES = 4
-"""Numbers that a `MeasuredAverage` keeps of what it has measured."""
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MOST_IF_ALIKE, SEEDED
 
 AS_MANY_AS_THE_BATCH = -1.0
 """Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""

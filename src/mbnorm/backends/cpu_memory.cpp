@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t BLOCK = 256;       // channels whose sums stay in L1
 constexpr int64_t GRAIN = 32 << 10;  // fewest values worth a thread
 
-constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400, MOST_IF_ALIKE = 4;  // those of mbnorm/memory.py
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400, MOST_IF_ALIKE = 4;  // those of mbnorm/measures.py
 
 template <class A>
 void copy(A* to, const A* from, int64_t number) {

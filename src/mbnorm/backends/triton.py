@@ -35,7 +35,7 @@ def missing() -> str | None:
     return None
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher, which takes longer than a launch, would do no more than call a function."""
     return (
         not torch.compiler.is_compiling()
@@ -57,7 +57,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
-    run = _launch.forward if _is_plain(x, weight, bias) else _operators.forward.default
+    run = _launch.forward if is_plain(x, weight, bias) else _operators.forward.default
     y, statistics = run(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
     return y, statistics
 
@@ -82,7 +82,7 @@ def forward_with_average(
     memory = memory_mean, memory_var, filled, last, measured
     arguments = x, weight, bias, pooled, eps, *memory, given, fixed, *rest
     result: tuple[Tensor, Tensor, Tensor, Tensor]
-    if not _is_plain(x, weight, bias):
+    if not is_plain(x, weight, bias):
         result = _operators.forward_with_average.default(*arguments)
         return result
     result = _remember.forward_with_average(*arguments)
@@ -95,7 +95,7 @@ def forward_with_ring(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do as `mbnorm.backends.cpu.forward_with_ring`."""
     result: tuple[Tensor, Tensor, Tensor, Tensor]
-    if not _is_plain(x, weight, bias):
+    if not is_plain(x, weight, bias):
         result = _operators.forward_with_ring.default(x, weight, bias, pooled, eps, *rest)
         return result
     result = _remember.forward_with_ring(x, weight, bias, pooled, eps, *rest)
@@ -119,6 +119,6 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
-    run = _launch.backward if _is_plain(dy, x, weight) else _operators.backward.default
+    run = _launch.backward if is_plain(dy, x, weight) else _operators.backward.default
     dx, (dw, db) = run(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

@@ -6,12 +6,12 @@ See `mbnorm.memory.MeasuredAverage`; ``measured`` and ``last`` are None for a `m
 import triton
 import triton.language as tl
 
-from mbnorm import memory
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MOST_IF_ALIKE, SEEDED
 
-MEASURED_WEIGHT = tl.constexpr(memory.MEASURED_WEIGHT)
-EARLY = tl.constexpr(memory.EARLY)
-SEEDED = tl.constexpr(memory.SEEDED)
-MOST_IF_ALIKE = tl.constexpr(memory.MOST_IF_ALIKE)
+_MEASURED_WEIGHT = tl.constexpr(MEASURED_WEIGHT)
+_EARLY = tl.constexpr(EARLY)
+_SEEDED = tl.constexpr(SEEDED)
+_MOST_IF_ALIKE = tl.constexpr(MOST_IF_ALIKE)
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _measured_weight(measured, matched_values, n):
     known = tl.load(measured + 3) > 0
     ratio = tl.where(known, tl.maximum(ratio, 1.0), 1.0)
     noise = tl.minimum(tl.where(known, ratio / n, 1.0), 1.0)
-    inverse = noise * tl.minimum(ratio, MOST_IF_ALIKE) * matched_values
+    inverse = noise * tl.minimum(ratio, _MOST_IF_ALIKE) * matched_values
     matched = (inverse - 1.0) / (inverse + 1.0)
     return tl.maximum(tl.minimum(noise / (noise + tl.maximum(error, 0.0)), matched), 0.0)
 
@@ -68,11 +68,11 @@ def measure(measured, filled, step, distance, live, n):
     channels = tl.maximum(live, 1).to(tl.float64)
     per_value = step.to(tl.float64) / channels / (1.0 / values + 1.0 / tl.maximum(last_n, 1.0))
     # the zeros, since a float alone is float32 where kernels are interpreted
-    late = 0.0 * samples + MEASURED_WEIGHT
-    weight = tl.maximum(late, (0.0 * samples + EARLY) / (samples + EARLY))
+    late = 0.0 * samples + _MEASURED_WEIGHT
+    weight = tl.maximum(late, (0.0 * samples + _EARLY) / (samples + _EARLY))
     first = samples < 0
     seeded = tl.load(filled) > 0
     off = distance.to(tl.float64) / channels - per_value / values
     new_ratio = tl.where(first, tl.where(seeded, values, 0.0), ratio + weight * (per_value - ratio))
     new_error = tl.where(first, tl.where(seeded, 0.0, 1.0), error + weight * (off - error))
-    return new_ratio, new_error, values, tl.where(first & seeded, SEEDED, samples + 1.0)
+    return new_ratio, new_error, values, tl.where(first & seeded, _SEEDED, samples + 1.0)

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from mbnorm import memory
 from mbnorm.backends.triton_average import batch_weight_of_average
 from mbnorm.backends.triton_tiles import my_channels
+from mbnorm.measures import MEASURES
 
-MEASURES = tl.constexpr(memory.MEASURES)
+_MEASURES = tl.constexpr(MEASURES)
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _log(
 ):
     """Write the state before a forward into a slot of an undo log; see `mbnorm.layers.undo.Written`."""
     there = channel < channels
-    width = 4 * channels if measured is None else 5 * channels + MEASURES
+    width = 4 * channels if measured is None else 5 * channels + _MEASURES
     start = rows + tl.cast(slot, tl.int64) * width
     row = start + channel
     tl.store(row, past_mean, mask=there)
@@ -38,7 +38,7 @@ def _log(
     tl.store(row + 3 * channels, tl.load(running_var + channel, mask=there, other=0.0), mask=there)
     if measured is not None:
         tl.store(row + 4 * channels, tl.load(last + channel, mask=there, other=0.0), mask=there)
-        number = tl.arange(0, MEASURES)
+        number = tl.arange(0, _MEASURES)
         tl.store(start + 5 * channels + number, tl.load(measured + number), mask=tl.program_id(0) == 0)
     if tl.program_id(0) == 0:
         tl.store(counters + slot * 3, tl.load(batches))

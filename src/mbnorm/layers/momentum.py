@@ -16,7 +16,8 @@ from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
 from mbnorm.layers.base import moments_update
 from mbnorm.layers.synced import SyncedBatchNorm
-from mbnorm.memory import MEASURES, MeasuredAverage, Memory, MovingAverage, Past
+from mbnorm.measures import MEASURES
+from mbnorm.memory import MeasuredAverage, Memory, MovingAverage, Past
 
 STEPS_BEFORE_NOTICE = 100
 
