@@ -27,7 +27,7 @@ test: $(VENV)/ready
 
 test-triton: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]'
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/test_triton_backend.py tests/test_triton_operators.py tests/test_fused_memory.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/test_triton_backend.py tests/test_triton_operators.py tests/test_fused_memory.py tests/test_trial.py
 	$(BIN)/pytest -n auto -m triton tests/test_triton_compile.py tests/test_triton_launch.py
 
 # installs the browser where that needs no password, and says what to install elsewhere

@@ -10,6 +10,7 @@ from mbnorm.experiments.bench.cases import PROVIDERS, RESNET50, Case
 from mbnorm.experiments.bench.gpu_parts import Job, Note
 from mbnorm.experiments.bench.gpu_steps import GpuTrainer
 from mbnorm.experiments.bench.rows import read
+from mbnorm.functional import backend_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 SMALL = Case((2, 8, 5, 5), "float32", "channels_last")
@@ -25,8 +26,8 @@ def test_compiled_layers_run_shapes_of_resnet50():
     assert {c.shape[1:] for c in gpu_layers.compiled_cases()} <= {s[1:] for s in RESNET50}
 
 
-def test_what_is_called_momentum_runs_the_triton_kernels():
-    for name in ("momentum", "memorized"):
+def test_what_is_checked_runs_the_triton_kernels():
+    for name in gpu_check.REMEMBERING:
         assert gpu_layers.EAGER[name](SMALL).backend == "triton"
 
 
@@ -42,6 +43,31 @@ def test_layers_are_checked_against_float64_with_what_they_store(name, monkeypat
     errors = gpu_check.layer_errors(PROVIDERS[name], SMALL, "cpu")
     assert errors.keys() == {"y", "dx", "dw", "db", "state"}
     assert all(0 < error < 1e-5 for error in errors.values())
+
+
+@pytest.mark.parametrize("name", gpu_check.REMEMBERING)
+def test_layers_are_checked_inside_checkpoints(name):
+    errors = gpu_check.checkpointed_errors(PROVIDERS[name], SMALL, "cpu")
+    assert errors == {"y": 0, "dx": 0, "dw": 0, "db": 0, "state": 0}
+
+
+def test_a_recompute_that_reads_something_else_is_noticed():
+    class Careless(MomentumBatchNorm2d):
+        def _repeat(self, *arguments):
+            return None
+
+    def build(case):
+        return Careless(case.shape[1], history_weight=0.5, backend="aten")
+
+    assert gpu_check.checkpointed_errors(build, SMALL, "cpu")["state"] > 0.1
+
+
+def test_what_auto_takes_is_told():
+    (row,) = gpu_check.auto_rows("cpu")
+    assert row["backend"] == backend_for(torch.empty(2, 3))
+    line = verdict_on("no backend is asked for", [{**row, "backend": "triton", "why_not_triton": None}])
+    assert line == "- met: triton where no backend is asked for: triton in 0 s"
+    assert verdict_on("no backend is asked for", [row]).startswith("- missed: ")
 
 
 def test_a_layer_that_stores_something_else_is_noticed():
@@ -67,7 +93,8 @@ def test_errors_that_are_too_large_are_told(wrong, monkeypatch):
 
 def test_all_checks_are_shared_out_once():
     shares = [gpu_check.jobs("cuda", share, 12) for share in range(12)]
-    names = [job.name for share in shares for job in share]
+    first, *names = [job.name for share in shares for job in share]
+    assert first == "auto on cuda"
     assert sorted(names) == sorted(f"{name} on {case}" for name, case in gpu_check.checks())
     assert len(names) == len(set(names))
     assert max(map(len, shares)) < 2 * min(map(len, shares))
@@ -155,7 +182,7 @@ def test_tensors_are_cut_in_other_ways_and_then_as_before(pretended, monkeypatch
 def test_steps_are_timed_in_turns_with_batch_norm(pretended, monkeypatch):
     monkeypatch.setattr(gpu_steps, "ROUNDS", 2)
     monkeypatch.setattr(gpu_steps, "STEPS_A_ROUND", 1)
-    first, second = (next(iter(job.rows())) for job in gpu_steps.jobs("graph")[1:3])
+    first, second = (next(iter(job.rows())) for job in gpu_steps.jobs("graph")[2:4])
     assert (first["method"], second["method"]) == ("memorized", "momentum+df")
     assert (first["threads"], first["peak_bytes"], first["base_peak_bytes"]) == ("graph", 42, 42)
     assert first["median_s"] > 0
@@ -321,7 +348,7 @@ def test_wrong_numbers_are_a_goal_missed():
     assert verdict_on("numbers of momentum", [right, wrong]).startswith("- missed: ")
 
 
-@pytest.mark.parametrize("method", ["momentum", "memorized+df"])
+@pytest.mark.parametrize("method", ["momentum", "matched+df", "memorized+df"])
 def test_a_resnet50_trains_a_step(method):
     trainer = GpuTrainer(method, "cpu", side=64)
     before = [p.detach().clone() for p in trainer.model.parameters()]

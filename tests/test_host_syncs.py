@@ -95,8 +95,7 @@ def test_what_waits_for_the_device_is_noticed():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
-# the kernels know no measuring: there PyTorch's operations read and commit
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "measured"])
+@on_every_method
 def test_triton_does_a_whole_forward_in_one_operator_that_stays_on_the_device(method):
     assert triton.missing() is None
     # fake tensors of a device that need not be there; autograd would ask for it

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mbnorm import MomentumBatchNorm1d, functional
+from mbnorm import MomentumBatchNorm1d, trial
 from mbnorm.backends import triton
 from mbnorm.functional import backend_for, choose
 
@@ -15,22 +15,34 @@ def on_cuda():
         return torch.empty(4, 3, device="cuda")
 
 
-def test_cuda_gets_aten_unless_triton_is_asked_for(on_cuda, monkeypatch):
-    monkeypatch.setattr(triton, "missing", lambda: None)
-    assert backend_for(on_cuda) == "aten"
-    assert choose(on_cuda, "triton") == "triton"
-
-
-def test_it_takes_one_line_to_prefer_triton(on_cuda, monkeypatch):
-    monkeypatch.setitem(functional.OWN_KERNELS, "cuda", ("triton", triton))
-    monkeypatch.setattr(triton, "missing", lambda: None)
+def test_auto_takes_triton_where_it_has_passed(on_cuda, monkeypatch):
+    monkeypatch.setattr(trial, "_failures", {on_cuda.device: None})
     assert backend_for(on_cuda) == choose(on_cuda, "auto") == "triton"
+
+
+def test_auto_takes_aten_where_triton_fails(on_cuda, monkeypatch):
+    monkeypatch.setattr(trial, "_failures", {on_cuda.device: "its kernels do not run"})
+    assert backend_for(on_cuda) == choose(on_cuda, "auto") == "aten"
+
+
+def test_auto_takes_aten_for_what_triton_does_not_know(on_cuda, monkeypatch):
+    monkeypatch.setattr(trial, "_failures", {on_cuda.device: None})
     monkeypatch.setattr(triton, "DTYPES", (torch.float64,))
     assert backend_for(on_cuda) == "aten"
-    monkeypatch.undo()
-    monkeypatch.setitem(functional.OWN_KERNELS, "cuda", ("triton", triton))
-    monkeypatch.setattr(triton, "missing", lambda: "the package triton is not installed")
-    assert backend_for(on_cuda) == "aten"
+
+
+def test_a_device_that_is_not_there_is_not_tried(on_cuda, monkeypatch):
+    monkeypatch.setattr(trial, "_failures", {})
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    with FakeTensorMode():
+        assert backend_for(on_cuda) == "aten"
+    assert trial._failures == {}
+
+
+def test_an_explicit_triton_is_not_tried(on_cuda, monkeypatch):
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    monkeypatch.setattr(trial, "_try_all", None)
+    assert choose(on_cuda, "triton") == "triton"
 
 
 def test_an_explicit_triton_says_that_it_is_not_installed(on_cuda, monkeypatch):

@@ -12,13 +12,11 @@ from torch.nn import functional as F
 
 from mbnorm.backends import aten, cpu, traceable, triton
 from mbnorm.blend import VARIANCES, Variance, statistics_dtype
+from mbnorm.trial import triton_works_for
 
 Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
 Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
-OWN_KERNELS: dict[str, tuple[Chosen, ModuleType]] = {"cpu": ("cpu", cpu)}
-"""What "auto" prefers to ATen, by device; ``"cuda": ("triton", triton)`` once a GPU has shown it right."""
 
 cpu.differentiable_gradients = traceable.differentiable_gradients
 
@@ -37,9 +35,9 @@ def backend_for(x: Tensor) -> Chosen:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
     On the CPU it is "cpu", the kernels of this package, which the first call compiles in some seconds,
-    or "aten" where there is no C++ compiler; on CUDA and ROCm it is "aten". Under torch.compile, function
-    transforms and forward-mode differentiation it is "traceable". "triton" must be asked for: its kernels
-    have not run on a GPU yet.
+    or "aten" where there is no C++ compiler. On CUDA and ROCm it is "triton", whose kernels the first call
+    compiles and tries on that device in some seconds, or "aten" where they fail or cannot be tried.
+    Under torch.compile, function transforms and forward-mode differentiation it is "traceable".
 
     >>> backend_for(torch.empty(2, 3, device="meta"))
     'traceable'
@@ -51,10 +49,10 @@ def backend_for(x: Tensor) -> Chosen:
         or forward_ad._current_level >= 0
     ):
         return "traceable"
-    if x.device.type in OWN_KERNELS:
-        name, kernels = OWN_KERNELS[x.device.type]
-        if x.dtype in kernels.DTYPES and kernels.missing() is None:
-            return name
+    if x.device.type in cpu.DEVICES and x.dtype in cpu.DTYPES and cpu.missing() is None:
+        return "cpu"
+    if x.device.type in triton.DEVICES and x.dtype in triton.DTYPES and triton_works_for(x):
+        return "triton"
     return "aten"
 
 

@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 PARTS = {
     # nearly all of that time goes into imports and into compiling kernels
-    "check": Part(115.0, 45.0, 12),
+    "check": Part(125.0, 45.0, 12),
     "steps": Part(50.0, 50.0),
-    "graphed steps": Part(45.0, 45.0),
-    "layers": Part(140.0, 30.0),
+    "graphed steps": Part(50.0, 50.0),
+    "layers": Part(155.0, 30.0),
     "compiled": Part(60.0, 50.0),
     "cuts": Part(20.0, 20.0),
 }

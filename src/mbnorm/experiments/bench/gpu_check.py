@@ -1,24 +1,28 @@
 """The numbers of every backend and layer on a GPU, against float64; on the way every kernel gets compiled."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mbnorm import functional
+from mbnorm import functional, trial
 from mbnorm.experiments.bench.cases import DTYPES, Case, Layout, Provider
-from mbnorm.experiments.bench.gpu_layers import EAGER, described, gpu_cases
+from mbnorm.experiments.bench.gpu_layers import BATCHES, EAGER, described, gpu_cases
 from mbnorm.experiments.bench.gpu_parts import Job
 from mbnorm.experiments.bench.rows import Row, failure
 from mbnorm.experiments.bench.timing import TOLERANCE
 
 Errors: TypeAlias = dict[str, float]
 BACKENDS: tuple[functional.Backend, ...] = ("traceable", "aten", "triton")
-REMEMBERING = ("momentum", "memorized")
+REMEMBERING = ("momentum", "matched", "memorized")
 """The layers, by their names among those that are timed."""
+CHECKPOINTED = "checkpointed "
+"""Before the name of a layer inside `torch.utils.checkpoint`, beside the same one outside."""
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
 CHECKED = ((9, 70), (4, 5, 33), (2, 64, 56, 56), (2, 3, 224, 224), (2, 2048, 7, 7), (1, 8, 8, 16, 16))
 STATE_TOLERANCE = 1e-3
@@ -77,6 +81,25 @@ def layer_errors(provider: Provider, case: Case, device: str) -> Errors:
     return {**errors, "state": max(_error(found, wanted) for found, wanted in state)}
 
 
+def checkpointed_errors(provider: Provider, case: Case, device: str) -> Errors:
+    """Return what activation checkpointing changes in a layer's second step, and in its state then."""
+    # a recompute ends with the last thing to be saved, which is to come after all that the layer does
+    block = nn.Sequential(provider(case), nn.Sigmoid()).to(device)
+    first, values, dy = tensors_of(case, device, 3)
+
+    def run(block: nn.Module, around: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+        block(first)
+        x = values.detach().requires_grad_()
+        y = around(block, x)
+        return [y.detach(), *torch.autograd.grad(y, (x, *block.parameters()), dy)]
+
+    twin = copy.deepcopy(block)
+    found = run(block, partial(checkpoint, use_reentrant=False))
+    errors = _errors(found, [t.double() for t in run(twin, lambda block, x: block(x))])
+    state = zip(block.buffers(), twin.buffers(), strict=True)
+    return {**errors, "state": max(_error(found, wanted) for found, wanted in state)}
+
+
 def _errors(found: list[Tensor], wanted: list[Tensor]) -> Errors:
     pairs = zip(("y", "dx", "dw", "db"), found, wanted, strict=True)
     return {name: _error(got, want) for name, got, want in pairs}
@@ -99,9 +122,16 @@ def checked_cases() -> list[Case]:
 
 
 def checks() -> list[tuple[str, Case]]:
-    """Return every backend with shapes of all kinds, and Triton's layers with all that is timed."""
+    """Return every backend with shapes of all kinds, and Triton's layers with all that is timed.
+
+    What compiles no further kernel of a larger batch's is checked at the smallest.
+    """
     pairs: list[tuple[str, Case]] = [(backend, case) for case in checked_cases() for backend in BACKENDS]
-    return pairs + [(name, case) for case in gpu_cases() for name in REMEMBERING]
+    for case in gpu_cases():
+        pairs += [(name, case) for name in REMEMBERING]
+        if case.shape[0] == min(BATCHES):
+            pairs += [(CHECKPOINTED + name, case) for name in REMEMBERING]
+    return pairs
 
 
 def jobs(device: str, share: int, shares: int) -> list[Job]:
@@ -110,13 +140,26 @@ def jobs(device: str, share: int, shares: int) -> list[Job]:
     for name, case in checks():
         kind = kinds.setdefault((case.shape[1:], case.dtype, case.layout), [])
         kind.append(Job(f"{name} on {case}", partial(check, name, case, device)))
-    return [job for kind in list(kinds.values())[share::shares] for job in kind]
+    chosen = [Job(f"auto on {device}", partial(auto_rows, device))] if share == 0 else []
+    return chosen + [job for kind in list(kinds.values())[share::shares] for job in kind]
+
+
+def auto_rows(device: str) -> Iterator[Row]:
+    """Yield what a user gets who asks for no backend, and how long the first call takes to find out."""
+    start = time.perf_counter()
+    backend = functional.backend_for(torch.empty(2, 3, device=device))
+    seconds = time.perf_counter() - start
+    why = trial.failure_on(torch.empty(0, device=device).device)
+    yield {"kind": "auto", "backend": backend, "seconds": seconds, "why_not_triton": why}
 
 
 def check(name: str, case: Case, device: str) -> Iterator[Row]:
     """Yield the errors of a backend or layer, and whether they are too large."""
     of: Callable[[], Errors]
-    if name in REMEMBERING:
+    layer = name.removeprefix(CHECKPOINTED)
+    if layer != name:
+        of = partial(checkpointed_errors, EAGER[layer], case, device)
+    elif name in REMEMBERING:
         of = partial(layer_errors, EAGER[name], case, device)
     else:
         of = partial(errors_of, name, case, device)  # type: ignore[arg-type]

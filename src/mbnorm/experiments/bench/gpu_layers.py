@@ -37,6 +37,12 @@ def _momentum(case: Case) -> nn.Module:
     return mbnorm.MomentumBatchNorm2d(case.shape[1], history_weight=0.75, backend="triton")
 
 
+def _matched(case: Case) -> nn.Module:
+    layer = PROVIDERS["batch_norm"](case)
+    mbnorm.convert(layer, "matched", backend="triton")
+    return layer
+
+
 def _memorized(case: Case) -> nn.Module:
     return mbnorm.MemorizedBatchNorm2d(case.shape[1], memory_size=64, backend="triton")
 
@@ -48,6 +54,7 @@ def _compiled_momentum(case: Case) -> nn.Module:
 EAGER: dict[str, Provider] = {
     "batch_norm": PROVIDERS["batch_norm"],
     "momentum": _momentum,
+    "matched": _matched,
     "memorized": _memorized,
     "momentum-aten": PROVIDERS["momentum-aten"],
 }

@@ -15,7 +15,15 @@ from mbnorm.experiments.bench.timing import Timing
 from mbnorm.experiments.nets import resnet50
 
 Launched: TypeAlias = Literal["eager", "graph"]
-METHODS = ("momentum", "memorized", "momentum+df", "memorized+df", "momentum-aten")
+METHODS = (
+    "momentum",
+    "matched",
+    "memorized",
+    "momentum+df",
+    "matched+df",
+    "memorized+df",
+    "momentum-aten",
+)
 DEVICE = "cuda"
 BATCH = 2
 ROUNDS = 7

@@ -1,9 +1,18 @@
 """Whether a run on a GPU has met the goals, from its rows alone: met, missed, or not measured."""
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 
 from mbnorm.experiments.bench.cases import RESNET50
-from mbnorm.experiments.bench.gpu_layers import BATCHES, COMPILED_SHAPES, LARGE, compiled_cases, gpu_cases
+from mbnorm.experiments.bench.gpu_check import CHECKPOINTED
+from mbnorm.experiments.bench.gpu_layers import (
+    BATCHES,
+    COMPILED_SHAPES,
+    LARGE,
+    LAYOUTS,
+    compiled_cases,
+    gpu_cases,
+)
 from mbnorm.experiments.bench.gpu_report import BASE, share_of_copy
 from mbnorm.experiments.bench.rows import Row, geometric_mean
 
@@ -13,7 +22,9 @@ PEAK = 1.01
 COMPILED = 1.05
 STEPS = {("eager", ""): 1.00, ("eager", "+df"): 1.30, ("graph", ""): 1.00, ("graph", "+df"): 1.25}
 """A step over one with batch norm, by how it is launched and without or with Double-Forward."""
-METHODS = ("momentum", "memorized")
+METHODS = ("momentum", "matched", "memorized")
+LAYERS = ("momentum", "matched")
+"""What is to be faster than batch norm: the memorized layer is not."""
 
 
 def verdicts(rows: list[Row]) -> list[str]:
@@ -23,6 +34,7 @@ def verdicts(rows: list[Row]) -> list[str]:
     return [
         "Goals:",
         "",
+        *_auto(rows),
         *_numbers(rows),
         *_layers(layers),
         *_copies(layers),
@@ -31,8 +43,19 @@ def verdicts(rows: list[Row]) -> list[str]:
     ]
 
 
+def _auto(rows: list[Row]) -> Iterator[str]:
+    found = [row for row in rows if row["kind"] == "auto"]
+    said = "".join(
+        f": {row['backend']} in {row['seconds']:.0f} s {row['why_not_triton'] or ''}".rstrip()
+        for row in found
+    )
+    yield _line(
+        f"triton where no backend is asked for{said}", found[0]["backend"] == "triton" if found else None
+    )
+
+
 def _numbers(rows: list[Row]) -> Iterator[str]:
-    for name in ("triton", *METHODS):
+    for name in ("triton", *METHODS, *(CHECKPOINTED + name for name in METHODS)):
         found = [row for row in rows if row["kind"] == "error" and row["backend"] == name]
         wrong = [
             row
@@ -44,23 +67,24 @@ def _numbers(rows: list[Row]) -> Iterator[str]:
 
 
 def _layers(rows: list[Row]) -> Iterator[str]:
-    for launched in ("eager", "graph"):
-        for batch in BATCHES:
-            for dtype in ("float32", "bfloat16"):
-                for layout in ("contiguous", "channels_last"):
-                    here = [
-                        row
-                        for row in rows
-                        if (row["threads"], row["dtype"], row["layout"]) == (launched, dtype, layout)
-                        and row["shape"][0] == batch
-                    ]
-                    ratios = _ratios(here, "momentum", BASE)
-                    what = f"momentum over batch norm, {launched}, batch {batch}, {dtype}, {layout}"
-                    yield _at_most(f"{what}: mean", _mean(ratios), LAYER, len(ratios), len(RESNET50))
-                    yield _at_most(f"{what}: worst", _most(ratios), WORST_LAYER, len(ratios), len(RESNET50))
-    pairs = _pairs([row for row in rows if row["threads"] == "eager"], "momentum", BASE)
-    peaks = [ours["peak_bytes"] / theirs["peak_bytes"] for ours, theirs in pairs]
-    yield _at_most("peak memory of momentum, worst layer", _most(peaks), PEAK, len(peaks), len(gpu_cases()))
+    groups = product(LAYERS, ("eager", "graph"), BATCHES, ("float32", "bfloat16"), LAYOUTS)
+    for name, launched, batch, dtype, layout in groups:
+        here = [
+            row
+            for row in rows
+            if (row["threads"], row["dtype"], row["layout"]) == (launched, dtype, layout)
+            and row["shape"][0] == batch
+        ]
+        ratios = _ratios(here, name, BASE)
+        what = f"{name} over batch norm, {launched}, batch {batch}, {dtype}, {layout}"
+        yield _at_most(f"{what}: mean", _mean(ratios), LAYER, len(ratios), len(RESNET50))
+        yield _at_most(f"{what}: worst", _most(ratios), WORST_LAYER, len(ratios), len(RESNET50))
+    for name in LAYERS:
+        pairs = _pairs([row for row in rows if row["threads"] == "eager"], name, BASE)
+        peaks = [ours["peak_bytes"] / theirs["peak_bytes"] for ours, theirs in pairs]
+        yield _at_most(
+            f"peak memory of {name}, worst layer", _most(peaks), PEAK, len(peaks), len(gpu_cases())
+        )
 
 
 def _copies(rows: list[Row]) -> Iterator[str]:
