@@ -264,4 +264,4 @@ def test_the_notice_of_a_missing_schedule_is_given_all_the_same():
 
 def test_what_is_prepared_takes_the_kernels_of_the_cpu():
     layer, _ = prepared("matched")
-    assert layer._prepared._kernels is cpu.forward_with_average
+    assert layer._prepared._operator is cpu.forward_with_average

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from mbnorm import MemorizedBatchNorm2d, MomentumBatchNorm2d, no_update
 from mbnorm.backends import triton as kernels
-from mbnorm.backends import triton_launch
+from mbnorm.backends import triton_kinds, triton_launch, triton_remember
 from mbnorm.experiments.bench.cases import Case
 from mbnorm.experiments.bench.gpu_check import tensors_of
 
@@ -67,7 +67,8 @@ def device(monkeypatch):
     made = Driver()
     monkeypatch.setattr(driver, "_active", made)
     monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
-    monkeypatch.setattr(triton_launch, "_processors", lambda device: 132)
+    monkeypatch.setattr(triton_kinds, "_processors", lambda device: 132)
+    monkeypatch.setattr(triton_kinds, "_kinds", {})
     monkeypatch.setattr(triton_launch, "_compiled", {})
     assert kernels.missing() is None
     return made
@@ -209,12 +210,13 @@ def test_what_is_launched_by_shape_is_what_triton_would_launch(device, monkeypat
     launch, checked = triton_launch.launch, []
 
     def checking(kernel, grid, key, *arguments, warps=4):
-        known = triton_launch._compiled[id(kernel), warps, key]
+        known, _ = triton_launch._compiled[id(kernel), key]
         assert known is kernel[grid](*arguments, num_warps=warps)
         checked.append(kernel)
         launch(kernel, grid, key, *arguments, warps=warps)
 
-    monkeypatch.setattr(triton_launch, "launch", checking)
+    for module in (triton_launch, triton_remember):
+        monkeypatch.setattr(module, "launch", checking)
     for way in WAYS.values():
         step(*way)
     assert len(checked) > 200
@@ -224,7 +226,7 @@ def test_what_is_launched_by_shape_is_what_triton_would_launch(device, monkeypat
 def test_maps_of_14_are_loaded_by_fours(device, dtype, wide):
     (x,) = tensors_of(Case((2, 1024, 14, 14), dtype, "contiguous"), "cpu", 1)
     momentum(1024)(x)
-    (whole,) = (made for made in triton_launch._compiled.values() if made.name == "forward_whole")
+    (whole,) = (made for made, _ in triton_launch._compiled.values() if made.name == "forward_whole")
     text = whole.asm["ptx"]
     assert f"ld.global.{wide}" in text
     assert f"st.global.{wide}" in text

@@ -1,9 +1,9 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -189,19 +189,23 @@ def _by_kernels(
 class KernelForward:
     """The operator run once by a backend's kernels, and what it leaves behind for the backward.
 
-    ``past`` has the mean and the variance to blend with; ``statistics`` will have the batch's and the blended
-    ones.
+    ``past`` has the mean and the variance to blend with, ``batch_weight`` what the batch weighs;
+    ``statistics`` will have the batch's and the blended ones.
     """
 
     __slots__ = ("batch_weight", "eps", "kernels", "past", "statistics", "variance")
     past: tuple[Tensor, Tensor]
-    batch_weight: Tensor
+    batch_weight: Tensor | None
     statistics: Tensor | tuple[Tensor, ...]
 
     def __init__(self, kernels: ModuleType, variance: Variance, eps: float) -> None:
         self.kernels = kernels
         self.variance = variance
         self.eps = eps
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the past mean and variance and the weight of the batch."""
+        return *self.past, cast(Tensor, self.batch_weight)
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``y``, and set the statistics."""
@@ -210,6 +214,40 @@ class KernelForward:
             x, weight, bias, *self.past, self.batch_weight, self.variance, self.eps
         )
         return y
+
+
+class RecordedForward(KernelForward):
+    """A forward by an operator that reads a memory, normalizes and stores, and returns a record of it.
+
+    See `mbnorm.backends.cpu.forward_with_average`; ``arguments`` follow the input, weight and bias.
+    """
+
+    __slots__ = ("arguments", "operator")
+    statistics: Tensor
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        variance: Variance,
+        eps: float,
+        operator: Callable[..., tuple[Tensor, Tensor]],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        super().__init__(kernels, variance, eps)
+        self.operator = operator
+        self.arguments = arguments
+        # the record has it
+        self.batch_weight = None
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the record."""
+        y, self.statistics = self.operator(x, weight, bias, *self.arguments)
+        return y
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the past mean and variance and the weight of the batch."""
+        mean, var, weight = self.statistics[4:].unbind()
+        return mean, var, weight[0]
 
 
 def normalize_by_kernels(
@@ -248,7 +286,7 @@ class _KernelBatchNorm(torch.autograd.Function):
             # create_graph: the gradient must be differentiable itself
             found = iter(
                 traceable.differentiable_gradients(
-                    dy, x, weight, bias, *of.past, of.batch_weight, of.variance, of.eps, needs
+                    dy, x, weight, bias, *of.read(), of.variance, of.eps, needs
                 )
             )
             gradients = [next(found) if need else None for need in needs]

@@ -156,7 +156,7 @@ class Call:
 
 
 class RecordedCall(Call):
-    """A forward by the CPU kernels, whose ``record`` holds all that there is to know of it."""
+    """A forward by kernels whose ``record`` holds all that there is to know of it."""
 
     __slots__ = ("record",)
 
@@ -172,6 +172,12 @@ class RecordedCall(Call):
         # a copy: backward passes raise the record's version, and graphs that save what was read would object
         mean, var, weight = self.record[4:].clone()
         return Past(mean, var, weight[0])
+
+
+class CpuCall(RecordedCall):
+    """One by the kernels for the CPU, whose backward passes raise the version of the record."""
+
+    __slots__ = ()
 
     @property
     def backwards(self) -> int:

@@ -136,12 +136,13 @@ def _by_triton(
     blended, unbiased, new_weight, rule, early = UPDATE
     update = True, blended, unbiased, new_weight, rule == "pooled", early
     rest = *state[:-4], *how_read, *state[-4:], *no_log, *update
-    y, statistics, past, a = operator(x, weight, bias, True, EPS, *rest)
-    _, again = triton.forward(x, weight, bias, past[0], past[1], a, "pooled", EPS)
-    if not torch.equal(again[:2], statistics[:2]):
+    y, record = operator(x, weight, bias, True, EPS, *rest)
+    past_mean, past_var, a = record[4:].unbind()
+    _, again = triton.forward(x, weight, bias, past_mean, past_var, a[0], "pooled", EPS)
+    if not torch.equal(again[:2], record[:2]):
         # activation checkpointing finds a forward by these
         raise ArithmeticError(f"its statistics of a batch differ from one forward to another on {x.device}")
-    dx, dw, db = triton.backward(dy, x, weight, a, statistics, "pooled", EPS, True)
+    dx, dw, db = triton.backward(dy, x, weight, None, record, "pooled", EPS, True)
     return y, cast(Tensor, dx), dw, db, *state
 
 

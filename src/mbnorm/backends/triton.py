@@ -17,6 +17,8 @@ from mbnorm.blend import Variance
 # torch calls ROCm's devices cuda, too
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATES_OF_A_LAYER = 6
+"""Tensors beside the memory that a forward may write: running statistics, counters and log."""
 
 _launch: Any = None
 _remember: Any = None
@@ -75,50 +77,55 @@ def forward_with_average(
     measured: Tensor | None,
     history_weight: Tensor | float,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do as `mbnorm.backends.cpu.forward_with_average`; a history weight on the device stays there."""
+) -> tuple[Tensor, Tensor]:
+    """Do as `mbnorm.backends.cpu.forward_with_average`, not differentiably.
+
+    A history weight on the device stays there.
+    """
     given = history_weight if isinstance(history_weight, Tensor) else None
     fixed = 0.0 if isinstance(history_weight, Tensor) else history_weight
     memory = memory_mean, memory_var, filled, last, measured
     arguments = x, weight, bias, pooled, eps, *memory, given, fixed, *rest
-    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    result: tuple[Tensor, Tensor]
     if not is_plain(x, weight, bias):
         result = _operators.forward_with_average.default(*arguments)
         return result
     result = _remember.forward_with_average(*arguments)
-    _written(*memory, *rest)
+    _written(*memory, *rest[:STATES_OF_A_LAYER])
     return result
 
 
 def forward_with_ring(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, pooled: bool, eps: float, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do as `mbnorm.backends.cpu.forward_with_ring`."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Do as `mbnorm.backends.cpu.forward_with_ring`, not differentiably."""
+    result: tuple[Tensor, Tensor]
     if not is_plain(x, weight, bias):
         result = _operators.forward_with_ring.default(x, weight, bias, pooled, eps, *rest)
         return result
     result = _remember.forward_with_ring(x, weight, bias, pooled, eps, *rest)
-    _written(*rest)
+    memory, layer = rest[:4], rest[6:]
+    _written(*memory, *layer[:STATES_OF_A_LAYER])
     return result
 
 
-def _written(*states: Any) -> None:
+def _written(*states: Tensor | None) -> None:
     """Tell autograd what the kernels wrote, as the dispatcher does."""
-    torch.autograd.graph.increment_version([s for s in states if isinstance(s, Tensor)])
+    torch.autograd.graph.increment_version([s for s in states if s is not None])
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    batch_weight: Tensor,
+    batch_weight: Tensor | None,
     statistics: Tensor,
     variance: Variance,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
+    """Return ``(dx, dw, db)`` for the statistics that `forward` returned, or for a record."""
     run = _launch.backward if is_plain(dy, x, weight) else _operators.backward.default
-    dx, (dw, db) = run(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
+    dx, parameters = run(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
+    dw, db = parameters.unbind(0)
     return dx if need_dx else None, dw, db

@@ -45,11 +45,11 @@ def batch_weight_of_average(filled, history, fixed_weight, measured, n):
 
 
 @triton.jit
-def distances(statistics, last, memory_mean, channel, channels):
+def distances(record, last, memory_mean, channel, channels):
     """Return squared distances from the batch before and from the average, in variances, and who has one."""
     there = channel < channels
-    mean = tl.load(statistics + channel, mask=there, other=0.0)
-    var = tl.load(statistics + 3 * channels + channel, mask=there, other=0.0)
+    mean = tl.load(record + channel, mask=there, other=0.0)
+    var = tl.load(record + 3 * channels + channel, mask=there, other=0.0)
     live = var > 0
     one = tl.where(live, var, 1.0)
     step = mean - tl.load(last + channel, mask=there, other=0.0)

@@ -43,7 +43,7 @@ def _input_gradient(
     dx,
     weight,
     batch_weight,
-    statistics,
+    record,
     dw,
     db,
     channel,
@@ -60,12 +60,14 @@ def _input_gradient(
     BLOCK_I: tl.constexpr,
 ):
     there = channel < channels
-    rstd = tl.rsqrt(tl.load(statistics + 3 * channels + channel, mask=there, other=1.0) + EPS)
+    rstd = tl.rsqrt(tl.load(record + 3 * channels + channel, mask=there, other=1.0) + EPS)
     scale = rstd
     if weight is not None:
         scale *= tl.load(weight + channel, mask=there, other=0.0)
     # of the pooled variance the gradient is about the blended mean, of the averaged about the batch's
-    centre = tl.load(statistics + (2 * channels if POOLED else 0) + channel, mask=there, other=0.0)
+    centre = tl.load(record + (2 * channels if POOLED else 0) + channel, mask=there, other=0.0)
+    if batch_weight is None:
+        batch_weight = record + 6 * channels
     share = tl.load(batch_weight) / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw
@@ -86,7 +88,7 @@ def backward_whole(
     dx,
     weight,
     batch_weight,
-    statistics,
+    record,
     parameters,
     channels,
     outer,
@@ -106,8 +108,8 @@ def backward_whole(
     channel = my_channels(BLOCK_C)
     there = channel < channels
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    mean = tl.load(statistics + 2 * channels + channel, mask=there, other=0.0)
-    var = tl.load(statistics + 3 * channels + channel, mask=there, other=1.0)
+    mean = tl.load(record + 2 * channels + channel, mask=there, other=0.0)
+    var = tl.load(record + 3 * channels + channel, mask=there, other=1.0)
     product, db = _sums(
         dy, x, mean, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
@@ -121,7 +123,7 @@ def backward_whole(
             dx,
             weight,
             batch_weight,
-            statistics,
+            record,
             dw,
             db,
             channel,
@@ -143,7 +145,7 @@ def backward_whole(
 def sums_part(
     dy,
     x,
-    statistics,
+    record,
     parts,
     channels,
     outer,
@@ -161,7 +163,7 @@ def sums_part(
     channel = my_channels(BLOCK_C)
     there = channel < channels
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    mean = tl.load(statistics + 2 * channels + channel, mask=there, other=0.0)
+    mean = tl.load(record + 2 * channels + channel, mask=there, other=0.0)
     product, plain = _sums(
         dy, x, mean, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
@@ -173,7 +175,7 @@ def sums_part(
 @triton.jit(do_not_specialize=["splits"])
 def add_parts(
     parts,
-    statistics,
+    record,
     parameters,
     channels,
     splits,
@@ -189,7 +191,7 @@ def add_parts(
     place = parts + split.to(tl.int64)[:, None] * channels + channel[None, :]
     product = tl.sum(tl.load(place, mask=mask, other=0.0), 0)
     plain = tl.sum(tl.load(place + tl.cast(splits, tl.int64) * channels, mask=mask, other=0.0), 0)
-    var = tl.load(statistics + 3 * channels + channel, mask=there, other=1.0)
+    var = tl.load(record + 3 * channels + channel, mask=there, other=1.0)
     tl.store(parameters + channel, product * tl.rsqrt(var + EPS), mask=there)
     tl.store(parameters + channels + channel, plain, mask=there)
 
@@ -201,7 +203,7 @@ def input_gradient_part(
     dx,
     weight,
     batch_weight,
-    statistics,
+    record,
     parameters,
     channels,
     outer,
@@ -229,7 +231,7 @@ def input_gradient_part(
         dx,
         weight,
         batch_weight,
-        statistics,
+        record,
         dw,
         db,
         channel,

@@ -9,7 +9,7 @@ from mbnorm.backends.triton_memory import note_of_average
 
 @triton.jit
 def _averages_after(
-    statistics,
+    record,
     running_mean,
     running_var,
     weight,
@@ -22,7 +22,7 @@ def _averages_after(
 ):
     """Return the averages for inference as they are once this forward is in them."""
     there = channel < channels
-    row = statistics + (2 * channels if BLENDED else 0) + channel
+    row = record + (2 * channels if BLENDED else 0) + channel
     mean = tl.load(row, mask=there, other=0.0)
     var = tl.load(row + channels, mask=there, other=0.0) * correction
     if not REPLACES:
@@ -39,7 +39,7 @@ def _averages_after(
 
 @triton.jit(do_not_specialize=["n", "slot"])
 def commit(
-    statistics,
+    record,
     memory_mean,
     memory_var,
     counts,
@@ -56,8 +56,6 @@ def commit(
     size,
     history,
     fixed_weight: tl.float64,
-    past,
-    batch_weight,
     log,
     log_counters,
     slot,
@@ -103,8 +101,7 @@ def commit(
                 history,
                 fixed_weight,
                 n,
-                past,
-                batch_weight,
+                record,
                 running_mean,
                 running_var,
                 batches,
@@ -116,7 +113,7 @@ def commit(
                 channels,
             )
         mean, var = _averages_after(
-            statistics,
+            record,
             running_mean,
             running_var,
             weight,
@@ -127,13 +124,13 @@ def commit(
             REPLACES,
             POOLED,
         )
-        blended = statistics + 2 * channels + channel
+        blended = record + 2 * channels + channel
         finite = (tl.abs(mean) < float("inf")) & (tl.abs(var) < float("inf"))
         finite &= tl.abs(tl.load(blended, mask=there, other=0.0)) < float("inf")
         finite &= tl.abs(tl.load(blended + channels, mask=there, other=0.0)) < float("inf")
         wrong += tl.where(there & (finite == 0), 1, 0)
         if measured is not None:
-            stepped, off, lives = distances(statistics, last, memory_mean, channel, channels)
+            stepped, off, lives = distances(record, last, memory_mean, channel, channels)
             step += stepped
             distance += off
             live += lives
@@ -145,15 +142,15 @@ def commit(
     here = tl.load(counter)
     if counts is None:
         row = 0
-        stored = statistics + 2 * channels
+        stored = record + 2 * channels
     else:
         row = here % size
-        stored = statistics
+        stored = record
     for first in range(0, channels, BLOCK_C):
         channel = first + lanes
         there = channel < channels
         mean, var = _averages_after(
-            statistics,
+            record,
             running_mean,
             running_var,
             weight,
@@ -169,7 +166,7 @@ def commit(
         tl.store(memory_mean + place, tl.load(stored + channel, mask=there, other=0.0), mask=mask)
         tl.store(memory_var + place, tl.load(stored + channels + channel, mask=there, other=0.0), mask=mask)
         if measured is not None:
-            batch_mean = tl.load(statistics + channel, mask=there, other=0.0)
+            batch_mean = tl.load(record + channel, mask=there, other=0.0)
             tl.store(last + channel, batch_mean, mask=mask)
         tl.store(running_mean + channel, mean, mask=mask)
         tl.store(running_var + channel, var, mask=mask)

@@ -69,13 +69,21 @@ def _blend(
     fixed_weight,
     measured,
     n,
-    statistics,
+    record,
     channel,
     channels,
     POOLED: tl.constexpr,
 ):
-    """Return the blended mean and variance; write them and the batch's."""
+    """Return the blended mean and variance; write them and the batch's.
+
+    The past is that of ``past_mean`` and ``past_var``, or else what the record has of it. The batch weighs
+    ``batch_weight``, or else what follows from an average that is ``filled`` or not, or what the record has.
+    """
     there = channel < channels
+    if past_mean is None:
+        past_mean = record + 4 * channels
+        past_var = record + 5 * channels
+        batch_weight = record + 6 * channels
     old_mean = tl.load(past_mean + channel, mask=there, other=0.0)
     old_var = tl.load(past_var + channel, mask=there, other=1.0)
     if batch_weight is None:
@@ -88,10 +96,10 @@ def _blend(
     if POOLED:
         away = batch_mean - old_mean
         var += weight * rest * away * away
-    tl.store(statistics + channel, batch_mean, mask=there)
-    tl.store(statistics + channels + channel, batch_var, mask=there)
-    tl.store(statistics + 2 * channels + channel, mean, mask=there)
-    tl.store(statistics + 3 * channels + channel, var, mask=there)
+    tl.store(record + channel, batch_mean, mask=there)
+    tl.store(record + channels + channel, batch_var, mask=there)
+    tl.store(record + 2 * channels + channel, mean, mask=there)
+    tl.store(record + 3 * channels + channel, var, mask=there)
     return mean, var
 
 
@@ -143,7 +151,7 @@ def forward_whole(
     fixed_weight: tl.float64,
     measured,
     n,
-    statistics,
+    record,
     channels,
     outer,
     units,
@@ -177,7 +185,7 @@ def forward_whole(
         fixed_weight,
         measured,
         n,
-        statistics,
+        record,
         channel,
         channels,
         POOLED,
@@ -246,7 +254,7 @@ def blend_parts(
     fixed_weight: tl.float64,
     measured,
     n,
-    statistics,
+    record,
     channels,
     splits,
     POOLED: tl.constexpr,
@@ -278,7 +286,7 @@ def blend_parts(
         fixed_weight,
         measured,
         n,
-        statistics,
+        record,
         channel,
         channels,
         POOLED,
@@ -291,7 +299,7 @@ def normalize_part(
     y,
     weight,
     bias,
-    statistics,
+    record,
     channels,
     outer,
     units,
@@ -308,8 +316,8 @@ def normalize_part(
     inner = units * UNIT
     channel = my_channels(BLOCK_C, True)
     begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
-    mean = tl.load(statistics + 2 * channels + channel, mask=channel < channels, other=0.0)
-    var = tl.load(statistics + 3 * channels + channel, mask=channel < channels, other=1.0)
+    mean = tl.load(record + 2 * channels + channel, mask=channel < channels, other=0.0)
+    var = tl.load(record + 3 * channels + channel, mask=channel < channels, other=1.0)
     _normalize(
         x,
         y,

@@ -1,7 +1,6 @@
 """The registered operators of the Triton backend, and how kernels are launched."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,26 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from mbnorm.backends import triton_backward, triton_forward
-from mbnorm.backends.triton_cut import cut, parts_cut, runs_of
+from mbnorm.backends.triton_cut import parts_cut
+from mbnorm.backends.triton_kinds import Kind, kind_of
 from mbnorm.blend import statistics_dtype
 
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 ALIGNED = 16
 """Bytes; what kernels are compiled for depends on whether tensors begin at a multiple of them."""
 
-_compiled: dict[Any, Any] = {}
+_NOWHERE_ELSE: AbstractContextManager[Any] = nullcontext()
+
+_compiled: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
 
 class History(NamedTuple):
-    """What a batch is blended with, as the kernels take it.
+    """What a batch is blended with, as the kernels take it; without ``mean`` it is what the record has.
 
     The batch weighs ``batch_weight``; where that is None, what `triton_average.batch_weight_of_average` finds
     from the rest, for ``n`` values per channel.
     """
 
-    mean: Tensor
-    var: Tensor
-    batch_weight: Tensor | None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batch_weight: Tensor | None = None
     filled: Tensor | None = None
     weight: Tensor | None = None
     fixed_weight: float = 0.0
@@ -36,49 +38,42 @@ class History(NamedTuple):
     n: int = 1
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Return ``x``, copied if neither its maps nor its channels lie together."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+IN_THE_RECORD = History()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Return what makes Triton launch on the device of ``x``: it does on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(x.device)
 
 
 def launch(kernel: Any, grid: tuple[int, int], key: Any, *arguments: Any, warps: int = 4) -> None:
     """Launch a kernel on the current device.
 
     Triton looks at every argument to find what it has compiled, which takes longer than the launch. Where all
-    tensors are aligned, ``key`` says as much: it has the device, the types and all that it is compiled for.
+    tensors are aligned, ``key`` says as much: it has the kind of input, which of the arguments are tensors,
+    and all else that the kernel is compiled for.
     """
-    addresses = 0
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            addresses |= argument.data_ptr()
-    # on ROCm it depends on the sizes of storages, too
-    follows = addresses % ALIGNED == 0 and torch.version.hip is None
     # the hash of a kernel itself takes a lock
-    whole = id(kernel), warps, key
-    if follows and (known := _compiled.get(whole)):
-        known[(*grid, 1)](*arguments)
-        return
+    whole = id(kernel), key
+    if known := _compiled.get(whole):
+        made, places = known
+        if _aligned([arguments[place] for place in places]):
+            made[(*grid, 1)](*arguments)
+            return
     made = kernel[grid](*arguments, num_warps=warps)
-    # interpreted kernels are not compiled
-    if follows and made is not None:
-        _compiled[whole] = made
+    places = tuple(place for place, argument in enumerate(arguments) if isinstance(argument, Tensor))
+    # interpreted kernels are not compiled; on ROCm what is compiled depends on the sizes of storages, too
+    if made is not None and torch.version.hip is None and _aligned([arguments[place] for place in places]):
+        _compiled[whole] = made, places
 
 
-def kind_of(x: Tensor) -> tuple[torch.device, int, torch.Size | None]:
-    """Return what every kernel is compiled for: device, channels, and where 32 bits do not suffice, sizes."""
-    return x.device, x.shape[1], x.shape if x.numel() >= 2**31 else None
+def _aligned(tensors: list[Tensor]) -> bool:
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % ALIGNED == 0
 
 
 def forward(
@@ -92,29 +87,31 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
+    kind = kind_of(x)
+    record = x.new_empty((4, kind.channels), dtype=kind.state)
     past = History(past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device))
     with on_device_of(x):
-        return normalize(x, weight, bias, past, pooled, eps)
+        return normalize(kind, x, weight, bias, past, record, pooled, eps), record
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, past: History, pooled: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Do as `forward` on the current device."""
-    x = _dense(x)
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: History,
+    record: Tensor,
+    pooled: bool,
+    eps: float,
+) -> Tensor:
+    """Return ``y``, and write the statistics into the record, on the current device."""
+    x = x if kind.dense else x.contiguous()
     y = torch.empty_like(x)
-    channels = x.shape[1]
-    dtype = statistics_dtype(x.dtype)
-    statistics = x.new_empty((4, channels), dtype=dtype)
-    outer, inner, rows, unit = runs_of(x)
-    made = cut(channels, outer, inner, rows, _processors(x.device))
+    made, state = kind.cut, STATES[kind.state]
     weight, bias = _contiguous(weight), _contiguous(bias)
     grid, warps = (made.blocks, made.splits), made.warps
-    sizes = channels, outer, inner // unit, made.per_split
-    tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
-    computed = past.batch_weight is None, past.measured is None, getattr(past.weight, "dtype", None)
-    optional = weight is None, bias is None, *computed
-    key = *kind_of(x), x.dtype, tiles, optional, pooled, eps
+    computed = past.filled is None, past.measured is None, past.weight is None or past.weight.dtype
+    key = kind.number, weight is None, bias is None, past.mean is None, computed, pooled, eps
     given = x, y, weight, bias
     if made.splits == 1:
         launch(
@@ -123,66 +120,67 @@ def normalize(
             key,
             *given,
             *past,
-            statistics,
-            *sizes,
+            record,
+            *kind.sizes,
             eps,
             pooled,
-            *tiles,
+            state,
+            *kind.layout,
             warps=warps,
         )
-        return y, statistics
-    parts = x.new_empty((5, made.splits, channels), dtype=dtype)
+        return y
+    channels = kind.channels
+    parts = x.new_empty((5, made.splits, channels), dtype=kind.state)
     s, c, blocks = parts_cut(made.splits, channels)
-    launch(triton_forward.moments_part, grid, key, x, parts, *sizes, *tiles, warps=warps)
+    tiles = *kind.sizes, state, *kind.layout
+    launch(triton_forward.moments_part, grid, key, x, parts, *tiles, warps=warps)
     numbers = channels, made.splits, pooled, s, c
-    launch(triton_forward.blend_parts, (blocks, 1), (key, s, c), parts, *past, statistics, *numbers)
-    launch(triton_forward.normalize_part, grid, key, *given, statistics, *sizes, eps, *tiles, warps=warps)
-    return y, statistics
+    launch(triton_forward.blend_parts, (blocks, 1), (key, s, c), parts, *past, record, *numbers)
+    sizes = *kind.sizes, eps, state, *kind.layout
+    launch(triton_forward.normalize_part, grid, key, *given, record, *sizes, warps=warps)
+    return y
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    batch_weight: Tensor,
-    statistics: Tensor,
+    batch_weight: Tensor | None,
+    record: Tensor,
     pooled: bool,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dx``, empty if it is not needed, and the rows ``(dw, db)``."""
-    x = _dense(x)
+    """Return ``dx``, empty if it is not needed, and the rows ``(dw, db)``.
+
+    Where ``batch_weight`` is None the record has it.
+    """
+    kind = kind_of(x)
+    x = x if kind.dense else x.contiguous()
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x) if need_dx else None
-    channels = x.shape[1]
-    dtype = statistics_dtype(x.dtype)
-    parameters = x.new_empty((2, channels), dtype=dtype)
-    outer, inner, rows, unit = runs_of(x)
-    made = cut(channels, outer, inner, rows, _processors(x.device))
+    made, state, channels = kind.cut, STATES[kind.state], kind.channels
+    parameters = x.new_empty((2, channels), dtype=kind.state)
     grid, warps = (made.blocks, made.splits), made.warps
-    sizes = channels, outer, inner // unit, made.per_split
-    weight, batch_weight = _contiguous(weight), batch_weight.to(x.device)
-    statistics = statistics.contiguous()
-    given = dy, x, dx, weight, batch_weight, statistics, parameters
-    tiles = STATES[dtype], rows, unit, made.c, made.o, made.i
-    key = *kind_of(x), x.dtype, tiles, weight is None, need_dx, pooled, eps
+    weight = _contiguous(weight)
+    if batch_weight is not None:
+        batch_weight, record = batch_weight.to(x.device), record.contiguous()
+    given = dy, x, dx, weight, batch_weight, record, parameters
+    key = kind.number, weight is None, batch_weight is None, need_dx, pooled, eps
+    rules = *kind.sizes, eps, pooled, state, *kind.layout
     with on_device_of(x):
         if made.splits == 1:
-            whole = triton_backward.backward_whole
-            launch(whole, grid, key, *given, *sizes, eps, pooled, *tiles, warps=warps)
+            launch(triton_backward.backward_whole, grid, key, *given, *rules, warps=warps)
         else:
-            parts = x.new_empty((2, made.splits, channels), dtype=dtype)
+            parts = x.new_empty((2, made.splits, channels), dtype=kind.state)
             s, c, blocks = parts_cut(made.splits, channels)
-            sums = dy, x, statistics, parts
-            launch(triton_backward.sums_part, grid, key, *sums, *sizes, *tiles, warps=warps)
+            sums = dy, x, record, parts, *kind.sizes, state, *kind.layout
+            launch(triton_backward.sums_part, grid, key, *sums, warps=warps)
             numbers = channels, made.splits, eps, s, c
-            launch(
-                triton_backward.add_parts, (blocks, 1), (key, s, c), parts, statistics, parameters, *numbers
-            )
+            launch(triton_backward.add_parts, (blocks, 1), (key, s, c), parts, record, parameters, *numbers)
             if need_dx:
-                part = triton_backward.input_gradient_part
-                launch(part, grid, key, *given, *sizes, eps, pooled, *tiles, warps=warps)
+                launch(triton_backward.input_gradient_part, grid, key, *given, *rules, warps=warps)
     return x.new_empty(0) if dx is None else dx, parameters
 
 
@@ -190,14 +188,19 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Return what `forward` does, without the values."""
-    return torch.empty_like(_dense(x)), x.new_empty((4, x.shape[1]), dtype=statistics_dtype(x.dtype))
+def empty_output(x: Tensor) -> Tensor:
+    """Return a tensor like the output for ``x``, without values."""
+    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return torch.empty_like(x if dense else x.contiguous())
+
+
+def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(x), x.new_empty((4, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     need_dx = others[-1]
-    dx = torch.empty_like(_dense(x)) if need_dx else x.new_empty(0)
+    dx = empty_output(x) if need_dx else x.new_empty(0)
     return dx, x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
@@ -207,12 +210,12 @@ _library.define(
     "bool pooled, float eps) -> (Tensor, Tensor)"
 )
 _library.define(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor batch_weight, Tensor statistics, bool pooled, "
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? batch_weight, Tensor record, bool pooled, "
     "float eps, bool need_dx) -> (Tensor, Tensor)"
 )
 # on the CPU they run under TRITON_INTERPRET=1
 for _key in ("CUDA", "CPU"):
     _library.impl("forward", forward, _key)
     _library.impl("backward", backward, _key)
-torch.library.register_fake("mbnorm_triton::forward", forward_shapes, lib=_library)
+torch.library.register_fake("mbnorm_triton::forward", _forward_shapes, lib=_library)
 torch.library.register_fake("mbnorm_triton::backward", _backward_shapes, lib=_library)

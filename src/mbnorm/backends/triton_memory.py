@@ -56,8 +56,7 @@ def note_of_average(
     history,
     fixed_weight,
     n,
-    past,
-    batch_weight,
+    record,
     running_mean,
     running_var,
     batches,
@@ -68,15 +67,14 @@ def note_of_average(
     channel,
     channels,
 ):
-    """Write what a forward reads of a moving average: rows of ``past``, (2, C), and the batch's weight."""
+    """Write what a forward reads of a moving average into its record, and into a log."""
     there = channel < channels
     mean = tl.load(memory_mean + channel, mask=there, other=0.0)
     var = tl.load(memory_var + channel, mask=there, other=0.0)
-    tl.store(past + channel, mean, mask=there)
-    tl.store(past + channels + channel, var, mask=there)
-    if tl.program_id(0) == 0:
-        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n)
-        tl.store(batch_weight, weight.to(batch_weight.dtype.element_ty))
+    tl.store(record + 4 * channels + channel, mean, mask=there)
+    tl.store(record + 5 * channels + channel, var, mask=there)
+    weight = batch_weight_of_average(filled, history, fixed_weight, measured, n)
+    tl.store(record + 6 * channels + channel, tl.zeros_like(mean) + weight.to(mean.dtype), mask=there)
     if log is not None:
         _log(
             log,
@@ -106,8 +104,7 @@ def note_average(
     history,
     fixed_weight: tl.float64,
     n,
-    past,
-    batch_weight,
+    record,
     running_mean,
     running_var,
     batches,
@@ -128,8 +125,7 @@ def note_average(
         history,
         fixed_weight,
         n,
-        past,
-        batch_weight,
+        record,
         running_mean,
         running_var,
         batches,
@@ -167,8 +163,7 @@ def read_ring(
     limit,
     n,
     size,
-    past,
-    batch_weight,
+    record,
     running_mean,
     running_var,
     batches,
@@ -183,7 +178,7 @@ def read_ring(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Read recent batches: rows of ``past``, (2, C), and the weight of the batch."""
+    """Read recent batches, and write what that gives into the record of a forward."""
     channel = my_channels(BLOCK_C)
     there = channel < channels
     newest = tl.load(position) - 1
@@ -212,10 +207,9 @@ def read_ring(
             away = tl.load(memory_mean + place, mask=mask, other=0.0) - mean[None, :]
             var += tl.where(mask, share * away * away, 0.0)
     var = tl.sum(var, 0)
-    tl.store(past + channel, mean, mask=there)
-    tl.store(past + channels + channel, var, mask=there)
-    if tl.program_id(0) == 0:
-        tl.store(batch_weight, (n / (n + total)).to(batch_weight.dtype.element_ty))
+    tl.store(record + 4 * channels + channel, mean, mask=there)
+    tl.store(record + 5 * channels + channel, var, mask=there)
+    tl.store(record + 6 * channels + channel, tl.zeros_like(mean) + (n / (n + total)).to(STATE), mask=there)
     if log is not None:
         _log(
             log,

@@ -6,8 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.backends import triton_commit, triton_launch, triton_memory
+from mbnorm.backends import triton_commit, triton_memory
 from mbnorm.backends.triton_cut import power_of_two
+from mbnorm.backends.triton_kinds import Kind, kind_of
+from mbnorm.backends.triton_launch import (
+    IN_THE_RECORD,
+    STATES,
+    History,
+    empty_output,
+    launch,
+    normalize,
+    on_device_of,
+)
 from mbnorm.blend import statistics_dtype
 
 NOTE_TILE = 256
@@ -18,86 +28,72 @@ CHANNELS_OF_ONE = 1024
 """Channels that the one program which commits looks at in one go."""
 WARPS_OF_ONE = 8
 
-Remembered = tuple[Tensor, Tensor, Tensor, Tensor]
+Remembered = tuple[Tensor, Tensor]
+"""Output, and record: rows are the batch's mean and variance, the blended ones, the past ones that were read,
+and the weight of the batch."""
+ROWS = 7
 
 
-class _Forward:
-    """A forward with a memory: what it is about, and its commit."""
+def _new_record(x: Tensor, kind: Kind, states: tuple[Tensor | None, ...]) -> Tensor:
+    """Return an empty record, once it is known that kernels can write the states in place.
 
-    def __init__(self, x: Tensor, states: tuple[Tensor | None, ...]) -> None:
-        self.x = x
-        self.channels = x.shape[1]
-        self.n = x.numel() // x.shape[1]
-        self.dtype = statistics_dtype(x.dtype)
-        self._check(states)
-        self.past = x.new_empty((2, self.channels), dtype=self.dtype)
-        self.batch_weight = x.new_empty((), dtype=self.dtype)
-        self.key = *triton_launch.kind_of(x), self.dtype
+    Raises:
+        RuntimeError: one is not contiguous, or neither int64 nor of the dtype of statistics.
+    """
+    for state in states:
+        if state is None:
+            continue
+        if not state.is_contiguous() or (state.dtype != kind.state and state.dtype != torch.int64):
+            raise RuntimeError(
+                f"expected contiguous state in {kind.state} for an input in {x.dtype}, "
+                f"got {state.dtype} with strides {state.stride()}"
+            )
+    return x.new_empty((ROWS, kind.channels), dtype=kind.state)
 
-    def _check(self, states: tuple[Tensor | None, ...]) -> None:
-        """Refuse states that kernels cannot write in place.
 
-        Raises:
-            RuntimeError: one is not contiguous, or neither int64 nor of the dtype of statistics.
-        """
-        for state in states:
-            if state is None:
-                continue
-            if not state.is_contiguous() or state.dtype not in (self.dtype, torch.int64):
-                raise RuntimeError(
-                    f"expected contiguous state in {self.dtype} for an input in {self.x.dtype}, "
-                    f"got {state.dtype} with strides {state.stride()}"
-                )
+def _commit(
+    kind: Kind,
+    record: Tensor,
+    memory: tuple[Tensor | None, ...],
+    averages: tuple[Tensor, ...],
+    history: tuple[Tensor | None, float],
+    log: tuple[Tensor | None, Tensor | None, int],
+    blended: bool,
+    unbiased: bool,
+    new_weight: float,
+    new_pooled: bool,
+    early: float,
+) -> None:
+    """Store a forward.
 
-    def commit(
-        self,
-        statistics: Tensor,
-        memory: tuple[Tensor | None, ...],
-        averages: tuple[Tensor, ...],
-        read: tuple[Any, ...],
-        blended: bool,
-        unbiased: bool,
-        new_weight: float,
-        new_pooled: bool,
-        early: float,
-    ) -> None:
-        """Store a forward.
-
-        ``memory`` has mean, variance, counts, counter, and ``last`` and ``measured``; ``read`` tells what of
-        a moving average to write elsewhere before.
-        """
-        counts, measured, log = memory[2], memory[5], read[4]
-        # the constants that decide what is computed
-        rules = blended, unbiased and self.n > 1, early > 0, new_weight == 1, new_pooled
-        size = 1 if counts is None else counts.shape[0]
-        block = min(power_of_two(self.channels), CHANNELS_OF_ONE)
-        triton_launch.launch(
-            triton_commit.commit,
-            (1, 1),
-            (
-                *self.key,
-                rules,
-                size,
-                block,
-                counts is None,
-                measured is None,
-                getattr(read[0], "dtype", None),
-                log is None,
-            ),
-            statistics,
-            *memory,
-            *averages,
-            new_weight,
-            early,
-            self.n,
-            size,
-            *read,
-            self.channels,
-            *rules,
-            triton_launch.STATES[self.dtype],
-            block,
-            warps=WARPS_OF_ONE,
-        )
+    ``memory`` has mean, variance, counts, counter, and ``last`` and ``measured``; what was read of a moving
+    average, which weighs as ``history`` tells, is written to the record and the log before.
+    """
+    counts, measured, weight = memory[2], memory[5], history[0]
+    # the constants that decide what is computed
+    rules = blended, unbiased and kind.n > 1, early > 0, new_weight == 1, new_pooled
+    size = 1 if counts is None else counts.shape[0]
+    absent = counts is None, measured is None, weight is None or weight.dtype, log[0] is None
+    block = min(power_of_two(kind.channels), CHANNELS_OF_ONE)
+    launch(
+        triton_commit.commit,
+        (1, 1),
+        (kind.number, rules, size, block, absent),
+        record,
+        *memory,
+        *averages,
+        new_weight,
+        early,
+        kind.n,
+        size,
+        *history,
+        *log,
+        kind.channels,
+        *rules,
+        STATES[kind.state],
+        block,
+        warps=WARPS_OF_ONE,
+    )
 
 
 def forward_with_average(
@@ -125,30 +121,37 @@ def forward_with_average(
 ) -> Remembered:
     """Read a moving average, normalize and store or not; see `mbnorm.backends.cpu.forward_with_average`."""
     averages = running_mean, running_var, batches, skipped
-    made = _Forward(x, (memory_mean, memory_var, filled, last, measured, *averages))
-    history = history_weight, fixed_weight
-    with triton_launch.on_device_of(x):
-        past = triton_launch.History(memory_mean, memory_var, None, filled, *history, measured, made.n)
-        y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
+    kind = kind_of(x)
+    record = _new_record(x, kind, (memory_mean, memory_var, filled, last, measured, *averages))
+    history, noted = (history_weight, fixed_weight), (log, log_counters, slot)
+    past = History(memory_mean, memory_var, None, filled, history_weight, fixed_weight, measured, kind.n)
+    with on_device_of(x):
+        y = normalize(kind, x, weight, bias, past, record, pooled, eps)
         # only now: the commit overwrites what was read
         if store:
-            read = *history, made.past, made.batch_weight, log, log_counters, slot
             memory = memory_mean, memory_var, None, filled, last, measured
-            made.commit(statistics, memory, averages, read, *update)
+            _commit(kind, record, memory, averages, history, noted, *update)
         else:
-            block = min(power_of_two(made.channels), NOTE_TILE)
-            average = memory_mean, memory_var, filled, last, measured
-            noted = *history, made.n, made.past, made.batch_weight, *averages, log, log_counters, slot
-            triton_launch.launch(
+            block = min(power_of_two(kind.channels), NOTE_TILE)
+            absent = measured is None, history_weight is None or history_weight.dtype, log is None
+            launch(
                 triton_memory.note_average,
-                (-(-made.channels // block), 1),
-                (*made.key, block, measured is None, getattr(history_weight, "dtype", None), log is None),
-                *average,
+                (-(-kind.channels // block), 1),
+                (kind.number, block, absent),
+                memory_mean,
+                memory_var,
+                filled,
+                last,
+                measured,
+                *history,
+                kind.n,
+                record,
+                *averages,
                 *noted,
-                made.channels,
+                kind.channels,
                 block,
             )
-    return y, statistics, made.past, made.batch_weight
+    return y, record
 
 
 def forward_with_ring(
@@ -176,50 +179,47 @@ def forward_with_ring(
     """Read recent batches, normalize and store or not; see `mbnorm.backends.cpu.forward_with_ring`."""
     averages = running_mean, running_var, batches, skipped
     memory = memory_mean, memory_var, counts, position
-    made = _Forward(x, (*memory, *averages))
+    kind = kind_of(x)
+    record = _new_record(x, kind, (*memory, *averages))
     size = counts.shape[0]
     entries = min(power_of_two(size), MOST_ENTRIES)
-    block = min(power_of_two(made.channels), max(1, READ_TILE // entries))
-    past_mean, past_var = made.past.unbind()
-    with triton_launch.on_device_of(x):
-        triton_launch.launch(
+    block = min(power_of_two(kind.channels), max(1, READ_TILE // entries))
+    with on_device_of(x):
+        launch(
             triton_memory.read_ring,
-            (-(-made.channels // block), 1),
-            (*made.key, size, entries, block, decay, pooled, log is None),
+            (-(-kind.channels // block), 1),
+            (kind.number, size, entries, block, decay, pooled, log is None),
             *memory,
             limit,
-            made.n,
+            kind.n,
             size,
-            made.past,
-            made.batch_weight,
+            record,
             *averages,
             log,
             log_counters,
             slot,
-            made.channels,
+            kind.channels,
             math.log2(decay),
             pooled,
-            triton_launch.STATES[made.dtype],
+            STATES[kind.state],
             entries,
             block,
         )
-        past = triton_launch.History(past_mean, past_var, made.batch_weight)
-        y, statistics = triton_launch.normalize(x, weight, bias, past, pooled, eps)
+        y = normalize(kind, x, weight, bias, IN_THE_RECORD, record, pooled, eps)
         if store:
-            unread = None, 0.0, None, None, None, None, 0
-            made.commit(statistics, (*memory, None, None), averages, unread, *update)
-    return y, statistics, made.past, made.batch_weight
+            noted = None, None, 0
+            _commit(kind, record, (*memory, None, None), averages, (None, 0.0), noted, *update)
+    return y, record
 
 
 def _shapes(x: Tensor, *_: Any) -> Remembered:
-    past, batch_weight = (x.new_empty(s, dtype=statistics_dtype(x.dtype)) for s in ((2, x.shape[1]), ()))
-    return *triton_launch.forward_shapes(x), past, batch_weight
+    return empty_output(x), x.new_empty((ROWS, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
 _AROUND = (
     "Tensor({}!) running_mean, Tensor({}!) running_var, Tensor({}!) batches, Tensor({}!) skipped, "
     "Tensor({}!)? log, Tensor({}!)? log_counters, int slot, bool store, bool blended, bool unbiased, "
-    "float new_weight, bool new_pooled, float early) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float new_weight, bool new_pooled, float early) -> (Tensor, Tensor)"
 )
 _library: Any = torch.library.Library("mbnorm_triton", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(

@@ -11,16 +11,14 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from mbnorm.averages import CUMULATIVE, InferenceAverages, InferenceUpdate, commit
-from mbnorm.backends import triton
-from mbnorm.blend import Variance, statistics_dtype
+from mbnorm.backends import cpu, triton
+from mbnorm.blend import statistics_dtype
 from mbnorm.functional import (
     Backend,
     BlendedBatchNorm,
-    KernelForward,
     blended_batch_norm,
     choose,
     in_dtype,
-    normalize_by_kernels,
 )
 from mbnorm.layers.prepared import PreparedForward, Remembered
 from mbnorm.layers.state import StatefulBatchNorm
@@ -34,6 +32,9 @@ from mbnorm.recompute import (
     transforms_run,
     unseen_by_selective_checkpoints,
 )
+
+FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
+"""The backends whose kernels read and commit, too."""
 
 REFERENCE_BATCH = 32
 """Batch size at which ``momentum`` is the weight of one batch in the averages of moments."""
@@ -110,12 +111,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         else:
             if repeated := self._repeat(input, n, backend):
                 return repeated.y
-            if backend == "cpu" and n > 0 and self._fuses(input):
+            kernels = FUSED.get(backend)
+            if kernels is not None and n > 0 and self._fuses(input):
                 stores = self.stores
-                return self._run_fused(input, n, logs=stores, stores=stores)[0]
+                return self._run_fused(kernels, input, n, logs=stores, stores=stores)[0]
             self._calls.drop_done()
-            if backend == "triton" and n > 0 and self._fuses(input):
-                return self._run_on_device(input, n, m)
             past = self._read(n)
             result, node = self._blend_watched(input, past, backend)
             self._calls.remember(Call(n, result[1:], past), node)
@@ -133,9 +133,11 @@ class HistoryBatchNorm(StatefulBatchNorm):
         state = self._buffers["running_mean"]
         return state is not None and state.dtype == statistics_dtype(input.dtype)
 
-    def _run_fused(self, input: Tensor, n: int, *, logs: bool, stores: bool) -> Remembered:
+    def _run_fused(
+        self, kernels: ModuleType, input: Tensor, n: int, *, logs: bool, stores: bool
+    ) -> Remembered:
         """Read the memory, normalize, and store or not; ``logs`` notes the state before for `undo`."""
-        prepared = PreparedForward(self, input, n, logs=logs, stores=stores)
+        prepared = PreparedForward(self, kernels, input, n, logs=logs, stores=stores)
         # past Module's own way, which looks for parameters and is slow
         self.__dict__["_prepared"] = prepared if n > 1 and prepared.lasts and self._repeats() else None
         return prepared.run(self, input)
@@ -143,28 +145,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
     def _repeats(self) -> bool:
         """Whether the next forward of the same kind needs nothing but the kernels."""
         return True
-
-    def _run_on_device(self, input: Tensor, n: int, m: int) -> Tensor:
-        undo = self._undo if self.stores else None
-        averages = self._averages()
-        log = (None, None, 0) if undo is None else undo.to_write(averages.mean, self._more_numbers())
-        rules = (self.variance == "pooled", self.eps)
-        rest = (
-            *rules,
-            *self._as_kernels_take(self._memory()),
-            *self._how_read(n),
-            *averages,
-            *log,
-            self.stores,
-            *self._fused_update(m),
-        )
-        forward = FusedForward(self._fused_operator(triton), rest, self.variance, self.eps)
-        y = normalize_by_kernels(forward, input, *self._parameters_for(input))
-        if undo is not None:
-            undo.add_written()
-        past = Past(*forward.past, forward.batch_weight)
-        self._calls.remember(Call(n, forward.statistics, past), y.grad_fn)
-        return y
 
     def _fused_update(self, m: int) -> tuple[bool, bool, float, bool, float]:
         """Return what tells the kernels what goes into the averages for inference."""
@@ -305,27 +285,6 @@ class HistoryBatchNorm(StatefulBatchNorm):
     ) -> None:
         batch, blended = (result.batch_mean, result.batch_var), (result.mean, result.var)
         commit(memory, averages, batch, blended, n, self._update(m))
-
-
-class FusedForward(KernelForward):
-    """A forward by Triton's kernels that reads a memory, normalizes and stores at once."""
-
-    __slots__ = ("forward", "rest")
-
-    def __init__(
-        self, forward: Callable[..., Any], rest: tuple[Any, ...], variance: Variance, eps: float
-    ) -> None:
-        super().__init__(triton, variance, eps)
-        self.forward = forward
-        self.rest = rest
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the statistics and what was read."""
-        y: Tensor
-        y, self.statistics, past, self.batch_weight = self.forward(x, weight, bias, *self.rest)
-        past_mean, past_var = past.unbind(0)
-        self.past = past_mean, past_var
-        return y
 
 
 def moments_update(momentum: float, m: int, early: float = 0.0) -> InferenceUpdate:

@@ -1,4 +1,4 @@
-"""A layer's forward by the CPU kernels, prepared once and run again for as long as nothing has changed.
+"""A layer's forward by fused kernels, prepared once and run again for as long as nothing has changed.
 
 On small maps the Python around the kernels takes longer than they do: it finds out what kind of call this is,
 and puts the same arguments together.
@@ -6,6 +6,7 @@ and puts the same arguments together.
 
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -14,7 +15,8 @@ from torch.autograd import forward_ad
 
 from mbnorm.backends import cpu
 from mbnorm.blend import statistics_dtype
-from mbnorm.recompute import RecordedCall, backward_runs
+from mbnorm.functional import RecordedForward, normalize_by_kernels
+from mbnorm.recompute import CpuCall, RecordedCall, backward_runs
 
 if TYPE_CHECKING:
     from mbnorm.layers.base import HistoryBatchNorm
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 _dtype_of = attrgetter("dtype")
 
 Remembered: TypeAlias = tuple[Tensor, Tensor]
-"""Output and record of the kernels that read a memory; see `mbnorm.backends.cpu`."""
+"""Output and record of kernels that read a memory; see `mbnorm.backends.cpu`."""
 
 
 class PreparedForward:
@@ -30,6 +32,7 @@ class PreparedForward:
 
     Args:
         layer: the layer, in train mode.
+        kernels: the backend.
         input: of the shape to come, such as the kernels take.
         n: values per channel of ``input``.
         logs: whether the state before a forward is noted for `HistoryBatchNorm.undo`.
@@ -46,20 +49,33 @@ class PreparedForward:
         "_log",
         "_n",
         "_of_that_dtype",
+        "_operator",
         "_parameters",
+        "_rules",
         "_settings",
         "_settings_of",
         "_undo",
     )
 
-    def __init__(self, layer: "HistoryBatchNorm", input: Tensor, n: int, *, logs: bool, stores: bool) -> None:
+    def __init__(
+        self,
+        layer: "HistoryBatchNorm",
+        kernels: ModuleType,
+        input: Tensor,
+        n: int,
+        *,
+        logs: bool,
+        stores: bool,
+    ) -> None:
         self._settings_of = itemgetter(*layer.settings)
         self._settings = self._settings_of(layer.__dict__)
         self._buffers = tuple(layer._buffers.values())
         self._kind = (input.shape, input.dtype, input.device)
         self._n = n
         self._parameters = layer._parameters_for(input)
-        self._kernels = layer._fused_operator(cpu)
+        self._kernels = kernels
+        self._operator = layer._fused_operator(kernels)
+        self._rules = layer.variance, layer.eps
         averages = layer._averages()
         self._undo = layer._undo if logs else None
         rows, counters = None, None
@@ -105,10 +121,18 @@ class PreparedForward:
         calls.drop_done()
         slot = 0 if undo is None else undo.slot
         how = layer._how_read(n)
-        remembered: Remembered = self._kernels(
-            input, *self._parameters, *self._before, *how, *self._log, slot, *self._after
-        )
+        arguments = *self._before, *how, *self._log, slot, *self._after
+        call: RecordedCall
+        if self._kernels is cpu:
+            # differentiable itself, and counts its backward passes
+            y, record = self._operator(input, *self._parameters, *arguments)
+            call, node = CpuCall(n, record), None
+        else:
+            forward = RecordedForward(self._kernels, *self._rules, self._operator, arguments)
+            y = normalize_by_kernels(forward, input, *self._parameters)
+            record = forward.statistics
+            call, node = RecordedCall(n, record), y.grad_fn
         if undo is not None:
             undo.add_written()
-        calls.remember(RecordedCall(n, remembered[1]), None)
-        return remembered
+        calls.remember(call, node)
+        return y, record

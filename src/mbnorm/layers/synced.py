@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from mbnorm.averages import InferenceAverages
+from mbnorm.backends import cpu
 from mbnorm.blend import blend
 from mbnorm.distributed import (
     Exchange,
@@ -206,7 +207,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
         # alike on all ranks, also where this one's part is empty: they must round alike
         commits_fused = backend == "cpu" and self._fuses(input)
         if commits_fused and n > 0:
-            y, record = self._run_fused(input, n, logs=stores, stores=False)
+            y, record = self._run_fused(cpu, input, n, logs=stores, stores=False)
             local = record[0], record[1]
         else:
             past = self._read(n)

@@ -208,7 +208,7 @@ def cut_jobs() -> list[Job]:
 
 def cut_rows(case: Case) -> Iterator[Row]:
     """Yield the times of the Triton kernels for tensors cut in other ways than theirs."""
-    from mbnorm.backends import triton_cut
+    from mbnorm.backends import triton_cut, triton_kinds
 
     usual = {name: getattr(triton_cut, name) for changes in CUTS.values() for name in changes}
     calls: dict[str, Callable[[], object]] = {}
@@ -217,6 +217,7 @@ def cut_rows(case: Case) -> Iterator[Row]:
         for name, value in (usual | changes).items():
             setattr(triton_cut, name, value)
         triton_cut.cut.cache_clear()
+        triton_kinds.forget_kinds()
         if not cut:
             break
         try:
