@@ -1,6 +1,7 @@
 """What a moving average weighs in Triton kernels, and what a measured one learns of a batch.
 
 See `mbnorm.memory.MeasuredAverage`; ``measured`` and ``last`` are None for a `mbnorm.memory.MovingAverage`.
+All is computed in the dtype of statistics: most GPUs are slow in float64.
 """
 
 import triton
@@ -15,10 +16,16 @@ _MOST_IF_ALIKE = tl.constexpr(MOST_IF_ALIKE)
 
 
 @triton.jit
+def number(value, STATE: tl.constexpr):
+    """Return a float argument in a dtype; by itself it is float32 where kernels are interpreted."""
+    return (tl.cast(0.0, STATE) + value).to(STATE)
+
+
+@triton.jit
 def _measured_weight(measured, matched_values, n):
-    """Return what the past weighs for a batch of ``n`` values per channel; float64."""
-    ratio = tl.load(measured).to(tl.float64)
-    error = tl.load(measured + 1).to(tl.float64)
+    """Return what the past weighs for a batch of ``n`` values per channel."""
+    ratio = tl.load(measured)
+    error = tl.load(measured + 1)
     known = tl.load(measured + 3) > 0
     ratio = tl.where(known, tl.maximum(ratio, 1.0), 1.0)
     noise = tl.minimum(tl.where(known, ratio / n, 1.0), 1.0)
@@ -28,19 +35,19 @@ def _measured_weight(measured, matched_values, n):
 
 
 @triton.jit
-def batch_weight_of_average(filled, history, fixed_weight, measured, n):
-    """Return what a batch weighs beside a moving average; float64.
+def batch_weight_of_average(filled, history, fixed_weight, measured, n, STATE: tl.constexpr):
+    """Return what a batch weighs beside a moving average.
 
     The average weighs ``history``, or else ``fixed_weight``, which is the values to be matched for one that
     measures.
     """
     if measured is not None:
-        weight = _measured_weight(measured, fixed_weight, n)
+        weight = _measured_weight(measured, number(fixed_weight, STATE), n)
     elif history is not None:
-        weight = tl.load(history).to(tl.float64)
+        weight = tl.load(history).to(STATE)
     else:
-        weight = fixed_weight
-    held = (tl.load(filled) > 0).to(tl.float64)
+        weight = number(fixed_weight, STATE)
+    held = (tl.load(filled) > 0).to(STATE)
     return 1.0 - held * weight
 
 
@@ -59,20 +66,19 @@ def distances(record, last, memory_mean, channel, channels):
 
 @triton.jit
 def measure(measured, filled, step, distance, live, n):
-    """Return what has been measured once a batch of ``n`` values is, from sums over channels; float64."""
-    ratio = tl.load(measured).to(tl.float64)
-    error = tl.load(measured + 1).to(tl.float64)
-    last_n = tl.load(measured + 2).to(tl.float64)
-    samples = tl.load(measured + 3).to(tl.float64)
-    values = tl.cast(n, tl.float64)
-    channels = tl.maximum(live, 1).to(tl.float64)
-    per_value = step.to(tl.float64) / channels / (1.0 / values + 1.0 / tl.maximum(last_n, 1.0))
-    # the zeros, since a float alone is float32 where kernels are interpreted
-    late = 0.0 * samples + _MEASURED_WEIGHT
-    weight = tl.maximum(late, (0.0 * samples + _EARLY) / (samples + _EARLY))
+    """Return what has been measured once a batch of ``n`` values is, from sums over channels."""
+    ratio = tl.load(measured)
+    error = tl.load(measured + 1)
+    last_n = tl.load(measured + 2)
+    samples = tl.load(measured + 3)
+    values = tl.cast(n, step.dtype)
+    channels = tl.maximum(live, 1).to(step.dtype)
+    per_value = step / channels / (1.0 / values + 1.0 / tl.maximum(last_n, 1.0))
+    early = number(_EARLY, step.dtype)
+    weight = tl.maximum(number(_MEASURED_WEIGHT, step.dtype), early / (samples + early))
     first = samples < 0
     seeded = tl.load(filled) > 0
-    off = distance.to(tl.float64) / channels - per_value / values
+    off = distance / channels - per_value / values
     new_ratio = tl.where(first, tl.where(seeded, values, 0.0), ratio + weight * (per_value - ratio))
     new_error = tl.where(first, tl.where(seeded, 0.0, 1.0), error + weight * (off - error))
     return new_ratio, new_error, values, tl.where(first & seeded, _SEEDED, samples + 1.0)

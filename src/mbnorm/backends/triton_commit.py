@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mbnorm.backends.triton_average import distances, measure
+from mbnorm.backends.triton_average import distances, measure, number
 from mbnorm.backends.triton_memory import note_of_average
 
 
@@ -73,16 +73,15 @@ def commit(
     One program does it: what one channel has decides on all of them, and measures of an average are sums over
     all. What the forward has read of a moving average is written elsewhere before it is overwritten.
     """
-    before = tl.load(batches).to(tl.float64)
-    # the zero, since a float alone is float32 where kernels are interpreted
-    weight = 0.0 * before + new_weight
+    # in the dtype of statistics: most GPUs are slow in float64
+    weight = number(new_weight, STATE)
     if EARLY:
-        weight = tl.maximum(weight, early / (before + early))
-    weight = weight.to(STATE)
-    correction = (0.0 * before + 1.0).to(STATE)
+        at_first = number(early, STATE)
+        weight = tl.maximum(weight, at_first / (tl.load(batches).to(STATE) + at_first))
+    correction = tl.cast(1.0, STATE)
     if UNBIASED:
-        values = tl.cast(n, tl.float64)
-        correction = (values / tl.maximum(values - 1.0, 1.0)).to(STATE)
+        values = tl.cast(n, STATE)
+        correction = values / tl.maximum(values - 1.0, 1.0)
     lanes = tl.arange(0, BLOCK_C)
     wrong = tl.zeros((BLOCK_C,), tl.int32)
     step = tl.zeros((BLOCK_C,), STATE)
@@ -134,6 +133,8 @@ def commit(
             step += stepped
             distance += off
             live += lives
+    # no thread overwrites what another has yet to read
+    tl.debug_barrier()
     finite = tl.sum(wrong, 0) == 0
     if measured is not None:
         ratio, error, values, samples = measure(

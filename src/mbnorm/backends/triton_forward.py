@@ -87,7 +87,8 @@ def _blend(
     old_mean = tl.load(past_mean + channel, mask=there, other=0.0)
     old_var = tl.load(past_var + channel, mask=there, other=1.0)
     if batch_weight is None:
-        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n).to(old_mean.dtype)
+        STATE: tl.constexpr = record.dtype.element_ty
+        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n, STATE)
     else:
         weight = tl.load(batch_weight)
     rest = 1.0 - weight

@@ -73,8 +73,9 @@ def note_of_average(
     var = tl.load(memory_var + channel, mask=there, other=0.0)
     tl.store(record + 4 * channels + channel, mean, mask=there)
     tl.store(record + 5 * channels + channel, var, mask=there)
-    weight = batch_weight_of_average(filled, history, fixed_weight, measured, n)
-    tl.store(record + 6 * channels + channel, tl.zeros_like(mean) + weight.to(mean.dtype), mask=there)
+    STATE: tl.constexpr = record.dtype.element_ty
+    weight = batch_weight_of_average(filled, history, fixed_weight, measured, n, STATE)
+    tl.store(record + 6 * channels + channel, tl.zeros_like(mean) + weight, mask=there)
     if log is not None:
         _log(
             log,
@@ -140,17 +141,17 @@ def note_average(
 
 @triton.jit
 def _shares(counts, first, newest, n, size, limit, LOG2_DECAY: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Return the slots from ``first`` on, and what the entries in them weigh; float64, few as they are."""
+    """Return the slots from ``first`` on, and what the entries in them weigh."""
     slot = first + tl.arange(0, BLOCK_S)
-    count = tl.load(counts + slot, mask=slot < size, other=0.0).to(tl.float64)
+    count = tl.load(counts + slot, mask=slot < size, other=0.0)
     back = (newest - slot) % size
     # the remainder has the sign of what is divided
     age = tl.where(back < 0, back + size, back) + 1
     # a seeded entry counts as many values as the batch
-    weight = tl.where(count < 0, tl.cast(n, tl.float64), count)
+    weight = tl.where(count < 0, tl.cast(n, count.dtype), count)
     weight = tl.where(age <= limit, weight, 0.0)
     if LOG2_DECAY != 0.0:
-        weight *= tl.exp2(age.to(tl.float64) * LOG2_DECAY)
+        weight *= tl.exp2(age.to(count.dtype) * LOG2_DECAY)
     return slot, weight
 
 
@@ -182,7 +183,7 @@ def read_ring(
     channel = my_channels(BLOCK_C)
     there = channel < channels
     newest = tl.load(position) - 1
-    total = tl.zeros((BLOCK_S,), tl.float64)
+    total = tl.zeros((BLOCK_S,), STATE)
     for first in range(0, size, BLOCK_S):
         total += _shares(counts, first, newest, n, size, limit, LOG2_DECAY, BLOCK_S)[1]
     total = tl.sum(total, 0)
@@ -192,7 +193,7 @@ def read_ring(
     var = tl.zeros((BLOCK_S, BLOCK_C), STATE)
     for first in range(0, size, BLOCK_S):
         entry, weight = _shares(counts, first, newest, n, size, limit, LOG2_DECAY, BLOCK_S)
-        share = (weight / one).to(STATE)[:, None]
+        share = (weight / one)[:, None]
         mask = (weight > 0)[:, None] & there[None, :]
         place = entry.to(tl.int64)[:, None] * channels + channel[None, :]
         mean += share * tl.load(memory_mean + place, mask=mask, other=0.0)
@@ -201,7 +202,7 @@ def read_ring(
     if POOLED:
         for first in range(0, size, BLOCK_S):
             entry, weight = _shares(counts, first, newest, n, size, limit, LOG2_DECAY, BLOCK_S)
-            share = (weight / one).to(STATE)[:, None]
+            share = (weight / one)[:, None]
             mask = (weight > 0)[:, None] & there[None, :]
             place = entry.to(tl.int64)[:, None] * channels + channel[None, :]
             away = tl.load(memory_mean + place, mask=mask, other=0.0) - mean[None, :]
@@ -209,7 +210,11 @@ def read_ring(
     var = tl.sum(var, 0)
     tl.store(record + 4 * channels + channel, mean, mask=there)
     tl.store(record + 5 * channels + channel, var, mask=there)
-    tl.store(record + 6 * channels + channel, tl.zeros_like(mean) + (n / (n + total)).to(STATE), mask=there)
+    tl.store(
+        record + 6 * channels + channel,
+        tl.zeros_like(mean) + tl.cast(n, STATE) / (tl.cast(n, STATE) + total),
+        mask=there,
+    )
     if log is not None:
         _log(
             log,

@@ -24,9 +24,9 @@ NOTE_TILE = 256
 READ_TILE = 2048
 MOST_ENTRIES = 256
 """Entries of a ring that a program looks at in one go."""
-CHANNELS_OF_ONE = 1024
-"""Channels that the one program which commits looks at in one go."""
-WARPS_OF_ONE = 8
+CHANNELS_OF_ONE = 2048
+"""Channels that the one program which commits looks at in one go: it waits for memory, time and again."""
+CHANNELS_A_WARP = 128
 
 Remembered = tuple[Tensor, Tensor]
 """Output, and record: rows are the batch's mean and variance, the blended ones, the past ones that were read,
@@ -92,7 +92,7 @@ def _commit(
         *rules,
         STATES[kind.state],
         block,
-        warps=WARPS_OF_ONE,
+        warps=max(1, block // CHANNELS_A_WARP),
     )
 
 
