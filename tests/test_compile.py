@@ -1,12 +1,17 @@
 """torch.compile: a graph to train, one to refresh, one to evaluate, and they compute what eager mode does."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from helpers import make_input
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
 from mbnorm import (
@@ -202,6 +207,47 @@ def test_the_backward_uses_what_the_forward_had_read(kind):
             loss = sum((call(x) * make_input((4, 3), torch.float64, seed=9)).sum() for x in leaves)
             found.append(torch.autograd.grad(loss, [*leaves, *call.parameters()]))
         assert_close(*found)
+
+
+def graphs_of_a_step(layer, x):
+    """Return the operators of the forward and the backward graph of a compiled step."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    split = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=split, decompositions=select_decomp_table
+    )
+    y = torch.compile(layer, backend=backend, fullgraph=True)(x)
+    y.backward(torch.randn_like(y))
+    return [[n for n in graph.nodes if n.op == "call_function"] for graph in graphs]
+
+
+@pytest.mark.contract("TC-1")
+@on_every_method
+def test_a_compiled_backward_takes_the_two_sums_of_batch_norms_own(method):
+    x = make_input((2, 3, 64, 64), torch.float32).requires_grad_()
+    _, backward = graphs_of_a_step(nets(method)[0].norm2d.float(), x)
+    over_the_input = [
+        n
+        for n in backward
+        if n.meta["val"].numel() * x[0, 0].numel() <= x.numel()
+        and any(a.meta["val"].numel() == x.numel() for a in n.all_input_nodes)
+    ]
+    assert [n.target for n in over_the_input] == 2 * [torch.ops.aten.sum.dim_IntList]
+
+
+@pytest.mark.contract("TC-1")
+@pytest.mark.parametrize("method", ["momentum", "matched, plain", "memorized"])
+def test_a_compiled_forward_concatenates_nothing(method):
+    # what is concatenated inductor writes in kernels of their own, and reads again
+    forward, _ = graphs_of_a_step(
+        nets(method)[0].norm2d.float(), make_input((2, 3, 4, 4), torch.float32).requires_grad_()
+    )
+    assert torch.ops.aten.cat.default not in [n.target for n in forward]
 
 
 @pytest.mark.contract("TC-1", "B1-3")

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mbnorm.blend import Variance, blend
-from mbnorm.memory import Memory, Statistics, clones, write
+from mbnorm.memory import Memory, Statistics, all_finite, clones, write
 
 
 class InferenceUpdate(NamedTuple):
@@ -95,6 +94,6 @@ def commit(
     if update.unbiased and n > 1:
         var = var * (n / (n - 1))
     running = averages.after(mean, var, update.weight, update.variance, update.early)
-    finite = torch.isfinite(torch.stack((*blended, *running))).all()
+    finite = all_finite(*blended, *running)
     memory.commit(finite, batch, blended, n)
     averages.commit(finite, *running)

@@ -4,6 +4,7 @@
 without a host synchronization, and without effect where ``finite`` is false.
 """
 
+import math
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -141,20 +142,16 @@ class MeasuredAverage(NamedTuple):
         first, seeded = samples < 0, self.filled > 0
         # what was seeded is right, and batches are worth one value, as if that had long been measured;
         # an empty memory becomes this batch, and is as wrong as that
-        measured = torch.stack(
-            (
-                torch.where(first, torch.where(seeded, n, 0.0), ratio + weight * (per_value - ratio)),
-                torch.where(
-                    first,
-                    torch.where(seeded, 0.0, 1.0),
-                    error + weight * (distance - per_value / n - error),
-                ),
-                torch.full_like(last_n, n),
-                torch.where(first & seeded, SEEDED, samples + 1),
-            )
+        new_ratio = torch.where(first, torch.where(seeded, n, 0.0), ratio + weight * (per_value - ratio))
+        new_error = torch.where(
+            first,
+            torch.where(seeded, 0.0, 1.0),
+            error + weight * (distance - per_value / n - error),
         )
+        new_samples = torch.where(first & seeded, SEEDED, samples + 1)
+        measured = torch.stack((new_ratio, new_error, torch.full_like(last_n, n), new_samples))
         # statistics may be finite whose distances are not
-        write(self.measured, measured, finite & measured.isfinite().all())
+        write(self.measured, measured, finite & all_finite(new_ratio, new_error))
         write(self.last, mean, finite)
         self._average.commit(finite, batch, blended, n)
 
@@ -229,11 +226,11 @@ class RecentBatches(NamedTuple):
     def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Store the statistics of a batch of ``n`` values per channel in place of the oldest entry."""
         mean, var = batch
-        slot = (self.position % self.size).view(1)
-        count = torch.full_like(self.counts[:1], n)
-        for ring, value in ((self.mean, mean[None]), (self.var, var[None]), (self.counts, count)):
-            value = value.to(ring.dtype)
-            ring.index_copy_(0, slot, torch.where(finite, value, ring.index_select(0, slot)))
+        slots = torch.arange(self.size, device=self.position.device)
+        here = (slots == self.position % self.size) & finite
+        self.mean.copy_(torch.where(here.unsqueeze(1), mean.to(self.mean.dtype), self.mean))
+        self.var.copy_(torch.where(here.unsqueeze(1), var.to(self.var.dtype), self.var))
+        self.counts.masked_fill_(here, n)
         self.position.add_(finite)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
@@ -297,6 +294,15 @@ def clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if hasattr(torch, "_foreach_clone"):
         return tuple(torch._foreach_clone(list(tensors)))
     return tuple(t.clone() for t in tensors)
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Return whether tensors of one shape are finite, as a 0-dim bool."""
+    # a stack of them is what torch.compile would store
+    largest = tensors[0].abs()
+    for tensor in tensors[1:]:
+        largest = torch.maximum(largest, tensor.abs())
+    return (largest < math.inf).all()
 
 
 def write(target: Tensor, value: Tensor, finite: Tensor) -> None:

@@ -78,12 +78,12 @@ def saved_by_compiled_code(past: Past) -> Past:
     """Return a past that torch.compile saves for the backward pass, and does not compute there again.
 
     It computes cheap values again, also from buffers that the forward has overwritten by then, and the
-    gradients are wrong without a word (pytorch#197039). What goes through a concatenation it saves.
+    gradients are wrong without a word (pytorch#197039). The result of a flip it saves, and it fuses flips
+    with what comes before and after, unlike concatenations.
     """
-    channels = past.mean.shape[0]
     weight = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
-    together = torch.cat((past.mean, past.var, weight.view(1)))
-    return Past(together[:channels], together[channels:-1], together[-1])
+    mean, var, one = (tensor.flip(0).flip(0) for tensor in (past.mean, past.var, weight.view(1)))
+    return Past(mean, var, one.view(()))
 
 
 @contextmanager

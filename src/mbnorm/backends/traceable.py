@@ -23,14 +23,20 @@ def blended_batch_norm(
     values = x.to(statistics_dtype(x.dtype))
     dims = [d for d in range(x.dim()) if d != 1]
     per_channel = [1, -1] + [1] * (x.dim() - 2)
-    batch_var, batch_mean = torch.var_mean(values, dims, correction=0)
+    batch_var, precise_mean = torch.var_mean(values, dims, correction=0)
+    # the variance's derivative has this mean, and a compiled backward sums again for any other
+    batch_mean = values.mean(dims, keepdim=True).view(-1)
+    batch_mean = batch_mean + (precise_mean - batch_mean).detach()
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
-    y = (values - mean.view(per_channel)) * scale.view(per_channel)
+    # y is the same around any center; around a constant, the gradient of the mean takes no sum of its own
+    center = mean.detach()
+    shift = (center - mean) * scale
     if bias is not None:
-        y = y + bias.view(per_channel)
+        shift = shift + bias
+    y = (values - center.view(per_channel)) * scale.view(per_channel) + shift.view(per_channel)
     return y.to(x.dtype), batch_mean, batch_var, mean, var
 
 
