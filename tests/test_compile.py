@@ -226,7 +226,6 @@ def graphs_of_a_step(layer, x):
     return [[n for n in graph.nodes if n.op == "call_function"] for graph in graphs]
 
 
-@pytest.mark.contract("TC-1")
 @on_every_method
 def test_a_compiled_backward_takes_the_two_sums_of_batch_norms_own(method):
     x = make_input((2, 3, 64, 64), torch.float32).requires_grad_()
@@ -240,7 +239,6 @@ def test_a_compiled_backward_takes_the_two_sums_of_batch_norms_own(method):
     assert [n.target for n in over_the_input] == 2 * [torch.ops.aten.sum.dim_IntList]
 
 
-@pytest.mark.contract("TC-1")
 @pytest.mark.parametrize("method", ["momentum", "matched, plain", "memorized"])
 def test_a_compiled_forward_concatenates_nothing(method):
     # what is concatenated inductor writes in kernels of their own, and reads again
