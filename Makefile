@@ -2,11 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help compare test test-triton test-report thorough mutants contract docs figures package oldest lint clean
+TORCH ?= 2.11.0
+
+.PHONY: help compare test test-torch test-triton test-report thorough mutants contract docs figures package oldest lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
 	@echo "make test      run the tests"
+	@echo "make test-torch TORCH=2.11.0  run the tests with another torch, gigabytes to download"
 	@echo "make test-triton  run the Triton kernels on the CPU, and compile them for several devices; minutes long"
 	@echo "make test-report  look at reports in chromium; screenshots in runs/report"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
@@ -24,6 +27,12 @@ compare: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/pytest -n auto
+
+# the constraints are for the one torch that all else is tested with
+test-torch:
+	$(PYTHON) -m venv $(VENV)-$(TORCH)
+	$(VENV)-$(TORCH)/bin/pip install --quiet 'torch==$(TORCH)' --editable '.[dev]'
+	$(VENV)-$(TORCH)/bin/python -m pytest -n auto
 
 test-triton: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]'

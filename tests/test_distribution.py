@@ -47,7 +47,9 @@ def beside_torch(wheel, tmp_path_factory):
             continue
         seen.add(distribution.name)
         for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            (folder / top).symlink_to(distribution.locate_file(top))
+            # packages may share a folder
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
         for requirement in map(Requirement, distribution.requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 wanted.append(requirement.name)

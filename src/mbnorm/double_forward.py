@@ -242,15 +242,23 @@ class _RootHook:
         if self.watcher is None or not model.training:
             return
         if torch.compiler.is_compiling():
+            from mbnorm.tracing import in_eager_mode
+
             torch._dynamo.graph_break(msg="attach DoubleForward to what torch.compile(model) returns")
-        if replaying.get():
-            return
-        # a forward that stores nothing, as SAM's second one, is none to repeat
-        if any(layer.stores for layer in memorizing_layers(model)):
-            self.watcher.capture(model, args, kwargs)
+            in_eager_mode(_capture, self.watcher, model, args, kwargs)
+        else:
+            _capture(self.watcher, model, args, kwargs)
 
     def __reduce__(self) -> tuple[type["_RootHook"], tuple[()]]:
         return _RootHook, ()
+
+
+def _capture(
+    watcher: "DoubleForward | _LastForward", model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    # a forward that stores nothing, as SAM's second one, is none to repeat
+    if not replaying.get() and any(layer.stores for layer in memorizing_layers(model)):
+        watcher.capture(model, args, kwargs)
 
 
 def _watch(model: nn.Module, watcher: "DoubleForward | _LastForward") -> RemovableHandle:

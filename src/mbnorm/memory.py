@@ -101,7 +101,7 @@ class MeasuredAverage(NamedTuple):
     last: Tensor
     measured: Tensor
 
-    @property
+    # Dynamo of torch 2.10 sees methods of tuples, and no properties
     def _average(self) -> MovingAverage:
         return MovingAverage(self.mean, self.var, self.filled)
 
@@ -125,7 +125,7 @@ class MeasuredAverage(NamedTuple):
 
     def read(self, history_weight: Tensor | float) -> Past:
         """Return the averages, weighing ``history_weight`` unless the memory is empty."""
-        return self._average.read(history_weight)
+        return self._average().read(history_weight)
 
     def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Measure a forward, and replace the averages with its blended statistics."""
@@ -153,16 +153,16 @@ class MeasuredAverage(NamedTuple):
         # statistics may be finite whose distances are not
         write(self.measured, measured, finite & all_finite(new_ratio, new_error))
         write(self.last, mean, finite)
-        self._average.commit(finite, batch, blended, n)
+        self._average().commit(finite, batch, blended, n)
 
     def seed(self, mean: Tensor, var: Tensor) -> None:
         """Start from known statistics, which are taken to be right until the batches say more."""
         self.clear()
-        self._average.seed(mean, var)
+        self._average().seed(mean, var)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._average.clear()
+        self._average().clear()
         self.last.zero_()
         self.measured.zero_()
         self.measured.narrow(0, 3, 1).fill_(-1.0)
@@ -204,8 +204,9 @@ class RecentBatches(NamedTuple):
 
     def _ages(self, position: Tensor) -> Tensor:
         """Age of each slot at ``position``: 1 is the newest, k the next to be overwritten."""
-        slots = torch.arange(self.size, device=position.device)
-        return (position - 1 - slots) % self.size + 1
+        size = self.counts.shape[0]
+        slots = torch.arange(size, device=position.device)
+        return (position - 1 - slots) % size + 1
 
     def read(self, n: int, limit: int, decay: float, variance: Variance) -> Past:
         """Return the statistics of the newest ``limit`` entries for a batch of ``n`` values per channel."""
@@ -226,8 +227,9 @@ class RecentBatches(NamedTuple):
     def commit(self, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Store the statistics of a batch of ``n`` values per channel in place of the oldest entry."""
         mean, var = batch
-        slots = torch.arange(self.size, device=self.position.device)
-        here = (slots == self.position % self.size) & finite
+        size = self.counts.shape[0]
+        slots = torch.arange(size, device=self.position.device)
+        here = (slots == self.position % size) & finite
         self.mean.copy_(torch.where(here.unsqueeze(1), mean.to(self.mean.dtype), self.mean))
         self.var.copy_(torch.where(here.unsqueeze(1), var.to(self.var.dtype), self.var))
         self.counts.masked_fill_(here, n)

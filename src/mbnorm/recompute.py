@@ -62,8 +62,15 @@ if not hasattr(torch._C, "_current_graph_task_id"):
 
 def _in_autograd_function() -> bool:
     """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints are, whoever wrote them."""
-    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    return any(f.f_code is apply for f in callers())
+    return any(map(_runs_autograd_function, callers()))
+
+
+def _runs_autograd_function(frame: FrameType) -> bool:
+    # torch's own frame around it is in C++ since 2.15
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return False
+    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx)
 
 
 def callers() -> Iterator[FrameType]:

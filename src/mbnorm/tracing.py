@@ -10,10 +10,16 @@ from mbnorm.recompute import SAVES_WHAT_WAS_READ, callers, in_torch_checkpoint
 Result = TypeVar("Result")
 
 
-@torch.compiler.disable(reason="process_group= needs eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
+@torch.compiler.disable(reason="mbnorm does this in eager mode")  # type: ignore[untyped-decorator, no-untyped-call]
 def in_eager_mode(function: Callable[..., Result], *args: Any) -> Result:
     """Call ``function`` without tracing it; fullgraph=True refuses that."""
     return function(*args)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def exports() -> bool:
+    """Return whether what traces is torch.export; asked by traced code itself, torch before 2.13 says yes."""
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

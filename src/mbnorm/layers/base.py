@@ -84,7 +84,7 @@ class HistoryBatchNorm(StatefulBatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if not (self.training and self.has_memory):
             return self._plain_batch_norm(input)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if self._is_exported():
             raise RuntimeError(
                 f"{type(self).__name__} is exported in eval mode: a graph of train mode would have today's "
                 "memory in it for ever. Call model.eval() first"
@@ -122,6 +122,14 @@ class HistoryBatchNorm(StatefulBatchNorm):
         if n > 0 and self.stores:
             self._commit(result, n, m)
         return result.y
+
+    def _is_exported(self) -> bool:
+        """Whether a graph is made of this forward that outlives the process."""
+        if not torch.compiler.is_compiling():
+            return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+        from mbnorm.tracing import exports
+
+        return bool(exports())
 
     def _leaf_of(self, input: Proxy) -> Tensor:
         """Return what torch.fx notes of torch's own layers: one call of a module, in both modes."""

@@ -133,6 +133,7 @@ class SyncedBatchNorm(HistoryBatchNorm):
             # torch.compile cannot trace collectives on the way to a memory; it says so where fullgraph=True
             from mbnorm.tracing import in_eager_mode
 
+            torch._dynamo.graph_break(msg="process_group= needs eager mode")
             return cast(Tensor, in_eager_mode(self._forward_synced, input))
         return self._forward_synced(input)
 

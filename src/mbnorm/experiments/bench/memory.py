@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return the most bytes that tensors made by ``call`` take at one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     results = profiler.profiler.kineto_results
     held = most = 0
