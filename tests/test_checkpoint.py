@@ -276,15 +276,30 @@ class OwnCheckpoint(torch.autograd.Function):
         return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradient)
 
 
+class CheckpointWithoutContext(OwnCheckpoint):
+    """The same in the style that functorch asks for."""
+
+    @staticmethod
+    def forward(function, x, *parameters):
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.function, x, *ctx.parameters = inputs
+        ctx.save_for_backward(x)
+
+
 @pytest.mark.contract("CK-1", "CK-2", "CK-3")
+@pytest.mark.parametrize("own", [OwnCheckpoint, CheckpointWithoutContext])
 @pytest.mark.parametrize("times", [1, 3])
 @on_every_backend
 @on_every_method
-def test_checkpoints_that_are_not_torchs(method, backend, times):
+def test_checkpoints_that_are_not_torchs(method, backend, times, own):
     assert_same_runs(
         block(method, backend),
         plainly,
-        lambda model: lambda x: OwnCheckpoint.apply(model, x, *model.parameters()),
+        lambda model: lambda x: own.apply(model, x, *model.parameters()),
         lambda step: [(step + 1) * x.detach() + step for x in inputs(times)],
     )
 

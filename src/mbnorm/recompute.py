@@ -1,12 +1,14 @@
 """Activation checkpointing: telling a recompute from a forward, and what the forward it repeats had read."""
 
+import inspect
 import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
-from types import FrameType
+from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,15 +64,27 @@ if not hasattr(torch._C, "_current_graph_task_id"):
 
 def _in_autograd_function() -> bool:
     """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints are, whoever wrote them."""
-    return any(map(_runs_autograd_function, callers()))
-
-
-def _runs_autograd_function(frame: FrameType) -> bool:
     # torch's own frame around it is in C++ since 2.15
-    code = frame.f_code
-    if code.co_name != "forward" or not code.co_argcount:
-        return False
-    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx)
+    return any(f.f_code.co_name == "forward" and _is_of_function(f.f_code) for f in callers())
+
+
+_of_functions: dict[int, tuple[CodeType, bool]] = {}
+
+
+def _is_of_function(code: CodeType) -> bool:
+    known = _of_functions.get(id(code))
+    if known is None:
+        forwards = (inspect.unwrap(function.forward) for function in _below(torch.autograd.Function))
+        found = any(getattr(forward, "__code__", None) is code for forward in forwards)
+        # with the code itself, whose id is then no other's
+        known = _of_functions[id(code)] = code, found
+    return known[1]
+
+
+def _below(parent: type[Any]) -> Iterator[type[Any]]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _below(child)
 
 
 def callers() -> Iterator[FrameType]:
