@@ -426,7 +426,7 @@ def test_a_whole_graph_that_an_eager_checkpoint_calls_is_refused():
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with pytest.raises(Unsupported, match="compile the function that calls checkpoint"):
         checkpoint(compiled, images(0), use_reentrant=False)
-    # torch before 2.13 has its hooks on until the checkpoint is collected
+    # torch 2.10 and 2.11 have their hooks on until the checkpoint is collected
     gc.collect()
 
 

@@ -18,7 +18,7 @@ def in_eager_mode(function: Callable[..., Result], *args: Any) -> Result:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def exports() -> bool:
-    """Return whether what traces is torch.export; asked by traced code itself, torch before 2.13 says yes."""
+    """Return whether what traces is torch.export; to traced code torch 2.10 and 2.11 always say yes."""
     return torch.compiler.is_exporting()
 
 
