@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import reference
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm import reference
 from mbnorm.backends import cpu
 
 # where there is no compiler the third has a test file of its own that says so

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import reference
 import torch
 from helpers import (
     CONTIGUOUS,
@@ -16,7 +17,6 @@ from helpers import (
 )
 from torch.library import opcheck
 
-from mbnorm import reference
 from mbnorm.backends import aten, cpu
 from mbnorm.functional import _by_kernels
 

@@ -1,4 +1,5 @@
 import pytest
+import reference
 import torch
 from helpers import (
     BACKENDS,
@@ -15,7 +16,6 @@ from helpers import (
     relative_error,
 )
 
-from mbnorm import reference
 from mbnorm.backends import cpu
 from mbnorm.functional import backend_for, blended_batch_norm
 

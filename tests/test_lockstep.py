@@ -1,11 +1,11 @@
 """Every layer beside the reference, in float64, while batch and map size change at each step."""
 
 import pytest
+import reference
 import torch
 from helpers import BACKENDS, make_input, make_parameters
 
 import mbnorm
-from mbnorm import reference
 
 SIZES = [(3, 4), (2, 6), (5, 3), (1, 5), (4, 2)]
 MOMENTUM_OPTIONS = [

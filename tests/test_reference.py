@@ -1,10 +1,9 @@
 """The oracle itself, against hand-computed cases and the method page's formulas."""
 
 import pytest
+import reference
 import torch
 from helpers import make_input, make_parameters, near_statistics
-
-from mbnorm import reference
 
 
 def column(*values):

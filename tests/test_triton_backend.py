@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 
 import pytest
+import reference
 import torch
 from helpers import (
     CONTIGUOUS,
@@ -17,7 +18,6 @@ from helpers import (
     relative_error,
 )
 
-from mbnorm import reference
 from mbnorm.backends import aten
 from mbnorm.backends import triton as kernels
 from mbnorm.functional import _by_kernels

@@ -7,12 +7,12 @@ import os
 from importlib.util import find_spec
 
 import pytest
+import reference
 import torch
 from helpers import CONTIGUOUS, layout_id, make_input, make_parameters, near_statistics, relative_error
 from remembering import as_kernels_take, averages_of, log_of, memory_of
 from torch.library import opcheck
 
-from mbnorm import reference
 from mbnorm.backends import triton as kernels
 
 if find_spec("triton") is None:
