@@ -1,12 +1,12 @@
 """The tables of a comparison, as Markdown and for the terminal."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mbnorm.experiments import markdown
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.rows import Tables, caption, columns, mean_ranks, notes, row_of
 
@@ -20,13 +20,12 @@ def as_markdown(tables: Tables, baseline: Method) -> str:
         for row in rows:
             cells = row.cells(theirs)
             lines.append([f"*{cell}*" for cell in cells] if row.reference else cells)
-        table = _markdown_table(columns(baseline), lines)
-        blocks += [f"**{setting}**", table, *notes(setting, rows)]
+        blocks += [f"**{setting}**", markdown.table(columns(baseline), lines), *notes(setting, rows)]
     if len(tables) > 1:
         ranks = [(method, f"{mean:.2f}") for method, mean, _ in mean_ranks(tables)]
         blocks += [
             f"**Mean rank over the {len(tables)} settings**",
-            _markdown_table(("method", "mean rank"), ranks),
+            markdown.table(("method", "mean rank"), ranks),
         ]
     return "\n\n".join(blocks) + "\n"
 
@@ -66,8 +65,3 @@ def _terminal_table(title: str) -> Table:
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-
-
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
