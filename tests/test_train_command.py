@@ -14,6 +14,7 @@ from test_cli import INTERRUPTIBLE, ends_within, mbnorm_says
 
 from mbnorm.experiments.diagnose import net
 from mbnorm.experiments.plan import RECIPES
+from mbnorm.experiments.records import read
 from mbnorm.experiments.resumable import Training
 
 SHORT = ["--batch-size", "8", "--epochs", "2", "--drops", "0.5", "--lr", "0.01"]
@@ -176,6 +177,31 @@ def test_an_epoch_that_is_repeated_is_logged_once(tmp_path, monkeypatch):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     train_to_the_end(tmp_path)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("unfinished", ["", '{"epoch": 2, "st'])
+def test_the_log_goes_on_where_the_checkpoint_is(tmp_path, trained, unfinished):
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    epochs = read(tmp_path / "log.jsonl", dict)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(json.dumps(epochs[-1] | {"step": STEPS + 1}) + "\n" + unfinished)
+    train_to_the_end(tmp_path)
+    assert read(tmp_path / "log.jsonl", dict) == epochs
+
+
+def test_a_log_that_is_none_gives_one_line_that_names_it(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
+    status, _, err = train(tmp_path)
+    assert status == 1
+    assert err.startswith(f"mbnorm: {tmp_path / 'log.jsonl'}, line 1 is not a result: no 'step'")
+    assert err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path):
+    train_to_the_end(tmp_path, "--method", "none", "--lr", "1e30", "--epochs", "1")
+    (epoch,) = read(tmp_path / "log.jsonl", dict)
+    assert epoch["train_loss"] is None
 
 
 def start(out, *options, launcher=(sys.executable, "-c", INTERRUPTIBLE)):

@@ -1,6 +1,6 @@
 """What `mbnorm train` leaves to read: lines of JSON, TensorBoard's events, and a progress bar."""
 
-import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mbnorm.experiments import records
 from mbnorm.experiments.resumable import Record, Training
 
 SECONDS_BETWEEN_UPDATES = 0.5
@@ -29,17 +30,17 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "log.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        epochs = records.read(self.path, lambda epoch: (float(epoch["step"]), epoch))
+        records.write(self.path, [epoch for end, epoch in epochs if end <= step])
         self.events: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.start = time.monotonic()
 
     def write(self, record: Record) -> None:
         """Note an epoch."""
         seconds = round(time.monotonic() - self.start, 2)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "seconds": seconds}) + "\n")
+        # JSON has no word for the loss of a training that has diverged
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        records.append(self.path, {**finite, "seconds": seconds})
         for name in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
             self.events.add_scalar(name, record[name], record["step"])
         self.events.flush()
@@ -47,14 +48,6 @@ class Journal:
     def close(self) -> None:
         """Finish the files."""
         self.events.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        # a line that was being written when its process died
-        return float("inf")
 
 
 class Bar:

@@ -1,11 +1,8 @@
-"""The file of results: one JSON object a line, one line a finished run."""
+"""The file of results of `mbnorm compare`: a line a finished run."""
 
-import json
 import math
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,14 +11,14 @@ from mbnorm.experiments import training
 from mbnorm.experiments.data import load
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.models import WIDTHS
+from mbnorm.experiments.records import Record, append, read
 from mbnorm.experiments.training import Outcome
 
 
 class Results:
     """The finished runs in a file, to read and to add to.
 
-    What follows the last line end is a line that was being written when its process died: it is removed,
-    so that its run is repeated.
+    A line that was being written when its process died is removed, so that its run is repeated.
 
     Args:
         path: the file; it need not exist.
@@ -32,19 +29,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.outcomes: dict[Run, Outcome] = {}
-        *lines, unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        for number, line in enumerate(lines, 1):
-            try:
-                run, outcome = _parsed(line)
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(
-                    f"{path}, line {number} is not a result of mbnorm compare: {reason}"
-                ) from error
-            self.outcomes[run] = outcome
-        if unfinished:
-            os.truncate(path, path.stat().st_size - len(unfinished))
+        self.outcomes: dict[Run, Outcome] = dict(read(path, _parsed))
 
     def add(self, run: Run, outcome: Outcome, accelerator: str) -> None:
         """Append a finished run; it is on disk on return."""
@@ -62,17 +47,11 @@ class Results:
             "mbnorm": __version__,
             "torch": torch.__version__,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, record)
         self.outcomes[run] = outcome
 
 
-def _parsed(line: bytes) -> tuple[Run, Outcome]:
-    record: dict[str, Any] = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object, got {record!r:.40}")
+def _parsed(record: Record) -> tuple[Run, Outcome]:
     # written when there were no other data
     record.setdefault("data", "digits")
     # and when accuracy was that of all test images alone
