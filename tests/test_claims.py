@@ -1,26 +1,34 @@
+"""The evidence: `python -m evidence` on claims that are quick to measure, and each claim's tables."""
+
 import json
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
-from mbnorm import cli, convert
-from mbnorm.experiments.claims import averages, double_forward, recommendation, suite
-from mbnorm.experiments.claims.claim import Claim, as_markdown, draw, mean_and_spread
-from mbnorm.experiments.claims.noise import (
+from evidence import averages, double_forward, noise, recommendation, staleness, suite
+from evidence.claim import Claim, as_markdown, draw, mean_and_spread
+from evidence.cli import CLAIMS, main
+from evidence.noise import (
     layer_inputs,
     noise_of_batches,
     noise_with_memory,
     theory_of_memory,
 )
-from mbnorm.experiments.claims.staleness import ACCUMULATED, Case, staleness
-from mbnorm.experiments.claims.trained import accuracy_cell, of_setting, trained
-from mbnorm.experiments.commands.claim import CLAIMS
+from evidence.staleness import ACCUMULATED, Case
+from evidence.trained import accuracy_cell, of_setting, trained
+from mbnorm import __version__, convert
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting
+from mbnorm.experiments.records import read
 from mbnorm.experiments.training import Outcome, initial_model
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
 on_every_claim = pytest.mark.parametrize("name", CLAIMS)
 OTHERS = ("staleness", "noise", "averages", "recommendation", "double-forward")
 OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
@@ -45,20 +53,21 @@ def draws():
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_double_forward_leaves_the_share_of_staleness_that_theory_says(k):
     case = Case(k, 0.0125)
-    found = [staleness(case, 0, double_forward, steps=40) for double_forward in (False, True)]
+    found = [staleness.staleness(case, 0, double_forward, steps=40) for double_forward in (False, True)]
     ratios = [fresh / stale for stale, fresh in zip(*found, strict=True)]
     assert ratios == pytest.approx(case.theory, abs=0.08)
 
 
 def test_with_accumulation_double_forward_leaves_no_staleness():
-    stale, fresh = (staleness(ACCUMULATED, 0, double_forward, steps=10) for double_forward in (False, True))
+    stale, fresh = (staleness.staleness(ACCUMULATED, 0, df, steps=10) for df in (False, True))
     assert min(stale) > 1e-3
     assert max(fresh) < 1e-6
 
 
 def test_staleness_grows_with_the_learning_rate_and_the_memory():
     low, high, long = (
-        staleness(case, 0, False, steps=20)[0] for case in (Case(2, 0.003), Case(2, 0.05), Case(8, 0.003))
+        staleness.staleness(case, 0, False, steps=20)[0]
+        for case in (Case(2, 0.003), Case(2, 0.05), Case(8, 0.003))
     )
     assert low < high
     assert low < long
@@ -87,9 +96,15 @@ def test_layer_inputs_are_those_of_all_images():
     assert [tuple(x.shape) for x in inputs.values()] == [(len(digits().train_inputs), 100)] * 2
 
 
+def cells_of(text):
+    """The cells of the tables in a Markdown text, line by line."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
 def rows_of(name):
     """Rows as the claim's measurement would give them, without a training."""
-    module = __import__(f"mbnorm.experiments.claims.{name.replace('-', '_')}", fromlist=["SETTINGS"])
+    module = __import__(f"evidence.{name.replace('-', '_')}", fromlist=["SETTINGS"])
     if name == "suite":
         runs = suite.runs(2)
     else:
@@ -100,12 +115,12 @@ def rows_of(name):
 @pytest.mark.parametrize("name", [name for name in CLAIMS if name not in OTHERS])
 def test_a_claim_that_trains_shows_every_run_and_draws(name, tmp_path):
     rows = rows_of(name)
-    text = as_markdown(CLAIMS[name], rows, f"mbnorm claim {name}")
+    text = as_markdown(CLAIMS[name], rows, f"python -m evidence {name}")
     assert (
         text.count("90.0 ± 0.0") >= len({(row["method"], row["lr"], row["batch_size"]) for row in rows}) / 2
     )
-    assert "| - |" not in text
-    assert f"`mbnorm claim {name}`" in text
+    assert "-" not in [cell for line in cells_of(text) for cell in line]
+    assert f"`python -m evidence {name}`" in text
     draw(CLAIMS[name], rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -202,8 +217,9 @@ def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_
     assert all(0 <= half <= 100 for row in rows[1:] for halves in row["accuracy"] for half in halves)
     (again,) = claim.rows(1, told.append, rows[:-1])
     assert (again["candidate"], again["accuracy"]) == (rows[-1]["candidate"], rows[-1]["accuracy"])
-    text = as_markdown(claim, rows, "mbnorm claim recommendation")
-    assert f"| {SMALLEST} | matched" in text
+    line = cells_of(as_markdown(claim, rows, "python -m evidence recommendation"))[2]
+    assert line[0] == str(SMALLEST)
+    assert line[1].startswith("matched")
     draw(claim, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -232,8 +248,8 @@ def test_averages_are_followed_as_the_layer_itself_has_them():
         for layer in layers:
             layer.train(step % 5 != 4)(normal(2, 3, 4, 4) * (1 + step) + step)
     for number, layer in enumerate(layers):
-        torch.testing.assert_close(followed[0].of[number].mean, layer.running_mean)
-        torch.testing.assert_close(followed[0].of[number].var, layer.running_var)
+        torch.testing.assert_close(followed[0].followers[number].running_mean, layer.running_mean)
+        torch.testing.assert_close(followed[0].followers[number].running_var, layer.running_var)
 
 
 def test_the_table_of_averages_says_how_far_above_exact_statistics_they_are(tmp_path):
@@ -254,35 +270,144 @@ def test_a_training_ends_with_the_averages_that_were_followed():
     assert len({round(loss, 6) for loss in found.values()}) > 4
 
 
-def tiny(rows_before):
+def tiny(known_before):
+    """A claim of which a row is measured at a time."""
+
     def rows(seeds, tell, known):
         tell("measuring")
-        rows_before.append(len(known))
-        yield {"value": fmean(range(seeds + 1))}
+        known_before.append(len(known))
+        if len(known) < 2:
+            yield {"value": fmean(range(seeds + 1))}
 
-    return Claim("It is.", "How.", rows, lambda rows: [(["n"], [[str(len(rows))]])], lambda *_: None, 1, True)
+    return Claim("It is.", "How.", rows, lambda rows: [(["n"], [[str(len(rows))]])], lambda *_: None, 1)
 
 
-def test_the_command_writes_data_table_and_plot_and_goes_on_from_them(tmp_path, monkeypatch, capsys):
-    known = []
-    monkeypatch.setitem(CLAIMS, "gap", tiny(known))
-    monkeypatch.setattr("mbnorm.experiments.commands.claim.draw", lambda *a: a[2].write_bytes(b""))
+@pytest.fixture
+def known(monkeypatch):
+    """How many rows were known whenever the tiny claim, which is called "gap", was measured."""
+    found = []
+    monkeypatch.setitem(CLAIMS, "gap", tiny(found))
+    monkeypatch.setattr("evidence.cli.draw", lambda *a: a[2].write_bytes(b""))
+    return found
+
+
+def test_the_command_writes_data_table_and_plot_and_goes_on_from_them(tmp_path, known, capsys):
     out = tmp_path / "gap"
-    assert cli.main(["claim", "gap", "--seeds", "1", "--out", str(out)]) == 0
+    assert main(["gap", "--seeds", "1", "--out", str(out)]) == 0
+    assert f"1 measured, 0 were there: {out / 'data.jsonl'}" in capsys.readouterr().out
     (row,) = map(json.loads, (out / "data.jsonl").read_text().splitlines())
     assert row["value"] == 0.5
     assert {"processor", "torch", "mbnorm"} <= row.keys()
-    assert "Written by `mbnorm claim gap --seeds 1`" in (out / "table.md").read_text()
+    assert "Written by `python -m evidence gap --seeds 1`" in (out / "table.md").read_text()
+    assert (out / "plot.png").exists()
     with (out / "data.jsonl").open("a") as file:
         file.write('{"a line that was being writ')
-    assert cli.main(["claim", "gap", "--out", str(out)]) == 0
+    assert main(["gap", "--out", str(out)]) == 0
     assert known == [0, 1]
-    assert "| 2 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert ["2"] in cells_of(told)
+    assert "1 measured, 1 were there" in told
+    assert [row["value"] for row in read(out / "data.jsonl", dict)] == [0.5, 2.5]
 
 
-def test_an_unknown_claim_is_named(capsys):
-    assert cli.main(["claim", "speed"]) == 2
-    assert "got 'speed'" in capsys.readouterr().err
+def test_the_command_says_when_it_has_measured_nothing(tmp_path, known, capsys):
+    for _ in range(3):
+        assert main(["gap", "--out", str(tmp_path)]) == 0
+    assert "0 measured, 2 were there" in capsys.readouterr().out
+
+
+def test_the_shipped_rows_are_not_taken_over(tmp_path, known, monkeypatch):
+    shipped = tmp_path / "docs" / "results" / "gap" / "data.jsonl"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_bytes((RESULTS / "gap" / "data.jsonl").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main(["gap"]) == 0
+    assert known == [0]
+    assert len(read(Path("runs/evidence/gap/data.jsonl"), dict)) == 1
+    assert shipped.read_bytes() == (RESULTS / "gap" / "data.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("package", ["torch", "mbnorm"])
+def test_rows_of_another_version_are_refused_and_named(package, tmp_path, known, capsys):
+    data = tmp_path / "data.jsonl"
+    row = {"value": 1.0, "torch": torch.__version__, "mbnorm": __version__, package: "0.0.1"}
+    data.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["gap", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"{data} has rows of torch {row['torch']} and mbnorm {row['mbnorm']}" in capsys.readouterr().err
+    assert read(data, dict) == [row]
+    assert known == []
+
+
+def test_rows_of_any_version_are_redrawn(tmp_path, known, capsys):
+    (tmp_path / "data.jsonl").write_text('{"value": 1.0, "torch": "1.0", "mbnorm": "0.0.1"}\n')
+    assert main(["gap", "--redraw", "--out", str(tmp_path)]) == 0
+    assert known == []
+    assert "0 measured, 1 were there" in capsys.readouterr().out
+    assert (tmp_path / "table.md").exists()
+
+
+def test_an_interrupted_measurement_keeps_its_rows_and_says_so(tmp_path, monkeypatch, capsys):
+    def rows(seeds, tell, known):
+        yield {"value": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CLAIMS, "gap", Claim("It is.", "How.", rows, None, None, 1))
+    assert main(["gap", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
+    assert len(read(tmp_path / "data.jsonl", dict)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["speed"], "'speed'"),
+        (["gap", "--seeds", "0"], "--seeds: expected at least 1, got '0'"),
+        (["gap", "--seeds", "few"], "--seeds: expected at least 1, got 'few'"),
+        (["gap", "--redraw"], "--redraw: there are no data in runs/evidence/gap"),
+        (["gap", "--out", "file"], "--out: "),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_name_the_claims_are_listed(arguments):
+    command = [sys.executable, "-m", "evidence", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [name for name in CLAIMS if f"\n  {name} " not in result.stdout] == []
+
+
+@on_every_claim
+def test_the_published_table_is_that_of_its_rows(name):
+    rows = read(RESULTS / name / "data.jsonl", dict)
+    table = as_markdown(CLAIMS[name], rows, f"python -m evidence {name}")
+    assert table == (RESULTS / name / "table.md").read_text(encoding="utf-8")
+
+
+def test_staleness_that_is_known_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(staleness, "CASES", (Case(2, 0.05), Case(2, 0.1)))
+    rows = list(staleness.CLAIM.rows(1, lambda _: None, []))
+    assert len(rows) == 4
+    (again,) = staleness.CLAIM.rows(1, lambda _: None, rows[:2] + rows[3:])
+    assert again == rows[2]
+
+
+def test_noise_that_is_known_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(noise, "TRAINING_EPOCHS", 0)
+    monkeypatch.setattr(noise, "noise_with_memory", lambda x, kind, value, draws: value)
+    rows = list(noise.CLAIM.rows(1, lambda _: None, []))
+    half = len(rows) // 2
+    assert list(noise.CLAIM.rows(1, lambda _: None, rows[:half])) == rows[half:]
+    assert list(noise.CLAIM.rows(1, lambda _: None, rows)) == []
 
 
 @on_every_claim

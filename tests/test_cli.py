@@ -130,7 +130,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
     assert mbnorm_says("bench", "--help") == (
         1,
         "",
-        "mbnorm: compare, train, diagnose, claim and bench need no_such_package: "
+        "mbnorm: compare, train, diagnose and bench need no_such_package: "
         "pip install 'mbnorm[experiments]'\n",
     )
 

@@ -15,7 +15,7 @@ NEEDED = (
     "sklearn",
     "typer",
 )
-COMMANDS = ("compare", "train", "diagnose", "claim", "bench")
+COMMANDS = ("compare", "train", "diagnose", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ Method: TypeAlias = Literal[
 ]
 _ALL: tuple[Method, ...] = get_args(Method)
 VARIANTS: tuple[Method, ...] = _ALL[_ALL.index("matched-64") :]
-"""Methods with other options than their own; claims train them, `compare` does not."""
+"""Methods with other options than their own; the evidence trains them, `compare` does not."""
 METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
 OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
 DOUBLE_FORWARD: tuple[Method, ...] = ("momentum+df", "memorized+df", "matched+df")

@@ -9,7 +9,8 @@ from typing import TypeAlias
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mbnorm.experiments.bench.rows import Row
+from benchmarks.rows import Row
+from mbnorm.experiments.markdown import table
 
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings, and lines of as many cells."""
@@ -30,7 +31,6 @@ class Claim:
         tables: the rows as tables.
         draw: the rows in ``panels`` panels of a figure.
         panels: how many.
-        resumes: whether rows that are known are left out, so that an interrupted measurement goes on.
     """
 
     sentence: str
@@ -39,15 +39,11 @@ class Claim:
     tables: Callable[[Sequence[Row]], Sequence[Table]]
     draw: Callable[[Sequence[Row], Sequence[Axes]], None]
     panels: int
-    resumes: bool = False
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
     """Return the claim, its tables and where they come from."""
-    tables = [
-        "\n".join([_line(headings), _line(["---"] + ["---:"] * (len(headings) - 1)), *map(_line, lines)])
-        for headings, lines in claim.tables(rows)
-    ]
+    tables = [table(headings, lines) for headings, lines in claim.tables(rows)]
     return "\n\n".join([claim.sentence, *tables, claim.measured, f"Written by `{command}`."]) + "\n"
 
 
@@ -68,7 +64,3 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
     """Return "mean ± standard deviation"."""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -1,5 +1,6 @@
 """How soon the averages for inference forget the start of a training, and what that costs eval mode."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -8,17 +9,16 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm import recalibrate
-from mbnorm.averages import InferenceAverages
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims import suite
-from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
-from mbnorm.experiments.claims.trained import of_setting, where
+from benchmarks.rows import Row
+from evidence import suite
+from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.trained import of_setting, where
+from mbnorm import convert, recalibrate, revert
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.training import eval_mode_loss, fit
-from mbnorm.layers.base import HistoryBatchNorm, moments_update
 
 EARLY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 NAMES = tuple(f"{c:g}" for c in EARLY_WEIGHTS)
@@ -48,35 +48,37 @@ class Averages:
     """The averages for inference of a noise-matched layer as each early weight would have them.
 
     Args:
-        layer: is watched from now on, in train mode.
+        layer: is watched from now on, in train mode; it must not have been trained.
     """
 
-    def __init__(self, layer: HistoryBatchNorm) -> None:
-        buffers: dict[str, Any] = layer._buffers
-        names = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
-        self.layer = layer
-        self.of = [InferenceAverages(*(buffers[name].clone() for name in names)) for _ in EARLY_WEIGHTS]
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        self.followers: list[Any] = [_follower(layer, early) for early in EARLY_WEIGHTS]
         layer.register_forward_pre_hook(self._follow)
 
     @torch.no_grad()
     def _follow(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not layer.training:
-            return
-        (x,) = inputs
-        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        for early, averages in zip(EARLY_WEIGHTS, self.of, strict=True):
-            _, _, weight, rule, early = moments_update(self.layer.momentum or 0.0, x.shape[0], early)
-            averages.commit(torch.tensor(True), *averages.after(mean, var, weight, rule, early))
+        if layer.training:
+            for follower in self.followers:
+                follower(*inputs)
 
     def use(self, name: str) -> None:
         """Let eval mode use the averages of an early weight, or the memory that training reads."""
-        buffers: dict[str, Any] = self.layer._buffers
         if name == MEMORY:
-            mean, var = buffers["memory_mean"], buffers["memory_var"]
+            mean, var = self.layer.memory_mean, self.layer.memory_var
         else:
-            mean, var, *_ = self.of[NAMES.index(name)]
-        buffers["running_mean"].copy_(mean)
-        buffers["running_var"].copy_(var)
+            follower = self.followers[NAMES.index(name)]
+            mean, var = follower.running_mean, follower.running_var
+        self.layer.running_mean.copy_(mean)
+        self.layer.running_var.copy_(var)
+
+
+def _follower(layer: nn.Module, early_weight: float) -> nn.Module:
+    """Return a layer of the same kind whose batches of the beginning have another weight."""
+    follower = copy.deepcopy(layer)
+    revert(follower)
+    convert(follower, "matched", early_weight=early_weight, measured=False)
+    return follower.train()
 
 
 def losses(setting: Setting, seed: int) -> dict[str, float]:
@@ -84,7 +86,7 @@ def losses(setting: Setting, seed: int) -> dict[str, float]:
     layers: list[Averages] = []
 
     def watch(model: nn.Module) -> None:
-        layers.extend(Averages(m) for m in model.modules() if isinstance(m, HistoryBatchNorm))
+        layers.extend(Averages(m) for m in model.modules() if isinstance(m, _BatchNorm))
 
     model, data, _ = fit(Run("matched-plain", setting, seed), "cpu", watch)
     found = {}
@@ -149,5 +151,4 @@ CLAIM = Claim(
     tables=_tables,
     draw=_draw,
     panels=1,
-    resumes=True,
 )

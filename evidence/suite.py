@@ -6,9 +6,9 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell
-from mbnorm.experiments.claims.trained import (
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell
+from evidence.trained import (
     accuracy_cell,
     of_setting,
     scale_by_error,
@@ -171,5 +171,4 @@ CLAIM = Claim(
     tables=_tables,
     draw=_draw,
     panels=1,
-    resumes=True,
 )

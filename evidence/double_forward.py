@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.trained import where
 from mbnorm import DoubleForward, convert
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
-from mbnorm.experiments.claims.trained import where
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.models import build
 from mbnorm.experiments.sampling import one_epoch
@@ -169,5 +169,4 @@ CLAIM = Claim(
     tables=_tables,
     draw=_draw,
     panels=1,
-    resumes=True,
 )

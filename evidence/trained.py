@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Tell, mean_and_spread
+from benchmarks.rows import Row
+from evidence.claim import Tell, mean_and_spread
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import train
 

@@ -5,9 +5,9 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell
-from mbnorm.experiments.claims.trained import accuracies, accuracy_cell, scale_by_error, trained, where
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell
+from evidence.trained import accuracies, accuracy_cell, scale_by_error, trained, where
 from mbnorm.experiments.grid import Setting, runs_of
 from mbnorm.experiments.methods import Method
 
@@ -75,5 +75,4 @@ CLAIM = Claim(
     tables=_tables,
     draw=_draw,
     panels=1,
-    resumes=True,
 )

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.trained import where
 from mbnorm import DoubleForward, convert
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.sampling import one_epoch
 
@@ -94,7 +95,8 @@ def _batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _distances(layer: Any, first: nn.Module, batches: Sequence[Tensor]) -> list[float]:
     """Return the distance of each entry, newest first, from the mean of its batch under present weights."""
-    slots = [(int(layer.memory_position) - age) % layer.memory_size for age in range(1, len(batches) + 1)]
+    position, size = int(layer.memory_position), len(layer.memory_mean)
+    slots = [(position - age) % size for age in range(1, len(batches) + 1)]
     now = first(torch.stack(list(batches)).flatten(2))
     var = now.flatten(0, 1).var(0)
     squares = (layer.memory_mean[slots] - now.mean(1)).square() / var
@@ -106,46 +108,36 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for case in CASES:
         for seed in range(seeds):
             for double_forward in (False, True):
-                at_use, at_eval = staleness(case, seed, double_forward)
-                yield {
-                    "k": case.k,
-                    "lr": case.lr,
-                    "micro_batches": case.micro_batches,
-                    "seed": seed,
-                    "double_forward": double_forward,
-                    "at_use": at_use,
-                    "at_eval": at_eval,
-                }
+                of = {**asdict(case), "seed": seed, "double_forward": double_forward}
+                if not where(known, **of):
+                    at_use, at_eval = staleness(case, seed, double_forward)
+                    yield {**of, "at_use": at_use, "at_eval": at_eval}
         tell(f"k = {case.k}, lr {case.lr:g}, {case.micro_batches} micro-batches")
 
 
-def ratios(rows: Sequence[Row], case: Case, where: str) -> list[float]:
+def ratios(rows: Sequence[Row], case: Case, key: str) -> list[float]:
     """Return staleness with Double-Forward over that without, seed by seed."""
-    found = [
-        r for r in rows if (r["k"], r["lr"], r["micro_batches"]) == (case.k, case.lr, case.micro_batches)
-    ]
     plain, refreshed = (
-        {r["seed"]: r[where] for r in found if r["double_forward"] is df} for df in (False, True)
+        {r["seed"]: r[key] for r in where(rows, **asdict(case), double_forward=df)} for df in (False, True)
     )
     return [refreshed[seed] / plain[seed] for seed in plain]
 
 
-def _plain(rows: Sequence[Row], case: Case, where: str) -> list[float]:
-    of_case = (case.k, case.lr, case.micro_batches, False)
-    return [r[where] for r in rows if (r["k"], r["lr"], r["micro_batches"], r["double_forward"]) == of_case]
+def _plain(rows: Sequence[Row], case: Case, key: str) -> list[float]:
+    return [r[key] for r in where(rows, **asdict(case), double_forward=False)]
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
     headings = ["k", "learning rate", "micro-batches"]
-    for where in ("at use", "at eval"):
-        headings += [f"{where}: without", "with / without", "theory"]
+    for when in ("at use", "at eval"):
+        headings += [f"{when}: without", "with / without", "theory"]
     lines = []
     for case in CASES:
         line = [str(case.k), f"{case.lr:g}", str(case.micro_batches)]
-        for where, theory in zip(("at_use", "at_eval"), case.theory, strict=True):
+        for key, theory in zip(("at_use", "at_eval"), case.theory, strict=True):
             line += [
-                mean_and_spread(_plain(rows, case, where), 4),
-                mean_and_spread(ratios(rows, case, where), 2),
+                mean_and_spread(_plain(rows, case, key), 4),
+                mean_and_spread(ratios(rows, case, key), 2),
                 f"{theory:.2f}",
             ]
         lines.append(line)
@@ -153,19 +145,18 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
-    for panel, where, place in zip(panels, ("at_use", "at_eval"), (0, 1), strict=True):
+    for panel, key, place in zip(panels, ("at_use", "at_eval"), (0, 1), strict=True):
         panel.plot(SIZES, [Case(k, 1.0).theory[place] for k in SIZES], "--", color="#9e9e9e", label="theory")
         for shift, lr in enumerate(RATES):
-            found = [ratios(rows, Case(k, lr), where) for k in SIZES]
+            found = [ratios(rows, Case(k, lr), key) for k in SIZES]
             x = [k + 0.12 * (shift - 1) for k in SIZES]
             panel.plot(x, [fmean(f) for f in found], "o-", label=f"lr {lr:g}")
             panel.vlines(x, [min(f) for f in found], [max(f) for f in found], color=f"C{shift}", alpha=0.5)
-        accumulated = ratios(rows, ACCUMULATED, where)
+        accumulated = ratios(rows, ACCUMULATED, key)
         panel.plot([ACCUMULATED.k], [fmean(accumulated)], "kx", label="4 micro-batches a step")
         panel.set_xticks(SIZES)
         panel.set_xlabel("memory size k (lines: smallest to largest seed)", fontsize=9)
-        where = where.replace("_", " ")
-        panel.set_ylabel(f"staleness {where}, with Double-Forward / without", fontsize=9)
+        panel.set_ylabel(f"staleness {key.replace('_', ' ')}, with Double-Forward / without", fontsize=9)
         panel.set_ylim(-0.03, 1.25)
 
 

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.trained import where
 from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, recalibrate
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.sampling import one_epoch
@@ -24,6 +25,8 @@ TRAINING_BATCH = 32
 TRAINING_EPOCHS = 3
 MEMORIES = (("lambda", 0.5), ("lambda", 0.75), ("lambda", 0.9375), ("k", 4), ("k", 16), ("k", 64))
 BATCHES_BEFORE = 200
+STAGES = ("untrained", "trained")
+MEASURED = ("mean_noise", "var_noise", "left")
 
 
 def noise_of_batches(
@@ -106,16 +109,33 @@ def _train(model: nn.Module, seed: int) -> None:
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for seed in range(seeds):
-        for name in MODELS:
-            model = initial_model(Run("batch", Setting(name, TRAINING_BATCH, "shuffled", 0.1, 1), seed))
-            for stage in ("untrained", "trained"):
-                if stage == "trained":
-                    _train(model, seed)
-                inputs = layer_inputs(model)
-                yield from _noise_rows(inputs, {"model": name, "stage": stage, "seed": seed})
-                if name == "mlp" and stage == "trained":
-                    yield from _memory_rows(inputs, seed)
+        done = where(known, seed=seed)
+        if _complete(done):
+            continue
+        yield from (row for row in _of_seed(seed) if not where(done, **_what(row)))
         tell(f"seed {seed}")
+
+
+def _of_seed(seed: int) -> Iterator[Row]:
+    for name in MODELS:
+        model = initial_model(Run("batch", Setting(name, TRAINING_BATCH, "shuffled", 0.1, 1), seed))
+        for stage in STAGES:
+            if stage == "trained":
+                _train(model, seed)
+            inputs = layer_inputs(model)
+            yield from _noise_rows(inputs, {"model": name, "stage": stage, "seed": seed})
+            if name == "mlp" and stage == "trained":
+                yield from _memory_rows(inputs, seed)
+
+
+def _complete(rows: Sequence[Row]) -> bool:
+    """Return whether these are all rows of a seed: those of the last net, trained, too."""
+    before, after = (len(where(rows, kind="batch", model=MODELS[-1], stage=stage)) for stage in STAGES)
+    return 0 < before == after
+
+
+def _what(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key not in MEASURED}
 
 
 def _noise_rows(inputs: dict[str, Tensor], common: Row) -> Iterator[Row]:
@@ -155,9 +175,8 @@ def _memory_table(rows: Sequence[Row]) -> Table:
     for kind, value in MEMORIES:
         line = [f"{kind} = {value:g}"]
         for layer in (0, 1):
-            at = (kind, value, layer)
-            found = [r["left"] for r in rows if (r["kind"], r.get("value"), r["layer"]) == at]
-            line.append(mean_and_spread(found, 4))
+            found = where(rows, kind=kind, value=value, layer=layer)
+            line.append(mean_and_spread([row["left"] for row in found], 4))
         lines.append([*line, f"{theory_of_memory(kind, value):.4f}"])
     return ["noise of the mean left by", "layer 0", "layer 1", "theory"], lines
 
@@ -168,12 +187,7 @@ def _layers(rows: Sequence[Row]) -> list[tuple[str, str, int, int]]:
 
 
 def _of(rows: Sequence[Row], model: str, stage: str, layer: int, m: int) -> list[Row]:
-    at = (model, stage, layer, m)
-    return [
-        r
-        for r in rows
-        if r["kind"] == "batch" and (r["model"], r["stage"], r["layer"], r["batch_size"]) == at
-    ]
+    return where(rows, kind="batch", model=model, stage=stage, layer=layer, batch_size=m)
 
 
 def _mean_ratio(row: Row) -> float:
@@ -191,7 +205,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     layers, memories = panels
     m = BATCH_SIZES[1]
     for model in MODELS:
-        for stage, marker in (("untrained", "o"), ("trained", "x")):
+        for stage, marker in zip(STAGES, ("o", "x"), strict=True):
             at = [(layer, pixels) for mo, st, layer, pixels in _layers(rows) if (mo, st) == (model, stage)]
             means = [fmean(_mean_ratio(r) for r in _of(rows, model, stage, layer, m)) for layer, _ in at]
             layers.plot([layer for layer, _ in at], means, marker + "-", label=f"{model}, {stage}")

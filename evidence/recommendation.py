@@ -12,10 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from benchmarks.rows import Row
+from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.trained import of_setting, where
 from mbnorm import Diagnosis, convert, diagnose, recalibrate
-from mbnorm.experiments.bench.rows import Row
-from mbnorm.experiments.claims.claim import Claim, Table, Tell, mean_and_spread
-from mbnorm.experiments.claims.trained import of_setting, where
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
@@ -325,5 +325,4 @@ CLAIM = Claim(
     tables=_tables,
     draw=_draw,
     panels=1,
-    resumes=True,
 )

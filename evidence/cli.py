@@ -1,0 +1,132 @@
+"""Measures a claim: its data, its table and its plot."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+import torch
+
+from benchmarks.rows import Row, machine
+from evidence import (
+    averages,
+    batch_size,
+    cost,
+    double_forward,
+    gap,
+    noise,
+    rates,
+    recommendation,
+    sampling,
+    staleness,
+    suite,
+)
+from evidence.claim import Claim, as_markdown, draw
+from mbnorm.experiments.records import append, read
+
+CLAIMS: dict[str, Claim] = {
+    "batch-size": batch_size.CLAIM,
+    "sampling": sampling.CLAIM,
+    "staleness": staleness.CLAIM,
+    "noise": noise.CLAIM,
+    "gap": gap.CLAIM,
+    "rates": rates.CLAIM,
+    "cost": cost.CLAIM,
+    "double-forward": double_forward.CLAIM,
+    "suite": suite.CLAIM,
+    "averages": averages.CLAIM,
+    "recommendation": recommendation.CLAIM,
+}
+SEEDS = 5
+WIDTH = 79
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments``, or those of the process, describe; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        parser.print_help()
+        return 0
+    claim, folder = CLAIMS[options.name], options.out or Path("runs/evidence") / options.name
+    data = folder / "data.jsonl"
+    if options.redraw and not data.exists():
+        parser.error(f"--redraw: there are no data in {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = read(data, dict)
+        if not options.redraw:
+            _check_versions(known, data)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    try:
+        rows = known if options.redraw else _measured(claim, options.seeds, known, data)
+    except KeyboardInterrupt:
+        print(f"interrupted: what is measured is in {data}, and the same command goes on", file=sys.stderr)
+        return 130
+    command = f"python -m evidence {options.name}"
+    command += f" --seeds {options.seeds}" if options.seeds != SEEDS else ""
+    table = as_markdown(claim, rows, command)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw(claim, rows, folder / "plot.png")
+    print(f"{table}\n{len(rows) - len(known)} measured, {len(known)} were there: {data}")
+    print(f"written: {folder / 'table.md'}, {folder / 'plot.png'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = (
+        "Measure a claim. Each row is stored in data.jsonl as soon as it is measured; table.md and plot.png "
+        "are made from the rows. This takes minutes to hours on one core. Stopped, the same command goes on. "
+        "docs/results/README.md says what was found."
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence",
+        description=fill(about, WIDTH),
+        epilog="\n".join(["claims:", *(_entry(name, claim.sentence) for name, claim in CLAIMS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", nargs="?", choices=list(CLAIMS), metavar="NAME", help="one of the claims below"
+    )
+    parser.add_argument(
+        "--seeds", type=_count, default=SEEDS, metavar="N", help="measure from seeds 0 to N-1 (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the rows are (runs/evidence/NAME)")
+    parser.add_argument("--redraw", action="store_true", help="only make table and plot of the rows")
+    return parser
+
+
+def _entry(name: str, sentence: str) -> str:
+    return fill(sentence, WIDTH, initial_indent=f"  {name:16}", subsequent_indent=18 * " ")
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
+    return int(text)
+
+
+def _check_versions(rows: Sequence[Row], path: Path) -> None:
+    """Refuse rows that another torch or mbnorm has measured, so that no table mixes them."""
+    here = _versions(machine())
+    for there in map(_versions, rows):
+        if there != here:
+            raise ValueError(f"{path} has rows of {there}, and this is {here}: give another folder")
+
+
+def _versions(row: Row) -> str:
+    return f"torch {row.get('torch')} and mbnorm {row.get('mbnorm')}"
+
+
+def _measured(claim: Claim, seeds: int, known: Sequence[Row], path: Path) -> list[Row]:
+    """Return the known rows and the others, each of which is stored as soon as it is measured."""
+    # nets this small gain nothing from more threads, nor from what prepares for large ones
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    rows = list(known)
+    for row in claim.rows(seeds, lambda line: print(line, file=sys.stderr, flush=True), known):
+        rows.append(row | machine())
+        append(path, rows[-1])
+    return rows

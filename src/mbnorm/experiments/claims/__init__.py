@@ -1,1 +1,0 @@
-"""The papers' claims about small batches, each measured by a command."""
