@@ -1,1 +1,1 @@
-"""Measurements of speed and memory beside torch's own layers."""
+"""How fast the layers and whole training steps are beside torch's own: `python -m benchmarks --help`."""

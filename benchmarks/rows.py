@@ -1,9 +1,10 @@
-"""The measured rows, each with the machine and the versions, and the ratios computed from them."""
+"""The measured rows as JSON lines, each with the machine and the versions, and ratios of them."""
 
 import json
 import math
 import os
 import platform
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from mbnorm import __version__
 
 Row = dict[str, Any]
+LAST_CHARACTERS = 3000
+"""What a row keeps of a traceback."""
 
 
 def machine() -> Row:
@@ -36,9 +39,28 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def caption(name: str, rows: list[Row]) -> str:
+    """Return where the rows of a benchmark were measured, and by which command."""
+    row = rows[0]
+    return (
+        f"{row['processor']}, {row['cores']} cores, torch {row['torch']}, mbnorm {row['mbnorm']}. "
+        f"Written by `python -m benchmarks {name}`."
+    )
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(map(_line, rows)), encoding="utf-8")
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row, so that a run that dies has lost none."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
 
 
 def read(path: Path) -> list[Row]:
@@ -49,7 +71,20 @@ def read(path: Path) -> list[Row]:
 def failure(kind: str, what: str, error: Exception) -> Row:
     """Return the row of what did not run."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return {"kind": "failure", "of": kind, "what": what, "why": f"{type(error).__name__}: {reason}"}
+    lines = "".join(traceback.format_exception(error))
+    return {
+        "kind": "failure",
+        "of": kind,
+        "what": what,
+        "why": f"{type(error).__name__}: {reason}",
+        "traceback": lines[-LAST_CHARACTERS:],
+    }
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Return the paragraphs of a page that say what did not run."""
+    lines = [f"- {r['of']} {r['what']}: {r['why']}" for r in rows if r["kind"] == "failure"]
+    return ["Did not run:", "\n".join(lines)] if lines else []
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -59,10 +94,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def ratios(rows: list[Row], provider: str, baseline: str, **where: Any) -> dict[tuple[Any, ...], float]:
-    """Return the time of a provider over that of a baseline, by shape and threads, of the rows that match."""
+    """Return the time of a layer over that of another, by shape and how they ran, of the rows that match."""
     times: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if row["kind"] == "layer" and all(row[key] == value for key, value in where.items()):
-            key = (tuple(row["shape"]), row["threads"])
+            key = (tuple(row["shape"]), row["how"])
             times.setdefault(key, {})[row["provider"]] = row["median_s"]
     return {k: t[provider] / t[baseline] for k, t in times.items() if provider in t and baseline in t}

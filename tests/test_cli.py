@@ -15,8 +15,8 @@ from mbnorm import cli, versions
 from mbnorm.backends import cpu
 from mbnorm.experiments import compare
 from mbnorm.experiments.commands import app
-from mbnorm.experiments.commands import bench as bench_command
 from mbnorm.experiments.commands import compare as compare_command
+from mbnorm.experiments.commands import diagnose as diagnose_command
 
 TINY = ["--epochs", "1", "--methods", "batch,matched", "--seeds", "1", "--batch-sizes", "32", "--jobs", "1"]
 
@@ -112,8 +112,8 @@ def test_ctrl_c_in_a_command_that_does_not_expect_it_gives_one_line(monkeypatch,
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_command, "run_bench", interrupt)
-    assert mbnorm_says("bench", "--out", tmp_path) == (130, "", "mbnorm: interrupted\n")
+    monkeypatch.setattr(diagnose_command, "write_diagnosis", interrupt)
+    assert mbnorm_says("diagnose", "--out", tmp_path) == (130, "", "mbnorm: interrupted\n")
 
 
 @pytest.mark.parametrize(("name", "package"), [("dask", "distributed"), ("ray", "ray")])
@@ -127,10 +127,10 @@ def test_a_missing_scheduler_is_named_with_the_command_that_installs_it(monkeypa
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(cli, "NEEDED", ("rich", "no_such_package"))
-    assert mbnorm_says("bench", "--help") == (
+    assert mbnorm_says("train", "--help") == (
         1,
         "",
-        "mbnorm: compare, train, diagnose and bench need no_such_package: "
+        "mbnorm: compare, train and diagnose need no_such_package: "
         "pip install 'mbnorm[experiments]'\n",
     )
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cases import RESNET50
 from mbnorm.backends import triton_cut
 from mbnorm.backends.triton_cut import Runs, cut, parts_cut, power_of_two, runs_of
-from mbnorm.experiments.bench.cases import RESNET50
 
 PROCESSORS = 132
 sizes = st.integers(1, 5000)

@@ -18,11 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.cases import Case
 from mbnorm import MemorizedBatchNorm2d, MomentumBatchNorm2d, no_update
 from mbnorm.backends import triton as kernels
 from mbnorm.backends import triton_kinds, triton_launch, triton_remember
-from mbnorm.experiments.bench.cases import Case
-from mbnorm.experiments.bench.gpu_check import tensors_of
 
 pytestmark = pytest.mark.triton
 LAST = torch.channels_last
@@ -125,7 +124,7 @@ PARTS = {"moments_part", "blend_parts", "normalize_part", "sums_part", "add_part
     ids=lambda v: "whole" if v is WHOLE else "parts" if v is PARTS else str(v).replace(", ", "x"),
 )
 def test_a_layer_launches_what_is_compiled_for_its_shape(device, shape, layout, wanted, dtype):
-    (x,) = tensors_of(Case(shape, dtype, layout), "cpu", 1)
+    x = Case(shape, dtype, layout).tensor(0)
     for build, more in ((momentum, set()), (measured, set()), (memorized, {"read_ring"})):
         train(build(shape[1]), x)
         assert set(device.launches) == wanted | {"commit"} | more
@@ -224,7 +223,7 @@ def test_what_is_launched_by_shape_is_what_triton_would_launch(device, monkeypat
 
 @pytest.mark.parametrize(("dtype", "wide"), [("float32", "v4.b32"), ("bfloat16", "v2.b32")])
 def test_maps_of_14_are_loaded_by_fours(device, dtype, wide):
-    (x,) = tensors_of(Case((2, 1024, 14, 14), dtype, "contiguous"), "cpu", 1)
+    x = Case((2, 1024, 14, 14), dtype, "contiguous").tensor(0)
     momentum(1024)(x)
     (whole,) = (made for made, _ in triton_launch._compiled.values() if made.name == "forward_whole")
     text = whole.asm["ptx"]

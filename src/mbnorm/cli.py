@@ -15,7 +15,7 @@ NEEDED = (
     "sklearn",
     "typer",
 )
-COMMANDS = ("compare", "train", "diagnose", "bench")
+COMMANDS = ("compare", "train", "diagnose")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mbnorm.experiments.commands import bench, compare, diagnose, train
+from mbnorm.experiments.commands import compare, diagnose, train
 from mbnorm.versions import describe
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -55,5 +55,5 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(command) or "").split("\n\n"))
 
 
-for command in (compare.compare, train.train, diagnose.diagnose, bench.bench):
+for command in (compare.compare, train.train, diagnose.diagnose):
     app.command(help=_help(command))(_interruptible(command))

@@ -1,9 +1,10 @@
-"""What is timed: the shapes, and the layers that compete."""
+"""What is measured: the shapes, and the norms that compete."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import mbnorm
 
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 RESNET50 = (
@@ -51,26 +53,53 @@ class Case:
         """The size of the input."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def tensor(self, seed: int) -> Tensor:
-        """Return random values of this case."""
-        values = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
-        values = values.to(DTYPES[self.dtype])
+    def tensor(self, seed: int, device: str = "cpu") -> Tensor:
+        """Return random values of this case, drawn on the device."""
+        generator = torch.Generator(device).manual_seed(seed)
+        values = torch.randn(self.shape, generator=generator, device=device).to(DTYPES[self.dtype])
         if self.layout == "contiguous":
             return values
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         return values.contiguous(memory_format=formats[len(self.shape)])
 
 
-def cases(dtypes: list[str], layouts: list[Layout], *, quick: bool = False) -> list[Case]:
-    """Return every shape in every dtype and layout that it has; ``quick`` is a sample of them."""
-    shapes = RESNET50[-2:] + OTHERS[:1] if quick else RESNET50 + OTHERS
+def cases(shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]) -> list[Case]:
+    """Return every shape in every dtype and layout that it has."""
     return [
         Case(shape, dtype, layout)
         for dtype in dtypes
-        for layout in layouts
+        for layout in LAYOUTS
         for shape in shapes
         if layout == "contiguous" or len(shape) >= 4
     ]
+
+
+BASE = "batch_norm"
+"""The norm that others are compared with: torch's own."""
+
+NORMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "matched": ("matched", {}),
+    "momentum": ("momentum", {"history_weight": 0.75}),
+    "memorized": ("memorized", {"memory_size": 64}),
+    "momentum-aten": ("momentum", {"history_weight": 0.75, "backend": "aten"}),
+    "momentum-traceable": ("momentum", {"history_weight": 0.75, "backend": "traceable"}),
+}
+"""Our norms: method and options of `mbnorm.convert`. Those without a backend get what a user gets."""
+
+
+def give_norm(model: nn.Module, norm: str, **options: Any) -> None:
+    """Convert the batch norms of ``model`` into one of `NORMS`; `BASE` leaves them."""
+    if norm != BASE:
+        method, own = NORMS[norm]
+        mbnorm.convert(model, method, **own, **options)
+
+
+def exact_copy(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer that computes in float64, ours by the formulas."""
+    exact = copy.deepcopy(layer).double()
+    if hasattr(exact, "backend"):
+        exact.backend = "traceable"  # type: ignore[assignment]
+    return exact
 
 
 class Formulas(nn.Module):
@@ -90,7 +119,7 @@ class Formulas(nn.Module):
 
 
 class Doubling(nn.Module):
-    """Next to nothing, differentiably: no layer that must read its input twice in the backward can be faster.
+    """The trivial operation y = 2x: no layer that must read its input twice in the backward can be faster.
 
     Four tensors of the input's size move, of a normalization at least five, and autograd has one node.
     """
@@ -101,54 +130,36 @@ class Doubling(nn.Module):
 
 
 KERNELS = "kernels"
-"""Name of the provider that is no layer: the CPU kernels called bare."""
+"""The operators of the momentum layer alone, without the layer and autograd."""
 
 Provider: TypeAlias = Callable[[Case], nn.Module]
 
 
-def _stock(case: Case) -> nn.Module:
-    layer: nn.Module = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[case.rank - 1](case.shape[1])
-    return layer
-
-
-def _compiled(case: Case) -> nn.Module:
-    # of one function torch compiles eight kinds of input, and runs others as they are
-    torch.compiler.reset()
-    return torch.compile(_stock(case))  # type: ignore[return-value]
-
-
-def _momentum(backend: str) -> Provider:
+def _layer(norm: str) -> Provider:
     def build(case: Case) -> nn.Module:
-        layer: nn.Module = getattr(mbnorm, f"MomentumBatchNorm{case.rank}d")(
-            case.shape[1], history_weight=0.75, backend=backend
-        )
+        layer: nn.Module = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[case.rank - 1](case.shape[1])
+        give_norm(layer, norm)
         return layer
 
     return build
 
 
-def _matched(case: Case) -> nn.Module:
-    layer = _stock(case)
-    mbnorm.convert(layer, "matched")
-    return layer
-
-
-def _memorized(case: Case) -> nn.Module:
-    layer: nn.Module = getattr(mbnorm, f"MemorizedBatchNorm{case.rank}d")(case.shape[1], memory_size=64)
-    return layer
+def _compiled(norm: str) -> Provider:
+    return lambda case: torch.compile(_layer(norm)(case))  # type: ignore[return-value]
 
 
 PROVIDERS: dict[str, Provider] = {
-    "batch_norm": _stock,
+    BASE: _layer(BASE),
+    "matched": _layer("matched"),
+    "momentum": _layer("momentum"),
+    "memorized": _layer("memorized"),
+    KERNELS: _layer("momentum"),
+    "doubling": lambda case: Doubling(),
+    "momentum-aten": _layer("momentum-aten"),
+    "momentum-traceable": _layer("momentum-traceable"),
+    "compiled_batch_norm": _compiled(BASE),
+    "compiled_matched": _compiled("matched"),
     "group_norm": lambda case: nn.GroupNorm(32, case.shape[1]),
     "formulas": lambda case: Formulas(case.shape[1], len(case.shape)),
-    "doubling": lambda case: Doubling(),
-    "compiled_batch_norm": _compiled,
-    "matched": _matched,
-    "momentum": _momentum("auto"),
-    "memorized": _memorized,
-    KERNELS: _momentum("cpu"),
-    "momentum-aten": _momentum("aten"),
-    "momentum-traceable": _momentum("traceable"),
 }
-"""By name; "matched", "momentum" and "memorized" take the backend that a user gets."""
+"""What builds a layer for a case, by name and in the order of the tables."""

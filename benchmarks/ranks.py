@@ -1,16 +1,10 @@
-"""Training steps on two gloo processes, with and without synchronized statistics, and the table of both.
-
-    python -m mbnorm.experiments.bench.ranks benchmarks/ranks
-
-measures (minutes, on two cores), simulates, and writes ranks.jsonl and ranks.md.
-"""
+"""Training steps of two gloo processes with and without shared statistics, and of more by simulation."""
 
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +15,14 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mbnorm
-from mbnorm.experiments.bench.network import NETWORKS, RANKS, SYNCHRONIZATIONS, step_seconds
-from mbnorm.experiments.bench.rows import Row, machine, read, write
+from benchmarks.network import NETWORKS, RANKS, SYNCHRONIZATIONS, step_seconds
+from benchmarks.rows import Row, read, write
+from benchmarks.steps import small_cnn
+from mbnorm.experiments.markdown import table
 from mbnorm.experiments.nets import resnet18
 
 BATCH = 4
 ROUNDS = {"small CNN": 61, "ResNet-18": 15}
-
-
-def small_cnn() -> nn.Module:
-    """Return six convolutions with norms, for images of 32 pixels."""
-    layers: list[nn.Module] = []
-    inputs = 3
-    for outputs, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"small CNN": small_cnn, "ResNet-18": resnet18}
@@ -80,11 +66,11 @@ class _Trainer:
         return float(seconds), float(processor)
 
 
-def _measure(rank: int, folder: str) -> None:
+def _measure(rank: int, folder: str, quick: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows: list[Row] = []
-    for net, rounds in ROUNDS.items():
+    for net, rounds in {"small CNN": 3}.items() if quick else ROUNDS.items():
         trainers = {norm: _Trainer(net, norm) for norm in NORMS}
         seconds: dict[str, list[tuple[float, float]]] = {norm: [] for norm in NORMS}
         for number in range(rounds + 3):
@@ -110,7 +96,6 @@ def _measure(rank: int, folder: str) -> None:
                     "load": os.getloadavg()[0],
                     "buffer_bytes": trainers[norm].buffer_bytes,
                     "rounds": rounds,
-                    **machine(),
                 }
             )
     rows.append({"kind": "torch", "sync_batch_norm": _sync_batch_norm()})
@@ -144,58 +129,62 @@ def simulate() -> list[Row]:
     ]
 
 
-def table(rows: list[Row]) -> str:
-    """Return the Markdown tables of rows."""
-    measured = [r for r in rows if r["kind"] == "measured"]
-    first = measured[0]
+def rows(quick: bool) -> Iterator[Row]:
+    """Yield what two processes measure, and what is simulated."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_measure, (folder, quick), nprocs=2)  # type: ignore[no-untyped-call]
+        yield from read(Path(folder) / "rows.jsonl")
+    yield from simulate()
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """Return the tables of what was measured and of what was simulated, each after what it says."""
+    measured = [row for row in rows if row["kind"] == "measured"]
     lines = [
-        f"{first['processor']}, {first['cores']} cores, torch {first['torch']}, mbnorm {first['mbnorm']}; "
-        f"two gloo processes of one thread each, batch {first['batch']} a rank, images of 32 pixels, DDP. "
-        "Written by `python -m mbnorm.experiments.bench.ranks`.",
-        "",
-        "Step time in turns, medians. *Over alone* is the ratio, within a round, to the same norm without "
-        "`process_group`: of the step, and of both processes' processor time. *Load* is the machine's, which "
-        "others use too; its two cores are 2.",
-        "",
-        "| net | norm | rounds | load | step, ms | over alone | processor over alone | buffers, MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        [
+            row["net"],
+            row["norm"],
+            str(row["rounds"]),
+            f"{row['load']:.1f}",
+            f"{1e3 * row['median_s']:.1f}",
+            f"{row['over_alone']:.3f}",
+            f"{row['cpu_over_alone']:.3f}",
+            f"{row['buffer_bytes'] / 1e6:.2f}",
+        ]
+        for row in measured
     ]
-    for r in measured:
-        lines.append(
-            f"| {r['net']} | {r['norm']} | {r['rounds']} | {r['load']:.1f} | {1e3 * r['median_s']:.1f} | "
-            f"{r['over_alone']:.3f} | {r['cpu_over_alone']:.3f} | {r['buffer_bytes'] / 1e6:.2f} |"
-        )
-    lines += [
-        "",
-        f"`nn.SyncBatchNorm` there: {next(r['sync_batch_norm'] for r in rows if r['kind'] == 'torch')}",
-        "",
+    header = [
+        "net",
+        "norm",
+        "rounds",
+        "load",
+        "step, ms",
+        "over alone",
+        "processor over alone",
+        "buffers, MB",
+    ]
+    (torchs,) = (row["sync_batch_norm"] for row in rows if row["kind"] == "torch")
+    return [
+        f"Two gloo processes of one thread each, batch {measured[0]['batch']} a rank, images of 32 pixels, "
+        "DDP. Step time in turns, medians. *Over alone* is the ratio, within a round, to the same norm "
+        "without `process_group`: of the step, and of both processes' processor time. *Load* is the "
+        "machine's, which others use too; its two cores are 2.",
+        table(header, lines, "llrrrrrr"),
+        f"`nn.SyncBatchNorm` there: {torchs}",
         "Simulated step of a ResNet-50 under DDP over the step without synchronization: 15 + 30 ms of "
         "compute in 53 equal parts that jitter by 5 %, 10 us to ask for a collective, rings or trees, "
         "collectives of one group in turn. It counts the network and the waiting, not the arithmetic of the "
         "layers. *own group*: the statistics have a process group of their own.",
-        "",
-        "| network | ranks | none, ms | " + " | ".join(SYNCHRONIZATIONS[1:]) + " |",
-        "| --- | ---: |" + " ---: |" * len(SYNCHRONIZATIONS),
+        _simulated(rows),
     ]
-    simulated = {(r["network"], r["ranks"], r["sync"]): r["step_s"] for r in rows if r["kind"] == "simulated"}
-    for network in NETWORKS:
-        for ranks in RANKS:
-            none = simulated[network.name, ranks, "none"]
-            cells = [f"{simulated[network.name, ranks, s] / none:.3f}" for s in SYNCHRONIZATIONS[1:]]
-            lines.append(f"| {network.name} | {ranks} | {1e3 * none:.0f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
-def main(out: Path) -> None:
-    """Measure and simulate; ``out`` gets ranks.jsonl and ranks.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_measure, (folder,), nprocs=2)  # type: ignore[no-untyped-call]
-        rows = read(Path(folder) / "rows.jsonl")
-    rows += simulate()
-    write(out / "ranks.jsonl", rows)
-    (out / "ranks.md").write_text(table(rows), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def _simulated(rows: list[Row]) -> str:
+    steps = {(r["network"], r["ranks"], r["sync"]): r["step_s"] for r in rows if r["kind"] == "simulated"}
+    lines = []
+    for network, ranks in dict.fromkeys(step[:2] for step in steps):
+        none = steps[network, ranks, "none"]
+        over = [f"{steps[network, ranks, sync] / none:.3f}" for sync in SYNCHRONIZATIONS[1:]]
+        lines.append([network, str(ranks), f"{1e3 * none:.0f}", *over])
+    header = ["network", "ranks", "none, ms", *SYNCHRONIZATIONS[1:]]
+    return table(header, lines, "l" + "r" * (len(header) - 1))
