@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 
 TORCH ?= 2.11.0
 
-.PHONY: help compare test test-torch test-triton test-report thorough mutants contract docs figures package oldest lint clean
+.PHONY: help compare test test-torch test-triton test-gpu test-report thorough mutants contract docs figures package oldest lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
 	@echo "make test      run the tests"
 	@echo "make test-torch TORCH=2.11.0  run the tests with another torch, gigabytes to download"
 	@echo "make test-triton  run the Triton kernels on the CPU, and compile them for several devices; minutes long"
+	@echo "make test-gpu  check every backend and layer on a GPU, with python3 and its torch"
 	@echo "make test-report  look at reports in chromium; screenshots in runs/report"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
 	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
@@ -38,6 +39,11 @@ test-triton: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]'
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/test_triton_backend.py tests/test_triton_operators.py tests/test_fused_memory.py tests/test_trial.py
 	$(BIN)/pytest -n auto -m triton tests/test_triton_compile.py tests/test_triton_launch.py
+
+# not in the virtual environment, which may have a torch without CUDA
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	PYTHONPATH=src $(PYTHON) -m pytest tests/test_triton_backend.py tests/test_triton_operators.py tests/test_fused_memory.py tests/test_trial.py
 
 # installs the browser where that needs no password, and says what to install elsewhere
 test-report: $(VENV)/ready
