@@ -19,11 +19,11 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "layers": Benchmark(layers.rows, layers.tables, "each layer on the CPU; 8 minutes"),
-    "compiled-layers": Benchmark(layers.compiled_rows, layers.tables, "layers under torch.compile; minutes"),
-    "steps": Benchmark(steps.rows, steps.tables, "training steps on the CPU; 2 minutes"),
-    "compiled-steps": Benchmark(steps.compiled_rows, steps.tables, "steps under torch.compile; minutes"),
-    "ranks": Benchmark(ranks.rows, ranks.tables, "training steps of two processes; minutes"),
+    "layers": Benchmark(layers.rows, layers.tables, "each layer on the CPU"),
+    "compiled-layers": Benchmark(layers.compiled_rows, layers.tables, "layers under torch.compile"),
+    "steps": Benchmark(steps.rows, steps.tables, "training steps on the CPU"),
+    "compiled-steps": Benchmark(steps.compiled_rows, steps.tables, "steps under torch.compile"),
+    "ranks": Benchmark(ranks.rows, ranks.tables, "training steps of two processes"),
     "gpu": Benchmark(gpu.rows, gpu.tables, "steps and layers on a GPU; 8 minutes at most"),
 }
 
