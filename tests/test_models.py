@@ -9,7 +9,7 @@ from mbnorm import convert
 from mbnorm.experiments.data import Data, digits, load
 from mbnorm.experiments.models import MODELS, build, why_not
 
-OF_PIXELS = {"segment": "segments", "unet3d": "volumes"}
+OF_PIXELS = {"segment": "segments", "unet2d": "segments", "unet3d": "volumes"}
 
 
 def data_of(*shape, classes=4):
@@ -46,6 +46,8 @@ def test_every_net_can_be_converted_whole(name):
         ("mlp6", 6),
         ("cnn", 9),
         ("vgg-small", 5),
+        ("resnet8", 9),
+        ("resnet20", 21),
         ("resnet18", 20),
         ("resnet50", 53),
         ("vgg16", 13),
@@ -78,6 +80,32 @@ def test_the_first_nets_start_as_they_always_did():
     assert sums == pytest.approx([1158.3679000796155, 987.1279085511364], rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "sides", "multiple"),
+    [("segment", (8, 12), 4), ("unet2d", (8, 24), 8), ("unet3d", (12, 8, 4), 4)],
+)
+def test_sides_that_a_net_cannot_halve_are_refused(name, sides, multiple):
+    def data(*sides):
+        return data_of(1, *sides)._replace(train_targets=torch.zeros(2, *sides).long())
+
+    assert why_not(name, data(*sides)) is None
+    odd = (*sides[:-1], sides[-1] + multiple // 2)
+    assert f"sides that are multiples of {multiple}" in why_not(name, data(*odd))
+
+
+def test_the_small_resnet_halves_its_maps_twice_and_ends_64_wide():
+    net = build("resnet8", data_of(3, 32, 32))
+    maps = []
+    net[-3].register_forward_hook(lambda layer, args, y: maps.append(args[0].shape))
+    net(torch.randn(2, 3, 32, 32))
+    assert maps == [(2, 64, 8, 8)]
+
+
+def test_the_unet_of_images_is_8_to_64_wide():
+    net = build("unet2d", load("segments"))
+    assert [block[0].out_channels for block in net.down] == [8, 16, 32, 64]
+
+
 def test_large_images_are_pooled_first():
     assert isinstance(build("resnet18", data_of(3, 96, 96))[3], nn.MaxPool2d)
     assert not isinstance(build("resnet18", data_of(3, 32, 32))[3], nn.MaxPool2d)
@@ -91,6 +119,7 @@ def test_large_images_are_pooled_first():
         ("mlp", "segments", "a class per image, and these data have one per pixel"),
         ("unet3d", "digits", "a class per pixel, and these data have one per image"),
         ("segment", "volumes", "segment takes images, got inputs of shape"),
+        ("unet2d", "volumes", "unet2d takes images, got inputs of shape"),
         ("unet3d", "segments", "unet3d takes volumes, got inputs of shape"),
     ],
 )

@@ -12,11 +12,16 @@ from mbnorm.experiments.data import Data, Parts
 
 SMALL = ("mlp", "cnn", "mlp6", "vgg-small", "segment")
 """Those that train within seconds on a core."""
-MODELS = (*SMALL, "resnet18", "resnet34", "resnet50", "vgg11", "vgg16", "unet3d")
+MODELS = (
+    *SMALL,
+    *("resnet8", "resnet20", "resnet18", "resnet34", "resnet50"),
+    *("vgg11", "vgg16", "unet2d", "unet3d"),
+)
 TIMM = "timm:"
 
 WIDTHS = {"mlp": 100, "mlp6": 100, "cnn": 8, "vgg-small": 8, "segment": 8}
-PER_PIXEL = ("segment", "unet3d")
+LEAST_MULTIPLE = {"segment": 4, "unet2d": 8, "unet3d": 4}
+"""Nets that give a class per pixel, and what the sides of their inputs must be multiples of."""
 CIFAR_SIDE = 64
 """Up to this side a ResNet starts without pooling."""
 
@@ -42,11 +47,15 @@ def build(name: str, data: Data | Parts) -> nn.Module:
             return _vgg_small(inputs, side, WIDTHS[name], classes)
         case "segment":
             return _Segment(inputs, WIDTHS[name], classes)
+        case "resnet8" | "resnet20":
+            return nets.small_resnet(int(name.removeprefix("resnet")), inputs, classes)
         case "resnet18" | "resnet34" | "resnet50":
             stem = nets.cifar_stem if side <= CIFAR_SIDE else nets.imagenet_stem
             return nets.resnet(int(name.removeprefix("resnet")), inputs, classes, stem)
         case "vgg11" | "vgg16":
             return nets.vgg(int(name.removeprefix("vgg")), inputs, side, classes)
+        case "unet2d":
+            return nets.unet2d(inputs, classes)
         case "unet3d":
             return nets.unet3d(inputs, classes, (8, 16, 32))
     return _timm(name.removeprefix(TIMM), inputs, classes)
@@ -56,14 +65,14 @@ def why_not(name: str, data: Data | Parts) -> str | None:
     """Return why there is no such net for such data, if there is none."""
     if not known(name):
         return f"expected {', '.join(MODELS)} or {TIMM}NAME; got {name!r}"
-    if data.per_pixel and name not in PER_PIXEL:
+    if data.per_pixel and name not in LEAST_MULTIPLE:
         return f"{name} gives a class per image, and these data have one per pixel"
-    if not data.per_pixel and name in PER_PIXEL:
+    if not data.per_pixel and name in LEAST_MULTIPLE:
         return f"{name} gives a class per pixel, and these data have one per image"
     volumes = len(data.shape) == 4
     if volumes != (name == "unet3d"):
         return f"{name} takes {'images' if volumes else 'volumes'}, got inputs of shape {tuple(data.shape)}"
-    least = 4 if name in PER_PIXEL else 1
+    least = LEAST_MULTIPLE.get(name, 1)
     if any(side % least for side in data.shape[1:]):
         return f"{name} takes sides that are multiples of {least}, got inputs of shape {tuple(data.shape)}"
     return None

@@ -74,6 +74,21 @@ def resnet(depth: int, inputs: int, classes: int, stem: Callable[[int], list[nn.
     )
 
 
+def small_resnet(depth: int, inputs: int, classes: int) -> nn.Module:
+    """Return the ResNet for CIFAR of 6 n + 2 layers: three stages of n blocks, 16, 32 and 64 wide.
+
+    Shortcuts between stages are 1x1 convolutions.
+    """
+    blocks: list[nn.Module] = []
+    before = 16
+    for width in (16, 32, 64):
+        for number in range((depth - 2) // 6):
+            blocks.append(_BasicBlock(before, width, 2 if width > 16 and number == 0 else 1))
+            before = width
+    stem = (nn.Conv2d(inputs, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
 def cifar_stem(inputs: int) -> list[nn.Module]:
     """Return a ResNet's first layers for images of 32 pixels: no pooling."""
     return [nn.Conv2d(inputs, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
@@ -115,31 +130,24 @@ def vgg(depth: int, inputs: int, side: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm3d(outputs),
-        nn.ReLU(),
-        nn.Conv3d(outputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm3d(outputs),
-        nn.ReLU(),
-    )
+class _UNet(nn.Module):
+    """Two convolutions a level; maps are halved by pooling and doubled by transposed convolutions."""
 
-
-class _UNet3d(nn.Module):
-    def __init__(self, inputs: int, classes: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, dimensions: int, inputs: int, classes: int, widths: tuple[int, ...]) -> None:
         super().__init__()
+        conv, transposed = _CONVOLUTIONS[dimensions]
+        self.pool = _POOLINGS[dimensions]
         pairs = list(zip((inputs, *widths), widths, strict=False))
-        self.down = nn.ModuleList(_double_conv(i, o) for i, o in pairs)
+        self.down = nn.ModuleList(_double_conv(dimensions, i, o) for i, o in pairs)
         ups = list(zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose3d(i, o, 2, 2) for i, o in ups)
-        self.merge = nn.ModuleList(_double_conv(2 * o, o) for _, o in ups)
-        self.head = nn.Conv3d(widths[0], classes, 1)
+        self.up = nn.ModuleList(transposed(i, o, 2, 2) for i, o in ups)
+        self.merge = nn.ModuleList(_double_conv(dimensions, 2 * o, o) for _, o in ups)
+        self.head = conv(widths[0], classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skips: list[Tensor] = []
         for level, block in enumerate(self.down):
-            x = block(x if level == 0 else F.max_pool3d(x, 2))
+            x = block(x if level == 0 else self.pool(x, 2))
             skips.append(x)
         for up, merge, skip in zip(self.up, self.merge, reversed(skips[:-1]), strict=True):
             x = merge(torch.cat([up(x), skip], dim=1))
@@ -147,6 +155,28 @@ class _UNet3d(nn.Module):
         return y
 
 
+_CONVOLUTIONS = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+_POOLINGS = {2: F.max_pool2d, 3: F.max_pool3d}
+_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _double_conv(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
+    (conv, _), norm = _CONVOLUTIONS[dimensions], _NORMS[dimensions]
+    return nn.Sequential(
+        conv(inputs, outputs, 3, padding=1, bias=False),
+        norm(outputs),
+        nn.ReLU(),
+        conv(outputs, outputs, 3, padding=1, bias=False),
+        norm(outputs),
+        nn.ReLU(),
+    )
+
+
+def unet2d(inputs: int = 1, classes: int = 2, widths: tuple[int, ...] = (8, 16, 32, 64)) -> nn.Module:
+    """Return a small U-Net for images whose sides are multiples of 8."""
+    return _UNet(2, inputs, classes, widths)
+
+
 def unet3d(inputs: int = 1, classes: int = 2, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
     """Return a small U-Net for volumes whose sides are multiples of 4."""
-    return _UNet3d(inputs, classes, widths)
+    return _UNet(3, inputs, classes, widths)
