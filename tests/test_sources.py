@@ -1,4 +1,4 @@
-"""Images from folders, parquet files and the hub; what is wrong with a source is said in one line."""
+"""Images from folders, parquet files and the hub: what is read, and what is wrong in one line."""
 
 import shutil
 import sys
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from test_cli import mbnorm_says
 
-from mbnorm.experiments import sources
 from mbnorm.experiments.data import load, parts
+from mbnorm.experiments.sources import findings, images
 
 CLASSES = ("cat", "dog")
 
@@ -19,6 +19,8 @@ CLASSES = ("cat", "dog")
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        folder = tmp_path_factory.mktemp("findings")
+        patch.setattr(findings, "cache_folder", lambda: folder)
         yield
 
 
@@ -120,6 +122,16 @@ def test_a_name_on_the_hub_is_read_with_its_columns(hub):
     assert (len(data.train), len(data.test), data.classes) == (20, 4, 2)
 
 
+def test_a_class_on_the_hub_without_an_image_is_named(monkeypatch, folder):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", *CLASSES])}
+    )
+    part = datasets.Dataset.from_list(rows(folder, labels=(1, 2)), features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": part}))
+    with pytest.raises(ValueError, match=r"^birds: no image to train on of the class 'a'$"):
+        parts("hub:birds")
+
+
 def test_a_name_that_the_hub_does_not_have_gives_one_line(hub):
     with pytest.raises(ValueError, match=r"^dogs: cannot be had from the hub .*'dogs' on the Hub\)$"):
         parts("hub:dogs")
@@ -128,9 +140,127 @@ def test_a_name_that_the_hub_does_not_have_gives_one_line(hub):
 def test_without_datasets_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ValueError, match=r"folder:x needs the package datasets: pip install 'mbnorm\[data\]'"
+        ValueError, match=r"parquet:x needs the package datasets: pip install 'mbnorm\[data\]'"
     ):
-        sources.read("folder:x")
+        parts("parquet:x")
+
+
+def test_a_folder_needs_no_package_beyond_those_of_the_experiments(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(parts(f"folder:{folder}").train) == 20
+
+
+@pytest.fixture
+def odd_columns(folder):
+    """A parquet file with two columns of images and two of whole numbers, none named as usual."""
+    content = [
+        {"thumb": {"bytes": b"x", "path": None}, "img": row["image"], "size": 3, "cls": row["label"]}
+        for row in rows(folder)
+    ]
+    return write_parquet(folder / "odd.parquet", content)
+
+
+def test_columns_may_be_named(folder, odd_columns):
+    found = load(f"parquet:{odd_columns}:image=img:label=cls")
+    expected = load(f"parquet:{write_parquet(folder / 'x.parquet', rows(folder))}")
+    assert all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (":image=img", r"no column of labels \(named label, labels, fine_label, target, class\)"),
+        (":image=picture:label=cls", "no column 'picture', only thumb, img, size, cls"),
+        (":image=size:label=cls", "expected images in the column 'size', got Value"),
+        (":imgae=img:label=cls", "expected :image=COLUMN or :label=COLUMN, got :imgae=img"),
+    ],
+)
+def test_a_wrong_column_gives_one_line(odd_columns, columns, message):
+    with pytest.raises(ValueError, match=f"^{odd_columns}: {message}"):
+        parts(f"parquet:{odd_columns}{columns}")
+
+
+def test_what_was_decoded_is_not_decoded_again_while_it_stays_as_it_is(folder, monkeypatch):
+    name, looked_at = f"folder:{folder}", []
+    decoded_size = images.decoded_size
+    monkeypatch.setattr(images, "decoded_size", lambda file: looked_at.append(file) or decoded_size(file))
+    changed = folder / "train" / "dog" / "4.png"
+    parts.__wrapped__(name)
+    assert len(looked_at) == 24
+    draw(changed, 99, size=(40, 30))
+    parts.__wrapped__(name)
+    assert looked_at[24:] == [changed]
+
+
+def test_what_was_sound_is_not_decoded_again_after_a_damaged_image(folder, monkeypatch):
+    damaged = folder / "test" / "dog" / "1.png"
+    whole, looked_at = damaged.read_bytes(), []
+    damaged.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        parts.__wrapped__(f"folder:{folder}")
+    damaged.write_bytes(whole)
+    decoded_size = images.decoded_size
+    monkeypatch.setattr(images, "decoded_size", lambda file: looked_at.append(file) or decoded_size(file))
+    parts.__wrapped__(f"folder:{folder}")
+    assert looked_at == [damaged]
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
+def test_a_damaged_cache_is_an_empty_one(folder, content):
+    parts.__wrapped__(f"folder:{folder}")
+    for file in findings.cache_folder().rglob("*.json"):
+        file.write_bytes(content)
+    assert len(parts.__wrapped__(f"folder:{folder}").train) == 20
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def no_folder():
+    return images.Path("/dev/null/cache")
+
+
+@pytest.mark.parametrize("cache_folder", [no_home, no_folder])
+def test_data_are_read_where_no_cache_can_be_written(folder, monkeypatch, cache_folder):
+    monkeypatch.setattr(findings, "cache_folder", cache_folder)
+    assert len(parts.__wrapped__(f"folder:{folder}").train) == 20
+
+
+@pytest.fixture
+def many(folder, monkeypatch):
+    """More images than are decoded before training."""
+    monkeypatch.setattr(images, "MOST_DECODED", 10)
+    return folder
+
+
+def test_of_many_images_the_headers_are_read(many):
+    path = many / "train" / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{path}: cannot be decoded as an image"):
+        parts(f"folder:{many}")
+
+
+def test_of_many_images_a_damaged_one_is_told_counted_and_passed_over(many, caplog):
+    for name in ("3", "4"):
+        path = many / "train" / "cat" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[:50])
+    train = parts(f"folder:{many}").train
+    for _ in range(2):
+        torch.testing.assert_close(train[3][0], train[5][0])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"{many / 'train' / 'cat' / '3.png'}: cannot be decoded as an image")
+    assert first.endswith("; 1 skipped so far")
+    assert second.endswith("; 2 skipped so far")
+    assert len(train.skipped) == 2
+
+
+def test_many_images_none_of_which_can_be_read_are_refused(many):
+    train = parts(f"folder:{many}").train
+    for path in (many / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="none of 20 images can be read"):
+        train[7]
 
 
 def missing(folder):
@@ -227,8 +357,15 @@ def no_column_of_labels(folder):
     return f"parquet:{path}", f"{path}: no column of labels"
 
 
+def truncated(folder):
+    path = folder / "train" / "dog" / "x.jpg"
+    Image.effect_noise((64, 64), 80).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    return f"folder:{folder}", f"{path}: cannot be decoded as an image"
+
+
 DAMAGES = [
-    *(missing, a_file, empty, empty_class, corrupt, mislabelled, unlabelled, one_class),
+    *(missing, a_file, empty, empty_class, corrupt, truncated, mislabelled, unlabelled, one_class),
     *(missing_parquet, no_parquet, corrupt_parquet, corrupt_image_in_parquet, no_image_in_parquet),
     *(no_label_in_parquet, unknown_label_in_parquet, no_column_of_images, no_column_of_labels),
 ]
@@ -244,6 +381,6 @@ def test_a_damaged_source_gives_one_line_that_names_the_file(folder, damage):
 
 
 def test_data_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(folder, monkeypatch):
-    monkeypatch.setattr("mbnorm.experiments.data.MOST_VALUES", 1000)
+    monkeypatch.setattr("mbnorm.experiments.dataset.MOST_VALUES", 1000)
     with pytest.raises(ValueError, match="24 images of 300 values do not fit into memory"):
         load.__wrapped__(f"folder:{folder}")

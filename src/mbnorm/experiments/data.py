@@ -1,66 +1,26 @@
 """Data sets by name, as tensors."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
+
+from mbnorm.experiments.dataset import Data, Parts, check_fits, scaled
+
+__all__ = ["EMBEDDED", "OUTSIDE_FORMS", "Data", "Parts", "digits", "load", "parts"]
 
 EMBEDDED = ("digits", "textures", "photos", "segments", "volumes")
-OUTSIDE = ("folder:", "parquet:", "hub:")
-OUTSIDE_FORMS = ("folder:PATH", "parquet:PATH", "hub:NAME")
-MOST_VALUES = 2**30
-"""Float32 values that are held in memory: 4 GiB, enough for CIFAR and for 10,000 images of 180 pixels."""
-
-
-class Data(NamedTuple):
-    """What to train on and what to test on.
-
-    Inputs have the shape (N, C, H, W), volumes (N, C, D, H, W); targets are classes below ``classes``, shape
-    (N,), or (N, H, W) and (N, D, H, W) where each pixel has one.
-    """
-
-    train_inputs: Tensor
-    train_targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
-    classes: int
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of one input."""
-        return self.train_inputs.shape[1:]
-
-    @property
-    def per_pixel(self) -> bool:
-        """Whether each pixel has a class of its own."""
-        return self.train_targets.dim() > 1
-
-    def to(self, device: torch.device) -> "Data":
-        """Return the same data on ``device``."""
-        train_inputs, train_targets, test_inputs, test_targets = (t.to(device) for t in self[:4])
-        return Data(train_inputs, train_targets, test_inputs, test_targets, self.classes)
-
-
-def scaled(data: Data) -> Data:
-    """Return the data with mean 0 in each channel and variance 1, over the inputs to train on."""
-    axes = [0, *range(2, data.train_inputs.dim())]
-    mean = data.train_inputs.mean(axes, keepdim=True)
-    std = (data.train_inputs - mean).std()
-    train, test = ((inputs - mean) / std for inputs in (data.train_inputs, data.test_inputs))
-    return data._replace(train_inputs=train, test_inputs=test)
-
-
-class Parts(NamedTuple):
-    """The same as `torch.utils.data.Dataset`s, which may be larger than memory."""
-
-    train: Dataset[Any]
-    test: Dataset[Any]
-    train_targets: Tensor
-    shape: torch.Size
-    classes: int
-    per_pixel: bool
+READ_ONE_BY_ONE = ("folder:", "masks:", "parquet:", "hub:")
+OUTSIDE_FORMS = (
+    "folder:PATH",
+    "masks:PATH",
+    "npz:FILE",
+    "idx:PATH",
+    "parquet:PATH[:image=COLUMN][:label=COLUMN]",
+    "hub:NAME",
+)
 
 
 @cache
@@ -70,11 +30,8 @@ def parts(name: str) -> Parts:
     Raises:
         ValueError: there is none, or it cannot be read; the line names the file.
     """
-    if name.startswith(OUTSIDE):
-        from mbnorm.experiments import sources
-
-        train, test, classes = sources.read(name)
-        return Parts(train, test, train.targets, train.shape, classes, per_pixel=False)
+    if name.startswith(READ_ONE_BY_ONE):
+        return _from_outside(name)
     data = load(name)
     return Parts(
         TensorDataset(data.train_inputs, data.train_targets),
@@ -86,6 +43,22 @@ def parts(name: str) -> Parts:
     )
 
 
+def _from_outside(name: str) -> Parts:
+    kind, _, place = name.partition(":")
+    match kind:
+        case "folder":
+            from mbnorm.experiments.sources import folders
+
+            return folders.read(place)
+        case "masks":
+            from mbnorm.experiments.sources import masks
+
+            return masks.read(place)
+    from mbnorm.experiments.sources import tables
+
+    return tables.read(kind, place)
+
+
 @cache
 def load(name: str) -> Data:
     """Return the data set of that name in memory, the same one every time.
@@ -93,10 +66,11 @@ def load(name: str) -> Data:
     Raises:
         ValueError: there is none, it is too large, or it cannot be read; the line names the file.
     """
-    if name.startswith(OUTSIDE):
+    if name.startswith(READ_ONE_BY_ONE):
         return _in_memory(name)
     # the packages behind them take seconds to import, and not every command needs each
-    match name:
+    kind, outside, place = name.partition(":")
+    match kind + outside:
         case "digits":
             return digits()
         case "textures" | "photos" | "segments":
@@ -111,14 +85,20 @@ def load(name: str) -> Data:
             from mbnorm.experiments.volumes import volumes
 
             return volumes()
+        case "npz:":
+            from mbnorm.experiments.sources import npz
+
+            return npz.read(place)
+        case "idx:":
+            from mbnorm.experiments.sources import idx
+
+            return idx.read(place)
     raise ValueError(f"expected {', '.join(EMBEDDED)}, {', '.join(OUTSIDE_FORMS)}; got {name!r}")
 
 
 def _in_memory(name: str) -> Data:
     source = parts(name)
-    inputs = len(source.train_targets) + len(source.test)  # type: ignore[arg-type]
-    if inputs * source.shape.numel() > MOST_VALUES:
-        raise ValueError(f"{name}: {inputs} images of {source.shape.numel()} values do not fit into memory")
+    check_fits(name, len(source.train_targets) + len(source.test), source.shape)  # type: ignore[arg-type]
     train_inputs, train_targets = _stacked(source.train)
     test_inputs, test_targets = _stacked(source.test)
     return scaled(Data(train_inputs, train_targets, test_inputs, test_targets, source.classes))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm.experiments import nets
-from mbnorm.experiments.data import Data, Parts
+from mbnorm.experiments.dataset import Data, Parts
 
 SMALL = ("mlp", "cnn", "mlp6", "vgg-small", "segment")
 """Those that train within seconds on a core."""

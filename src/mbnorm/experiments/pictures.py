@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbnorm.experiments.data import Data, scaled
+from mbnorm.experiments.dataset import Data, scaled
 
 TEXTURES = ("brick", "grass", "gravel")
 PHOTOS = (

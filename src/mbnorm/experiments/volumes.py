@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm.experiments.data import Data, scaled
+from mbnorm.experiments.dataset import Data, scaled
 
 TRAIN_VOLUMES, TEST_VOLUMES, SIDE = 80, 40, 16
 BALLS = 3
