@@ -5,7 +5,7 @@ import torch
 from helpers import gradients, make_input, make_parameters, relative_error
 from torch import nn
 
-from mbnorm.experiments.batch_renorm import BatchRenorm, RenormSchedule
+from mbnorm.experiments.peers.batch_renorm import BatchRenorm, RenormSchedule
 
 SHAPES = [(6, 5), (4, 5, 7), (3, 5, 4, 6), (2, 5, 3, 4, 3)]
 BOUNDS = [(1.0, 0.0), (1.1, 0.2), (3.0, 5.0)]

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from mbnorm.experiments.batch_renorm import BatchRenorm, RenormSchedule
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import (
@@ -16,6 +15,10 @@ from mbnorm.experiments.methods import (
     before_training,
     schedule_for,
 )
+from mbnorm.experiments.peers.batch_renorm import BatchRenorm, RenormSchedule
+from mbnorm.experiments.peers.filters import Centered, Standardized
+from mbnorm.experiments.peers.mabn import MABN
+from mbnorm.experiments.peers.online import OnlineNorm
 from mbnorm.experiments.training import initial_model, train
 
 SETTING = Setting("mlp", 4, "shuffled", 0.025, 1)
@@ -116,6 +119,36 @@ def test_accumulation_without_normalization_is_the_large_batch(monkeypatch):
     assert small.eval_mode_loss == pytest.approx(large.eval_mode_loss, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "norm", "rule"),
+    [
+        ("mabn", MABN, Centered),
+        ("batch+centered", nn.BatchNorm2d, Centered),
+        ("group+ws", nn.GroupNorm, Standardized),
+        ("online", OnlineNorm, None),
+    ],
+)
+def test_peers_have_their_norms_and_their_filters(method, norm, rule):
+    net = net_of(method, CNN)
+    assert sum(type(m) is norm for m in net.modules()) == 9
+    assert sum(type(m) is rule for m in net.modules()) == (9 if rule else 0)
+
+
+def test_mabn_simulates_a_batch_of_32():
+    layers = [m for m in net_of("mabn", replace(CNN, batch_size=2)).modules() if isinstance(m, MABN)]
+    assert {layer.remembered for layer in layers} == {16}
+
+
+def test_a_peer_that_a_net_does_not_take_is_a_failed_run_that_names_the_layer(monkeypatch):
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    monkeypatch.setattr("mbnorm.experiments.training.build", lambda name, data: net)
+    outcome = train(Run("mabn", SETTING, 0))
+    assert (outcome.status, outcome.error) == (
+        "failed",
+        "1: expected a convolution or a linear layer in front of it",
+    )
+
+
 def test_renorm_layers_are_steered_by_their_schedule():
     net = net_of("renorm")
     schedule = schedule_for("renorm", net, 160, 4)
@@ -129,7 +162,10 @@ def test_double_forward_changes_each_method(method):
     assert plain.eval_mode_loss != refreshed.eval_mode_loss
 
 
-@pytest.mark.parametrize("method", ["renorm", "frozen", "layer", "batch+accumulate"])
+@pytest.mark.parametrize(
+    "method",
+    ["renorm", "frozen", "layer", "batch+accumulate", "batch+centered", "mabn", "online", "group+ws"],
+)
 def test_peers_learn(method):
     outcome = train(Run(method, Setting("mlp", 8, "shuffled", 0.0125, 4), 0))
     assert outcome.status == "ok"

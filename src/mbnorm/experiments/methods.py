@@ -8,16 +8,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm import MomentumSchedule, convert, recalibrate
-from mbnorm.experiments.batch_renorm import BatchRenorm, RenormSchedule
+from mbnorm.experiments.peers.batch_renorm import BatchRenorm, RenormSchedule
+from mbnorm.experiments.peers.filters import center, standardize
+from mbnorm.experiments.peers.mabn import MABN
+from mbnorm.experiments.peers.online import OnlineNorm
 
 Method: TypeAlias = Literal[
     "none",
     "batch",
     "batch+recalibrate",
     "batch+accumulate",
+    "batch+centered",
     "frozen",
     "renorm",
+    "mabn",
+    "online",
     "group",
+    "group+ws",
     "layer",
     "instance",
     "momentum",
@@ -40,7 +47,17 @@ VARIANTS: tuple[Method, ...] = _ALL[_ALL.index("matched-64") :]
 METHODS: tuple[Method, ...] = tuple(method for method in _ALL if method not in VARIANTS)
 OURS: tuple[Method, ...] = _ALL[_ALL.index("momentum") :]
 DOUBLE_FORWARD: tuple[Method, ...] = ("momentum+df", "memorized+df", "matched+df")
-WITHOUT_BATCH_NORM: tuple[Method, ...] = ("none", "frozen", "renorm", "group", "layer", "instance")
+WITHOUT_BATCH_NORM: tuple[Method, ...] = (
+    "none",
+    "frozen",
+    "renorm",
+    "mabn",
+    "online",
+    "group",
+    "group+ws",
+    "layer",
+    "instance",
+)
 
 REFERENCE_BATCH_SIZE = 64
 """Where batch norm is at ease, and how many samples an accumulated step takes."""
@@ -100,8 +117,18 @@ class Instance(nn.Module):
         return F.instance_norm(x, weight=self.weight, bias=self.bias)
 
 
-def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
-    """Turn the batch norms of ``model`` into ``method``, in place; no weight changes its initial value."""
+def set_method(model: nn.Module, method: Method, batch_size: int, shape: torch.Size) -> None:
+    """Turn the batch norms of ``model`` into ``method``, in place; no parameter changes its initial value.
+
+    Args:
+        model: a net with torch's batch norms.
+        method: what they become.
+        batch_size: samples of a batch.
+        shape: that of one input.
+
+    Raises:
+        ValueError: the method needs centered filters, and no convolution or linear layer feeds a batch norm.
+    """
     match method:
         case "batch" | "batch+recalibrate" | "batch+accumulate":
             pass
@@ -111,7 +138,17 @@ def set_method(model: nn.Module, method: Method, batch_size: int) -> None:
             _replace(model, Frozen)
         case "renorm":
             _replace(model, lambda layer: BatchRenorm(layer.num_features))
+        case "batch+centered":
+            center(model, shape)
+        case "mabn":
+            center(model, shape)
+            _replace(model, lambda layer: MABN(layer.num_features, batch_size))
+        case "online":
+            _replace(model, lambda layer: OnlineNorm(layer.num_features))
         case "group":
+            _replace(model, lambda layer: nn.GroupNorm(_groups(layer), layer.num_features))
+        case "group+ws":
+            standardize(model, shape)
             _replace(model, lambda layer: nn.GroupNorm(_groups(layer), layer.num_features))
         case "layer":
             # over channels and positions, as it is done in convolutional nets

@@ -152,7 +152,7 @@ def net_for(run: Run, data: Data | Parts) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = build(run.setting.model, data)
-    set_method(model, run.method, run.setting.batch_size)
+    set_method(model, run.method, run.setting.batch_size, data.shape)
     return model
 
 

@@ -1,0 +1,1 @@
+"""Other authors' ways to normalize with small batches, to compare with."""
