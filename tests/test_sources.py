@@ -10,7 +10,7 @@ from PIL import Image
 from test_cli import mbnorm_says
 
 from mbnorm.experiments.data import load, parts
-from mbnorm.experiments.sources import findings, images
+from mbnorm.experiments.sources import findings, images, tables
 
 CLASSES = ("cat", "dog")
 
@@ -203,6 +203,21 @@ def test_what_was_sound_is_not_decoded_again_after_a_damaged_image(folder, monke
     monkeypatch.setattr(images, "decoded_size", lambda file: looked_at.append(file) or decoded_size(file))
     parts.__wrapped__(f"folder:{folder}")
     assert looked_at == [damaged]
+
+
+def test_what_was_decoded_in_a_column_of_a_file_is_not_decoded_again(odd_columns, monkeypatch):
+    places, decoded = [], tables.decoded
+    monkeypatch.setattr(
+        tables, "decoded", lambda content, place: places.append(place) or decoded(content, place)
+    )
+    name = f"parquet:{odd_columns}:label=cls"
+    parts.__wrapped__(f"{name}:image=img")
+    assert len(places) == 20 + 1
+    places.clear()
+    parts.__wrapped__(f"{name}:image=img")
+    assert places == [f"{odd_columns}, row 0"]
+    with pytest.raises(ValueError, match=f"^{odd_columns}, row 0: cannot be decoded as an image"):
+        parts.__wrapped__(f"{name}:image=thumb")
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])

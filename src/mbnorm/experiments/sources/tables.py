@@ -97,7 +97,7 @@ def _check_decodable(parts: list[Any], column: str, place: str) -> None:
     """Decode all images, unless this was done or there are too many."""
     if sum(map(len, parts)) > images.MOST_DECODED:
         return
-    findings = Findings(place, "decoded rows")
+    findings = Findings(place, f"decoded rows of {column}")
     for rows in parts:
         # where the rows are kept on disk; what is made in memory has none
         files = [Path(file["filename"]) for file in rows.cache_files]
