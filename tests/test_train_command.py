@@ -380,7 +380,7 @@ def test_half_precision_trains(tmp_path):
         (["--data", "faces"], "expected digits, textures,"),
         (["--data", "segments"], "mlp gives a class per image, and these data have one per pixel"),
         (["--data", "folder:/none"], "/none: no such folder"),
-        (["--method", "mabn"], "--method: expected none, batch,"),
+        (["--method", "evonorm"], "--method: expected none, batch,"),
         (["--recipe", "imagenet"], "--recipe: expected eccv2020-cifar; got 'imagenet'"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["--batch-size", "2000"], "digits: 1000 images do not fill a step of 1 x 1 batches of 2000"),
