@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 TORCH ?= 2.11.0
 
-.PHONY: help compare test test-torch test-triton test-gpu test-report thorough mutants contract docs figures package oldest lint clean
+.PHONY: help compare test test-torch test-triton test-gpu test-report test-clang thorough mutants contract docs figures package oldest lint clean
 
 help:
 	@echo "make compare   train small nets on real data with every method; table and plot in runs/compare"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-triton  run the Triton kernels on the CPU, and compile them for several devices; minutes long"
 	@echo "make test-gpu  check every backend and layer on a GPU, with python3 and its torch"
 	@echo "make test-report  look at reports in chromium; screenshots in runs/report"
+	@echo "make test-clang  check the style of the C++ kernels, and test them as clang++ builds them"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
 	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
 	@echo "make contract  write docs/contract.md from the tests' markers"
@@ -55,6 +56,21 @@ test-report: $(VENV)/ready
 	    fi; \
 	fi
 	$(BIN)/pytest -m browser tests/test_report_in_browser.py
+
+# installs clang as above; kernels that do not build end it here, since their tests would be skipped
+test-clang: export MBNORM_CACHE = $(CURDIR)/$(VENV)/clang
+test-clang: export CXX = clang++
+test-clang: $(VENV)/ready
+	@if ! { command -v clang++ && command -v clang-format; } > /dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	        apt-get -qq update && apt-get -qq install --no-install-recommends clang clang-format > /dev/null; \
+	    else \
+	        echo "make test-clang needs clang: apt-get install clang clang-format" >&2; exit 1; \
+	    fi; \
+	fi
+	clang-format --dry-run --Werror src/mbnorm/backends/*.cpp src/mbnorm/backends/*.h
+	$(BIN)/python -c "import sys; from mbnorm.backends import cpu; sys.exit(cpu.missing())"
+	$(BIN)/pytest -n auto tests/test_cpu_backend.py tests/test_cpu_memory.py tests/test_fused_memory.py
 
 thorough: $(VENV)/ready
 	$(BIN)/pytest -n auto -m thorough tests/test_properties.py

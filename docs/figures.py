@@ -78,23 +78,23 @@ def modes() -> None:
 
 
 def history_weight() -> None:
-    """The weight of the past: over training by the paper's schedule, and over n by ours."""
+    """The history weight: over training by the paper's schedule, and over n by measured=False."""
     figure, (schedule, matched) = _panels(2, (9, 3.4))
     steps = [i / 200 for i in range(201)]
     for m in WEIGHTS:
         r = m / 32
         schedule.plot(steps, [r ** (1 - p) - r for p in steps], label=f"m = {m}")
     schedule.set_xlabel("part of the training that is done")
-    schedule.set_ylabel("weight λ of the past")
-    schedule.set_title('"momentum" with the paper\'s schedule', fontsize=10, loc="left")
+    schedule.set_ylabel("history weight λ")
+    schedule.set_title("Momentum BN with the paper's schedule", fontsize=10, loc="left")
     schedule.legend(frameon=False, fontsize=9)
     values = [2 ** (i / 8) for i in range(8 * 9 + 1)]
-    for target in (64, 128, 256):
+    for target in (32, 64, 128):
         weights = [max(0.0, (target - n) / (target + n)) for n in values]
         matched.plot(values, weights, label=f"matched_values = {target}")
     matched.set_xscale("log", base=2)
     matched.set_xlabel("values per channel in the batch, n")
-    matched.set_title("matched_values, without measured", fontsize=10, loc="left")
+    matched.set_title("Matched BN with measured=False", fontsize=10, loc="left")
     matched.legend(frameon=False, fontsize=9)
     _save(figure, "history-weight")
 

@@ -95,8 +95,8 @@ def _batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _distances(layer: Any, first: nn.Module, batches: Sequence[Tensor]) -> list[float]:
     """Return the distance of each entry, newest first, from the mean of its batch under present weights."""
-    position, size = int(layer.memory_position), len(layer.memory_mean)
-    slots = [(position - age) % size for age in range(1, len(batches) + 1)]
+    newest_first = torch.where(layer.memory_ages > 0, layer.memory_ages, torch.inf).argsort()
+    slots = newest_first[: len(batches)]
     now = first(torch.stack(list(batches)).flatten(2))
     var = now.flatten(0, 1).var(0)
     squares = (layer.memory_mean[slots] - now.mean(1)).square() / var

@@ -24,12 +24,12 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def mix(
-    mB: Tensor, vB: Tensor, M: Tensor, V: Tensor, a: float | Tensor, variance: str
+    mB: Tensor, vB: Tensor, M: Tensor, V: Tensor, a: float | Tensor, variance_rule: str
 ) -> tuple[Tensor, Tensor]:
     """Return a mB + (1-a) M and the variance of the rule "averaged" or "pooled"."""
     mean = a * mB + (1 - a) * M
     var = a * vB + (1 - a) * V
-    if variance == "pooled":
+    if variance_rule == "pooled":
         var = var + a * (1 - a) * (mB - M) ** 2
     return mean, var
 
@@ -52,12 +52,12 @@ def blended_batch_norm(
     M: Tensor,
     V: Tensor,
     a: float | Tensor,
-    variance: str,
+    variance_rule: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, mB, vB, mean, var of the one operator for all methods."""
     mB, vB, _ = batch_statistics(x)
-    mean, var = mix(mB, vB, M, V, a, variance)
+    mean, var = mix(mB, vB, M, V, a, variance_rule)
     return normalize(x, mean, var, w, b, eps), mB, vB, mean, var
 
 
@@ -114,50 +114,110 @@ class _Norm:
         return normalize(x, self.running_mean, self.running_var, w, b, self.eps)
 
     def _forward(
-        self, x: Tensor, w: Tensor | None, b: Tensor | None, M: Tensor, V: Tensor, a: float, variance: str
+        self,
+        x: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        M: Tensor,
+        V: Tensor,
+        a: float,
+        variance_rule: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y, *statistics = blended_batch_norm(x, w, b, M, V, a, variance, self.eps)
+        y, *statistics = blended_batch_norm(x, w, b, M, V, a, variance_rule, self.eps)
         mB, vB, mean, var = (s.detach() for s in statistics)
         return y, mB, vB, mean, var
 
 
 class MomentumNorm(_Norm):
-    """Momentum BN (ECCV 2020) with a history weight, or noise-matched with `matched_values`."""
+    """Momentum BN (ECCV 2020) with a history weight."""
 
     def __init__(
         self,
         channels: int,
         *,
         history_weight: float = 0.0,
-        matched_values: int | None = None,
-        measured: bool = False,
-        early_weight: float = 0.0,
-        variance: str = "averaged",
+        variance_rule: str = "averaged",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
         self.history_weight = history_weight
+        self.variance_rule = variance_rule
+        self.M: Tensor | None = None
+        self.V: Tensor | None = None
+
+    def seed(self, mean: Tensor, var: Tensor, batches: int = 0) -> None:
+        """Start from known statistics."""
+        self.M, self.V = mean.double(), var.double()
+
+    def weight_of_the_past(self, n: int) -> float:
+        """Return lambda for a batch of n values."""
+        return self.history_weight
+
+    def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
+        """Take a batch into what is measured."""
+
+    def _average_moments_or_not(self, mB: Tensor, vB: Tensor, m: int) -> None:
+        assert self.momentum is not None
+        self._average(mB, vB, 1 - self.momentum, moments=False)
+
+    def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Return the output of a training forward, and store it."""
+        n = x.numel() // x.shape[1]
+        lam = self.weight_of_the_past(n)
+        M, V = self.M, self.V
+        if M is None or V is None:
+            lam, M, V = 0.0, self.running_mean, self.running_var
+        y, mB, vB, mean, var = self._forward(x, w, b, M, V, 1 - lam, self.variance_rule)
+        if self.momentum == 0:
+            return y
+        self.batches += 1
+        if not self._raw_average(mB, vB, n):
+            self._average_moments_or_not(mB, vB, x.shape[0])
+        self.measure(mB, var, n, M)
+        self.M, self.V = mean, var
+        return y
+
+    def mark(self) -> tuple[Any, ...]:
+        """Return the state to rewind to."""
+        return self.M, self.V, self.running_mean, self.running_var, self.batches
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        """Go back to a mark."""
+        self.M, self.V, self.running_mean, self.running_var, self.batches = mark
+
+
+class MatchedNorm(MomentumNorm):
+    """Matched BN: a moving average whose weight follows from N, and from what is measured."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        matched_values: int = 32,
+        measured: bool = True,
+        early_weight: float = 8.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__(channels, variance_rule="pooled", eps=eps, momentum=momentum)
         self.matched_values = matched_values
         self.measured = measured
         self.early_weight = early_weight
-        self.variance = "pooled" if matched_values else variance
-        self.M: Tensor | None = None
-        self.V: Tensor | None = None
         self.last: tuple[Tensor, int] | None = None  # m', n'
         self.r = 0.0  # a batch of n values is worth n / r
         self.e = 1.0  # squared error of M, in variances
         self.samples = 0
+        self.seen = 0  # batches that running_mean and running_var stand for
 
-    def seed(self, mean: Tensor, var: Tensor) -> None:
+    def seed(self, mean: Tensor, var: Tensor, batches: int = 0) -> None:
         """Start from known statistics."""
-        self.M, self.V = mean.double(), var.double()
+        super().seed(mean, var)
         self.e = 0.0
+        self.seen = max(400, batches)
 
     def weight_of_the_past(self, n: int) -> float:
         """Return lambda for a batch of n values."""
-        if not self.matched_values:
-            return self.history_weight
         N = self.matched_values
         if not self.measured:
             return max(0.0, (N - n) / (N + n))
@@ -169,8 +229,8 @@ class MomentumNorm(_Norm):
     def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
         """Take a batch into r and e."""
         if self.last is None and self.M is not None:
-            # seeded: right, and known as well as after 400 batches
-            self.r, self.e, self.samples = float(n), 0.0, 400
+            # seeded: right, and known as well as after so many batches
+            self.r, self.e, self.samples = float(n), 0.0, self.seen
         elif self.last is not None:
             before, n_before = self.last
             d = float(((mB - before) ** 2 / var).mean())
@@ -181,41 +241,23 @@ class MomentumNorm(_Norm):
             self.e = (1 - beta) * self.e + beta * (D - r / n)
             self.samples += 1
         self.last = mB, n
+        self.seen += 1
 
-    def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        """Return the output of a training forward, and store it."""
-        n = x.numel() // x.shape[1]
-        lam = self.weight_of_the_past(n)
-        M, V = self.M, self.V
-        if M is None or V is None:
-            lam, M, V = 0.0, self.running_mean, self.running_var
-        y, mB, vB, mean, var = self._forward(x, w, b, M, V, 1 - lam, self.variance)
-        if self.momentum == 0:
-            return y
-        self.measure(mB, var, n, M)
-        self.M, self.V = mean, var
-        self.batches += 1
-        if self._raw_average(mB, vB, n):
-            return y
+    def _average_moments_or_not(self, mB: Tensor, vB: Tensor, m: int) -> None:
         assert self.momentum is not None
-        tau = 1 - self.momentum
-        if self.matched_values:
-            tau **= x.shape[0] / 32
+        tau = (1 - self.momentum) ** (m / 32)
         if self.early_weight:
-            t = self.batches - 1  # before this one
-            tau = min(tau, t / (t + self.early_weight))
-        self._average(mB, vB, tau, moments=bool(self.matched_values))
-        return y
+            tau = min(tau, self.seen / (self.seen + self.early_weight))
+        self._average(mB, vB, tau, moments=True)
 
     def mark(self) -> tuple[Any, ...]:
         """Return the state to rewind to."""
-        measured = self.last, self.r, self.e, self.samples
-        return self.M, self.V, measured, self.running_mean, self.running_var, self.batches
+        return super().mark(), (self.last, self.r, self.e, self.samples, self.seen)
 
     def rewind(self, mark: tuple[Any, ...]) -> None:
         """Go back to a mark."""
-        self.M, self.V, measured, self.running_mean, self.running_var, self.batches = mark
-        self.last, self.r, self.e, self.samples = measured
+        average, (self.last, self.r, self.e, self.samples, self.seen) = mark
+        super().rewind(average)
 
 
 class MemorizedNorm(_Norm):
@@ -228,7 +270,7 @@ class MemorizedNorm(_Norm):
         memory_size: int = 64,
         memory_values: int | None = None,
         decay: float = 1.0,
-        variance: str = "pooled",
+        variance_rule: str = "pooled",
         inference: str = "memory",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -237,7 +279,7 @@ class MemorizedNorm(_Norm):
         self.memory_size = memory_size
         self.memory_values = memory_values
         self.decay = decay
-        self.variance = variance
+        self.variance_rule = variance_rule
         self.inference = "ema" if memory_values else inference
         self.entries: list[Entry] = []  # newest first
         self.stored = 0
@@ -268,10 +310,10 @@ class MemorizedNorm(_Norm):
             V = sum((wi * e.var for wi, e in zip(w_past, past, strict=True)), torch.zeros_like(V)) / sum(
                 w_past
             )
-            if self.variance == "pooled":
+            if self.variance_rule == "pooled":
                 spread = (wi * (e.mean - M) ** 2 for wi, e in zip(w_past, past, strict=True))
                 V = V + sum(spread, torch.zeros_like(V)) / sum(w_past)
-        y, mB, vB, mean, var = self._forward(x, w, b, M, V, a, self.variance)
+        y, mB, vB, mean, var = self._forward(x, w, b, M, V, a, self.variance_rule)
         if self.momentum == 0:
             return y
         self.entries = [Entry(mB, vB, n), *self.entries][:k]

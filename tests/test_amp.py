@@ -7,13 +7,20 @@ import torch
 from helpers import budget, layout_id, make_input, native_errors, relative_error
 from torch import nn
 
-from mbnorm import DoubleForward, MemorizedBatchNorm2d, MomentumBatchNorm2d, MomentumSchedule, convert
+from mbnorm import (
+    DoubleForward,
+    MatchedBatchNorm2d,
+    MemorizedBatchNorm2d,
+    MomentumBatchNorm2d,
+    MomentumSchedule,
+    convert,
+)
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=layout_id)
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
-    "matched": lambda: MomentumBatchNorm2d(3, matched_values=4096),
-    "measured": lambda: MomentumBatchNorm2d(3, matched_values=4096, measured=True),
+    "matched": lambda: MatchedBatchNorm2d(3, matched_values=4096, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm2d(3, matched_values=4096, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=5),
 }
 on_every_method = pytest.mark.parametrize("method", LAYERS)

@@ -2,6 +2,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,20 @@ def test_where_builds_are_kept(monkeypatch):
     assert build.cache_folder() == Path("/b/mbnorm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert build.cache_folder() == Path.home() / ".cache" / "mbnorm"
+
+
+def test_a_user_without_a_home_builds_in_a_temporary_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("MBNORM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = build.cache_folder()
+    assert folder == tmp_path / f"mbnorm-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_importing_compiles_nothing(folder):

@@ -10,12 +10,12 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 
 import mbnorm
-from mbnorm import DoubleForward, MemorizedBatchNorm1d, MomentumBatchNorm1d, recompute
+from mbnorm import DoubleForward, MatchedBatchNorm1d, MemorizedBatchNorm1d, MomentumBatchNorm1d, recompute
 
 METHODS = {
     "momentum": functools.partial(MomentumBatchNorm1d, history_weight=0.75),
-    "matched": functools.partial(MomentumBatchNorm1d, matched_values=64),
-    "measured": functools.partial(MomentumBatchNorm1d, matched_values=64, measured=True),
+    "matched": functools.partial(MatchedBatchNorm1d, matched_values=64, measured=False, early_weight=0),
+    "measured": functools.partial(MatchedBatchNorm1d, matched_values=64, early_weight=0),
     "memorized": functools.partial(MemorizedBatchNorm1d, memory_size=5),
     "memorized-ema": functools.partial(MemorizedBatchNorm1d, memory_size=5, inference="ema"),
 }
@@ -205,7 +205,7 @@ def test_each_forward_is_stored_once(method, reentrant):
 
 @pytest.mark.contract("CK-6")
 def test_the_momentum_trick_against_double_updates_is_not_corrected_again():
-    layer = MomentumBatchNorm1d(4, momentum=1 - (1 - 0.1) ** 0.5).double()
+    layer = MomentumBatchNorm1d(4, momentum=1 - (1 - 0.1) ** 0.5, history_weight=0.5).double()
     x = inputs(1)[0]
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     torch.testing.assert_close(layer.running_mean, layer.momentum * x.mean(0).detach())

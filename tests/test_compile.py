@@ -17,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from mbnorm import (
     DoubleForward,
+    MatchedBatchNorm1d,
     MemorizedBatchNorm1d,
     MomentumBatchNorm1d,
     MomentumSchedule,
     convert,
     no_update,
     recompute,
-    refresh,
 )
 from mbnorm.backends import cpu
 
 METHODS = {
-    "momentum": ("momentum", {}),
+    "momentum": ("momentum", {"history_weight": 0.75}),
     "matched": ("matched", {}),
     "matched, plain": ("matched", {"measured": False}),
     "memorized": ("memorized", {"memory_size": 32}),
@@ -183,9 +183,9 @@ def test_inductor_computes_what_eager_mode_does(method):
 
 CHEAP_TO_READ = {
     "averaged": lambda: MomentumBatchNorm1d(3, history_weight=0.75),
-    "pooled": lambda: MomentumBatchNorm1d(3, history_weight=0.75, variance="pooled"),
-    "matched": lambda: MomentumBatchNorm1d(3, matched_values=64),
-    "measured": lambda: MomentumBatchNorm1d(3, matched_values=64, measured=True),
+    "pooled": lambda: MomentumBatchNorm1d(3, history_weight=0.75, variance_rule="pooled"),
+    "matched": lambda: MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm1d(3, matched_values=64, early_weight=0),
     "memory of 2": lambda: MemorizedBatchNorm1d(3, memory_size=2),
     "memory of 4, decaying": lambda: MemorizedBatchNorm1d(3, memory_size=4, decay=0.9),
 }
@@ -240,7 +240,7 @@ def test_a_compiled_backward_takes_the_two_sums_of_batch_norms_own(method):
     assert [n.target for n in over_the_input] == 2 * [torch.ops.aten.sum.dim_IntList]
 
 
-@pytest.mark.parametrize("method", ["momentum", "matched, plain", "memorized"])
+@on_every_method
 def test_a_compiled_forward_concatenates_nothing(method):
     # what is concatenated inductor writes in kernels of their own, and reads again
     forward, _ = graphs_of_a_step(
@@ -396,14 +396,19 @@ def test_double_forward_of_a_net_compiled_in_place_breaks_the_graph_and_refreshe
     assert_same(net, twin)
 
 
-def test_refreshing_a_compiled_net_by_hand_is_refused():
-    net, _ = nets("memorized")
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    compiled(images(0))
-    before = {name: b.clone() for name, b in net.named_buffers()}
-    with pytest.raises(RuntimeError, match=r"none that ran compiled.*attach DoubleForward before training"):
-        refresh(compiled, images(0))
-    assert_close(dict(net.named_buffers()), before)
+@pytest.mark.contract("DF-7")
+@on_every_method
+def test_a_compiled_net_is_refreshed_by_hand(method):
+    net, twin = nets(method)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for called, model in ((compiled, net), (twin, twin)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        double_forward = DoubleForward(called)
+        for step in range(4):
+            backward(model, called(images(step)), step)
+            optimizer.step()
+            double_forward.refresh()
+    assert_same(net, twin)
 
 
 @pytest.mark.contract("TC-6", "CK-1", "CK-2")

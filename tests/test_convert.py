@@ -7,6 +7,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from mbnorm import (
+    MatchedBatchNorm1d,
+    MatchedBatchNorm2d,
+    MatchedBatchNorm3d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     MemorizedBatchNorm3d,
@@ -16,14 +19,16 @@ from mbnorm import (
     convert,
     revert,
 )
-from mbnorm.layers.momentum import STEPS_BEFORE_NOTICE
+
+# "momentum" alone has no weight, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:Momentum layers train with history_weight=0")
 
 METHODS = ["momentum", "memorized", "matched"]
 on_every_method = pytest.mark.parametrize("method", METHODS)
 STOCK = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 OURS = {
     "momentum": [MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d],
-    "matched": [MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d],
+    "matched": [MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d],
     "memorized": [MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d],
 }
 
@@ -59,7 +64,7 @@ def test_each_batch_norm_becomes_its_counterpart(method, rank):
     report = convert(layer, method)
     assert type(layer) is OURS[method][rank]
     change = f"{STOCK[rank].__name__} -> {OURS[method][rank].__name__}"
-    assert report.converted == {"(the model itself)": change}
+    assert report.converted == {"(the model itself)": f"{change}, memory starts empty"}
     revert(layer)
     assert type(layer) is STOCK[rank]
 
@@ -185,7 +190,7 @@ def test_a_seeded_memory_is_full_of_the_running_statistics():
     layer = nn.BatchNorm1d(3)
     layer(torch.randn(8, 3))
     convert(layer, "memorized", memory_size=5)
-    past = layer._read(2)
+    past = layer.read(2)
     torch.testing.assert_close(past.mean, layer.running_mean)
     assert past.batch_weight.item() == pytest.approx(1 / 5)
 
@@ -194,7 +199,7 @@ def test_a_seeded_memory_is_full_of_the_running_statistics():
 def test_an_untrained_norm_starts_empty(method):
     layer = nn.BatchNorm1d(3)
     convert(layer, method)
-    assert layer._read(2).batch_weight == 1
+    assert layer.read(2).batch_weight == 1
 
 
 @pytest.mark.parametrize(("m", "size"), [(1, 128), (2, 64), (3, 43), (128, 1), (500, 1)])
@@ -246,7 +251,14 @@ def test_a_seeded_momentum_model_is_warned_of_the_papers_schedule():
 def test_one_trained_norm_is_enough_for_the_warning():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[0](torch.randn(4, 3))
-    assert len(convert(model, "momentum").notes) == 1
+    assert len(convert(model, "momentum", batch_size=2).notes) == 1
+
+
+def test_a_momentum_model_without_a_weight_is_told_of_in_the_report():
+    assert "plain batch normalization until a MomentumSchedule" in str(
+        convert(net(trained=False), "momentum")
+    )
+    assert convert(net(trained=False), "momentum", history_weight=0.5).notes == []
 
 
 @on_every_method
@@ -274,13 +286,13 @@ class FrozenBatchNorm2d(nn.Module):
             self.register_buffer(name, torch.ones(channels))
 
 
-def test_a_norm_without_a_counter_is_named_and_left_alone():
+@on_every_method
+def test_a_norm_without_a_counter_gets_one(method):
     net = nn.Sequential(nn.BatchNorm1d(4))
     net[0].num_batches_tracked = None
-    report = convert(net, "matched")
-    assert "num_batches_tracked" in report.skipped["0"]
-    assert type(net[0]) is nn.BatchNorm1d
+    convert(net, method, batch_size=2)
     net(torch.randn(2, 4))
+    assert int(net[0].num_batches_tracked) == 1
 
 
 @on_every_method
@@ -348,22 +360,21 @@ def test_a_norm_with_statistics_that_are_not_finite_starts_empty(buffer):
     model = net()
     model[0].norm.get_buffer(buffer)[1] = torch.nan
     report = convert(model, "matched")
-    assert report.notes == ["0.norm = 1.norm has statistics that are not finite: its memory starts empty"]
+    assert report.converted["0.norm = 1.norm"].endswith("empty: the running statistics are not finite")
     assert [bool(model[i].norm.memory_filled) for i in (0, 2)] == [False, True]
 
 
 def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
     layer = nn.BatchNorm1d(3)
     convert(layer, "momentum", batch_size=64)
-    for _ in range(STEPS_BEFORE_NOTICE + 1):
-        layer(torch.randn(4, 3))
+    layer(torch.randn(4, 3))
     assert list(recwarn) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"method": "group"}, ValueError, r"one of \('momentum', 'memorized', 'matched'\), got 'group'"),
+        ({"method": "group"}, ValueError, r"one of \('matched', 'momentum', 'memorized'\), got 'group'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
         ({"method": "memorized", "matched_values": 3}, TypeError, "no option 'matched_values'"),
@@ -373,7 +384,7 @@ def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
             "'momentum'; it has memory_size, memory_values,",
         ),
         ({"method": "matched", "eps": 1e-3}, TypeError, "no option 'eps'"),
-        ({"method": "matched", "history_weight": 0.5}, ValueError, "leave history_weight=0.5 out"),
+        ({"method": "matched", "history_weight": 0.5}, TypeError, "no option 'history_weight'"),
     ],
 )
 def test_wrong_arguments_convert_nothing(arguments, error, words):
@@ -391,7 +402,7 @@ def test_stock_checkpoints_load_strictly_into_a_converted_model(method):
     convert(model, method)
     model.load_state_dict(stock.state_dict(), strict=True)
     assert torch.equal(model.eval()(images()), stock.eval()(images()))
-    torch.testing.assert_close(model[0].norm._read(8).mean, stock[0].norm.running_mean)
+    torch.testing.assert_close(model[0].norm.read(8).mean, stock[0].norm.running_mean)
 
 
 @on_every_method
@@ -438,7 +449,8 @@ def test_converting_again_with_other_options_says_so(first, second, same):
     layer = nn.BatchNorm1d(3)
     convert(layer, first[0], **first[1])
     why = convert(layer, second[0], **second[1]).skipped["(the model itself)"]
-    assert why == "already a MomentumBatchNorm1d" + ("" if same else " with other options: revert it first")
+    kind = type(layer).__name__
+    assert why == f"already a {kind}" + ("" if same else " with other options: revert it first")
 
 
 def test_modules_inside_a_norm_keep_their_dtype_when_it_is_reverted():

@@ -17,8 +17,8 @@ from helpers import (
 )
 from torch.library import opcheck
 
-from mbnorm.backends import aten, cpu
-from mbnorm.functional import _by_kernels
+from mbnorm.backends import cpu
+from mbnorm.functional import blended_batch_norm
 
 EPS = 1e-3
 LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
@@ -46,16 +46,14 @@ SHAPES = [
     ((2, 11, 3, 4, 3), LAST_3D),
 ]
 on_every_shape = pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=layout_id)
-with_both_rules = pytest.mark.parametrize("variance", ["averaged", "pooled"])
+with_both_rules = pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
 
-def operate(kernels, x, weight, bias, past, a, variance):
-    dtype = cpu.statistics_dtype(x.dtype)
-    past_mean, past_var = (p.to(dtype) for p in past)
-    a = torch.tensor(a, dtype=dtype)
-    return _by_kernels(kernels, x, weight, bias, past_mean, past_var, a, variance, EPS)
+def operate(backend, x, weight, bias, past, a, variance_rule):
+    rules = {"variance_rule": variance_rule, "eps": EPS, "backend": backend}
+    return blended_batch_norm(x, weight, bias, *past, a, **rules)
 
 
 def state_dtype(dtype):
@@ -72,8 +70,8 @@ def unaligned(x):
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_shape
-def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
-    everything_matches_the_reference(shape, layout, dtype, a, variance)
+def test_everything_matches_the_reference(shape, layout, dtype, a, variance_rule):
+    everything_matches_the_reference(shape, layout, dtype, a, variance_rule)
 
 
 PAST_THE_CACHES = [
@@ -89,7 +87,7 @@ def test_outputs_written_past_the_caches_match_the_reference(shape, layout, dtyp
     everything_matches_the_reference(shape, layout, dtype, 0.3, "pooled")
 
 
-def everything_matches_the_reference(shape, layout, dtype, a, variance):
+def everything_matches_the_reference(shape, layout, dtype, a, variance_rule):
     x = make_input(shape, dtype, layout)
     parameters = make_parameters(shape[1], state_dtype(dtype))
     # the reference blends with what the kernels are given, not with what that was before it was rounded
@@ -99,11 +97,11 @@ def everything_matches_the_reference(shape, layout, dtype, a, variance):
     leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
     exact = [t.double().requires_grad_() for t in (x, *parameters)]
 
-    want, *wanted_statistics = reference.blended_batch_norm(*exact, *past, a, variance, EPS)
+    want, *wanted_statistics = reference.blended_batch_norm(*exact, *past, a, variance_rule, EPS)
     wanted = [w.detach() for w in (want, *gradients(want, tuple(exact), cotangent.double()))]
-    y, *statistics = operate(cpu, *leaves, past, a, variance)
+    y, *statistics = operate("cpu", *leaves, past, a, variance_rule)
     got = (y, *gradients(y, tuple(leaves), cotangent))
-    peer = operate(aten, *leaves, past, a, variance)[0]
+    peer = operate("aten", *leaves, past, a, variance_rule)[0]
     peers = (peer, *gradients(peer, tuple(leaves), cotangent))
 
     # dw of blended statistics is worse off than native's by the rounding of the saved mean
@@ -129,14 +127,14 @@ def test_unaligned_tensors_give_the_same_bits(shape, layout, dtype):
     assert_same_bits(run(x, dy), run(unaligned(x), unaligned(dy)))
 
 
-def run(x, dy, variance="averaged"):
+def run(x, dy, variance_rule="averaged"):
     dtype = state_dtype(x.dtype)
     weight, bias = make_parameters(x.shape[1], dtype)
     past = [t.to(dtype) for t in near_statistics(x)]
     a = torch.tensor(0.3, dtype=dtype)
-    y, statistics = cpu.forward(x, weight, bias, *past, a, variance, EPS)
-    gradient = cpu.backward(dy, x, weight, a, statistics, variance, EPS, True)
-    return (y, *statistics, *gradient)
+    y, record = cpu.forward(x, weight, bias, *past, a, variance_rule, EPS)
+    gradient = cpu.backward(dy, x, weight, record, variance_rule, EPS, True)
+    return (y, *record, *gradient)
 
 
 def assert_same_bits(got, wanted):
@@ -162,17 +160,17 @@ def test_inputs_of_other_strides(dtype):
         dy = make_input(tuple(x.shape), dtype, seed=3)
         got = run(x, dy)
         assert_same_bits(got, run(x.contiguous(), dy))
-        assert got[0].stride() == got[5].stride() == torch.empty_like(x).stride()
+        assert got[0].stride() == got[8].stride() == torch.empty_like(x).stride()
 
 
 @with_both_rules
 @pytest.mark.parametrize("affine", [True, False])
-def test_no_gradient_of_the_input(affine, variance):
+def test_no_gradient_of_the_input(affine, variance_rule):
     x, dy = make_input((3, 12, 5, 4), torch.float32), make_input((3, 12, 5, 4), torch.float32, seed=2)
     weight = make_parameters(12, torch.float32)[0] if affine else None
     a, zeros, ones = torch.tensor(0.4), torch.zeros(12), torch.ones(12)
-    _, statistics = cpu.forward(x, weight, None, zeros, ones, a, variance, EPS)
-    arguments = dy, x, weight, a, statistics, variance, EPS
+    _, record = cpu.forward(x, weight, None, zeros, ones, a, variance_rule, EPS)
+    arguments = dy, x, weight, record, variance_rule, EPS
     dx, *without = cpu.backward(*arguments, False)
     assert dx is None
     assert_same_bits(without, cpu.backward(*arguments, True)[1:])
@@ -237,13 +235,13 @@ def test_what_is_not_finite_stays_in_its_channel(shape, layout, dtype, bad):
     weight, bias = make_parameters(shape[1], state_dtype(dtype))
     past = [t.to(state_dtype(dtype)) for t in near_statistics(clean)]
     a = torch.tensor(0.3, dtype=state_dtype(dtype))
-    y, statistics = cpu.forward(x, weight, bias, *past, a, "averaged", EPS)
-    gradient = cpu.backward(dy, x, weight, a, statistics, "averaged", EPS, True)
+    y, record = cpu.forward(x, weight, bias, *past, a, "averaged", EPS)
+    gradient = cpu.backward(dy, x, weight, record, "averaged", EPS, True)
     others = torch.arange(shape[1]) != channel
-    for got, want in zip((y, *statistics, *gradient), wanted, strict=True):
+    for got, want in zip((y, *record, *gradient), wanted, strict=True):
         along = 1 if got.dim() > 1 else 0
         assert torch.equal(got.movedim(along, 0)[others], want.movedim(along, 0)[others])
-    assert not torch.isfinite(statistics[1][channel])
+    assert not torch.isfinite(record[1][channel])
     assert torch.isnan(y.select(1, channel)).all()
 
 
@@ -291,9 +289,9 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     operators = torch.ops.mbnorm_cpu
     opcheck(operators.forward.default, (x, weight, bias, *past, a, True, EPS))
     opcheck(operators.forward.default, (x, None, None, *past, a, False, EPS))
+    record = torch.stack((*past, *past, *past, a.expand(shape[1])))
     for need_dx in (True, False):
-        statistics = torch.stack((*past, *past))
-        opcheck(operators.backward.default, (x, x, weight, a, statistics, True, EPS, need_dx))
+        opcheck(operators.backward.default, (x, x, weight, record, True, EPS, need_dx))
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -302,7 +300,9 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match="parameters of 9 values"):
         cpu.forward(x, torch.ones(8), None, *past, a, "pooled", EPS)
     with pytest.raises(RuntimeError, match="shape of x"):
-        cpu.backward(x[:2], x, None, a, torch.stack((*past, *past)), "pooled", EPS, True)
+        cpu.backward(x[:2], x, None, torch.ones(7, 9), "pooled", EPS, True)
+    with pytest.raises(RuntimeError, match="parameters of 63 values"):
+        cpu.backward(x, x, None, torch.ones(4, 9), "pooled", EPS, True)
 
 
 def test_statistics_of_another_precision_are_refused():
@@ -311,3 +311,12 @@ def test_statistics_of_another_precision_are_refused():
         cpu.forward(x, None, None, *near_statistics(x), torch.tensor(1.0), "pooled", EPS)
     with pytest.raises(RuntimeError, match="expected a float32"):
         cpu.forward(x.int(), None, None, *near_statistics(x), torch.tensor(1.0), "pooled", EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
+def test_the_record_ends_with_what_the_batch_was_blended_with(dtype):
+    x = make_input((3, 9, 4, 5), dtype)
+    past = [t.to(state_dtype(dtype)) for t in near_statistics(x)]
+    a = torch.tensor(0.3, dtype=state_dtype(dtype))
+    _, record = cpu.forward(x, None, None, *past, a, "pooled", EPS)
+    assert_same_bits(record[4:], (*past, a.expand(9)))

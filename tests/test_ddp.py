@@ -219,9 +219,12 @@ def test_the_refresh_of_synced_layers_pools_once_a_layer(two_ranks, sync):
 def refresh_by_hand(rank):
     model = net("memorized")
     ddp = DistributedDataParallel(model)
-    ddp(data(rank, 0))
+    double_forward = DoubleForward(ddp)
+    ddp(data(rank, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
     before = collectives()
-    mbnorm.refresh(ddp, data(rank, 1))
+    double_forward.refresh()
     return collectives() - before, state(model)
 
 
@@ -229,6 +232,8 @@ def refresh_by_hand(rank):
 def test_a_refresh_by_hand_takes_the_wrapped_model_and_does_not_communicate(two_ranks):
     for rank, (communicated, found) in enumerate(two_ranks(refresh_by_hand)):
         alone = net("memorized")
+        with torch.no_grad():
+            alone[0].weight.mul_(2)
         alone(data(rank, 1))
         assert communicated == 0
         assert_close(found, state(alone))

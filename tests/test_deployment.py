@@ -112,9 +112,13 @@ def test_fx_takes_layers_that_share_statistics():
 def test_exporting_train_mode_is_refused(method, quiet):
     model = trained(method)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"BatchNorm2d is exported in eval mode: .* Call model\.eval\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"BatchNorm2d is exported in eval mode only: .* Call model\.eval\(\)"
+    ):
         torch.export.export(model, (batch(),), strict=False)
-    with pytest.raises(RuntimeError, match=r"BatchNorm2d is exported in eval mode: .* Call model\.eval\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"BatchNorm2d is exported in eval mode only: .* Call model\.eval\(\)"
+    ):
         torch.jit.trace(model, batch())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbnorm import DoubleForward, MomentumBatchNorm1d, convert, diagnose, recalibrate
+from mbnorm import DoubleForward, MatchedBatchNorm1d, convert, diagnose, recalibrate
 from mbnorm.experiments.synthetic import GaussianField
 
 BATCHES, CHANNELS = 200, 20
@@ -323,7 +323,7 @@ def test_only_the_layers_that_need_it_are_converted():
     model = mixed()
     found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
     assert list(found.convert(model).converted) == ["3"]
-    assert [type(model[i]) for i in (0, 3)] == [nn.BatchNorm2d, MomentumBatchNorm1d]
+    assert [type(model[i]) for i in (0, 3)] == [nn.BatchNorm2d, MatchedBatchNorm1d]
     assert model[3].matched_values == found.layers[1].matched_values
 
 
@@ -331,7 +331,7 @@ def test_what_cannot_be_converted_is_told():
     model = mixed()
     found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
     found.convert(model)
-    assert found.convert(model).skipped["3"].startswith("already a MomentumBatchNorm1d")
+    assert found.convert(model).skipped["3"].startswith("already a MatchedBatchNorm1d")
     other = nn.Sequential(nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="the model has no layer '3'"):
         found.convert(other)

@@ -47,7 +47,7 @@ def test_synthetic_fields_have_their_effective_values_in_the_first_layer(tmp_pat
 def test_the_method_says_what_the_layers_are(tmp_path):
     assert mbnorm_says("diagnose", *FEW, "--method", "matched", "--out", tmp_path)[0] == 0
     record = json.loads((tmp_path / "diagnose.json").read_text())
-    assert {layer["kind"] for layer in record["layers"]} == {"MomentumBatchNorm1d"}
+    assert {layer["kind"] for layer in record["layers"]} == {"MatchedBatchNorm1d"}
     assert record["recommendation"] == "none"
 
 

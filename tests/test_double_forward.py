@@ -6,31 +6,33 @@ import warnings
 import weakref
 
 import pytest
+import reference
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from mbnorm import (
     DoubleForward,
+    MatchedBatchNorm1d,
     MemorizedBatchNorm1d,
     MomentumBatchNorm1d,
     MomentumSchedule,
     convert,
     no_update,
-    reference,
-    refresh,
     revert,
 )
 
+
+def matched(measured, early_weight):
+    options = {"matched_values": 64, "measured": measured, "early_weight": early_weight}
+    return MatchedBatchNorm1d, reference.MatchedNorm, options
+
+
 METHODS = {
     "momentum": (MomentumBatchNorm1d, reference.MomentumNorm, {"history_weight": 0.75}),
-    "matched": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64}),
-    "matched-early": (
-        MomentumBatchNorm1d,
-        reference.MomentumNorm,
-        {"matched_values": 64, "early_weight": 8.0},
-    ),
-    "measured": (MomentumBatchNorm1d, reference.MomentumNorm, {"matched_values": 64, "measured": True}),
+    "matched": matched(measured=False, early_weight=0.0),
+    "matched-early": matched(measured=False, early_weight=8.0),
+    "measured": matched(measured=True, early_weight=0.0),
     "memorized": (MemorizedBatchNorm1d, reference.MemorizedNorm, {"memory_size": 7}),
     "memorized-ema": (
         MemorizedBatchNorm1d,
@@ -113,17 +115,20 @@ def test_50_steps_equal_a_hand_written_loop_over_the_reference(method, micro_bat
 
 
 @pytest.mark.contract("DF-7")
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @on_every_method
-def test_refresh_by_hand_equals_the_same_loop(method):
+def test_refresh_by_hand_equals_the_same_loop(method, micro_batches):
     steps = 20
-    inputs = batches(steps)
+    inputs = batches(steps * micro_batches)
     net = small_net(method)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    for x, (norms, _) in zip(inputs, reference_run(method, steps, 1, inputs), strict=True):
+    double_forward = DoubleForward(net)
+    for step, (norms, _) in enumerate(reference_run(method, steps, micro_batches, inputs)):
         optimizer.zero_grad()
-        loss_of(net(x)).backward()
+        for x in inputs[step * micro_batches : (step + 1) * micro_batches]:
+            loss_of(net(x)).backward()
         optimizer.step()
-        refresh(net, x)
+        double_forward.refresh()
         for layer, norm in zip((net[1], net[4]), norms, strict=True):
             torch.testing.assert_close(layer.running_mean, norm.running_mean, rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(layer.running_var, norm.running_var, rtol=1e-9, atol=1e-10)
@@ -267,12 +272,10 @@ def test_hooks_of_the_users_see_the_inputs_once_in_each_forward(by_hand):
     net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     x = batches(1)[0].float()
-    if not by_hand:
-        DoubleForward(net, optimizer)
+    double_forward = DoubleForward(net, None if by_hand else optimizer)
     train_step(net, optimizer, x)
     if by_hand:
-        refresh(net, x)
-        refresh(net, x)
+        double_forward.refresh()
     torch.testing.assert_close(net[0].running_mean, x.mean(0) + 1)
 
 
@@ -554,45 +557,125 @@ def test_shared_layers_are_rewound_to_the_start_of_the_forward(method, times):
     hooked, by_hand = Shared(), Shared()
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (hooked, by_hand)]
     DoubleForward(hooked, optimizers[0])
+    double_forward = DoubleForward(by_hand)
     for x in batches(4):
         train_step(hooked, optimizers[0], x.float())
         train_step(by_hand, optimizers[1], x.float())
-        refresh(by_hand, x.float())
+        double_forward.refresh()
     assert int(by_hand.norm.num_batches_tracked) == 4 * times
     for name, tensor in hooked.state_dict().items():
         assert torch.equal(tensor, by_hand.state_dict()[name])
 
 
-def test_refresh_may_be_repeated():
-    layer = MemorizedBatchNorm1d(4)
-    x = torch.randn(4, 4)
-    layer(x)
-    refresh(layer, x)
-    once = {n: b.clone() for n, b in layer.named_buffers()}
-    refresh(layer, x)
-    assert all(torch.equal(b, once[n]) for n, b in layer.named_buffers())
+@pytest.mark.contract("DF-7")
+@on_every_method
+def test_by_hand_is_as_attached_to_an_optimizer(method):
+    attached, by_hand = small_net(method), small_net(method)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05) for net in (attached, by_hand)]
+    DoubleForward(attached, optimizers[0])
+    double_forward = DoubleForward(by_hand)
+    inputs = batches(9)
+    for first in (0, 3, 6):
+        train_step(attached, optimizers[0], *inputs[first : first + 3])
+        train_step(by_hand, optimizers[1], *inputs[first : first + 3])
+        double_forward.refresh()
+        torch.testing.assert_close(by_hand.state_dict(), attached.state_dict(), rtol=0, atol=0)
 
 
-def test_refresh_starts_in_the_middle_of_training():
-    layer = MomentumBatchNorm1d(4, history_weight=0.5)
-    x, y = torch.randn(4, 4), torch.randn(4, 4)
-    layer(x)
-    twin = copy.deepcopy(layer)
-    layer(x)
-    refresh(layer, y)
+@pytest.mark.contract("DF-7")
+def test_an_optimizers_step_alone_refreshes_nothing_by_hand():
+    net = small_net("memorized")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DoubleForward(net)
+    assert len(steps_of_refresh(net, optimizer, lambda: train_step(net, optimizer, *batches(2)))) == 2
+
+
+@pytest.mark.contract("DF-7")
+@on_every_method
+def test_refresh_goes_back_to_the_first_forward_after_the_last_refresh(method):
+    net = small_net(method)
+    double_forward = DoubleForward(net)
+    x, y, z = batches(3)
+    net(x)
+    double_forward.refresh()
+    twin = copy.deepcopy(net)
+    net(y)
+    net(z)
+    with torch.no_grad():
+        for n in (net, twin):
+            n[0].weight.mul_(2)
+    double_forward.refresh()
     twin(y)
-    assert torch.equal(layer.memory_mean, twin.memory_mean)
-    assert torch.equal(layer.running_var, twin.running_var)
+    twin(z)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
-def test_refresh_before_any_forward_is_refused():
-    with pytest.raises(RuntimeError, match="cannot take back 1 training forward"):
-        refresh(MemorizedBatchNorm1d(4), torch.randn(4, 4))
+@pytest.mark.contract("DF-7")
+@on_every_method
+def test_a_forgotten_step_stays_as_it_was_stored(method):
+    net = small_net(method)
+    double_forward = DoubleForward(net)
+    x, y = batches(2)
+    net(x)
+    double_forward.forget()
+    twin = copy.deepcopy(net)
+    net(y)
+    with torch.no_grad():
+        for n in (net, twin):
+            n[0].weight.mul_(2)
+    double_forward.refresh()
+    twin(y)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
-def test_refresh_in_eval_mode_is_refused():
+def test_forgetting_releases_the_inputs():
+    net = small_net("memorized")
+    double_forward = DoubleForward(net)
+    x = batches(1)[0]
+    net(x).sum().backward()
+    reference_to_x = weakref.ref(x)
+    double_forward.forget()
+    del x
+    gc.collect()
+    assert reference_to_x() is None
+
+
+@on_every_method
+def test_attaching_in_the_middle_of_training_takes_back_nothing_before(method):
+    net = small_net(method)
+    x, y = batches(2)
+    net(x)
+    twin = copy.deepcopy(net)
+    double_forward = DoubleForward(net)
+    net(y)
+    double_forward.refresh()
+    twin(y)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("over", [DoubleForward.refresh, DoubleForward.forget, None])
+def test_refresh_without_a_forward_is_refused(over):
+    layer = MemorizedBatchNorm1d(4)
+    double_forward = DoubleForward(layer)
+    if over is not None:
+        layer(torch.randn(4, 4))
+        over(double_forward)
+    before = {n: b.clone() for n, b in layer.named_buffers()}
+    with pytest.raises(RuntimeError, match="nothing to refresh: no training forward was seen"):
+        double_forward.refresh()
+    assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
+
+
+def test_refresh_in_eval_mode_is_refused_and_loses_nothing():
+    layer = MemorizedBatchNorm1d(4)
+    double_forward = DoubleForward(layer)
+    layer(torch.randn(4, 4))
+    layer.eval()
     with pytest.raises(ValueError, match="train mode"):
-        refresh(MemorizedBatchNorm1d(4).eval(), torch.randn(4, 4))
+        double_forward.refresh()
+    layer.train()
+    double_forward.refresh()
+    assert int(layer.num_batches_tracked) == 1
 
 
 def test_a_model_without_memory_is_refused():
@@ -610,6 +693,9 @@ def test_wrong_options_are_named():
         DoubleForward(net, torch.optim.SGD(net.parameters()), every=0)
     with pytest.raises(TypeError, match="step hooks, got object"):
         DoubleForward(net, object())
+    for options in ({"every": 2}, {"scaler": torch.amp.GradScaler("cpu")}):
+        with pytest.raises(ValueError, match="every and scaler need an optimizer"):
+            DoubleForward(net, **options)
 
 
 @pytest.mark.contract("MF-3")
@@ -707,28 +793,37 @@ def test_inputs_changed_in_place_are_told():
         optimizer.step()
 
 
-def test_a_failed_refresh_by_hand_loses_nothing():
+def test_a_failed_refresh_by_hand_loses_nothing_and_may_be_repeated():
     net = small_net("memorized")
-    x = batches(1)[0]
-    net(x)
-    with pytest.raises(RuntimeError):
-        refresh(net, x[:, :2])
-    assert int(net[1].num_batches_tracked) == 1
-    refresh(net, x)
-    with pytest.raises(RuntimeError):
-        refresh(net, x[:, :2])
+    double_forward = DoubleForward(net)
+    net(batches(1)[0])
+    before = {n: b.clone() for n, b in net.named_buffers()}
+
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    handle = net[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        double_forward.refresh()
+    handle.remove()
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+    assert int((net[1].memory_counts > 0).sum()) == 1
+    double_forward.refresh()
     assert int(net[1].num_batches_tracked) == 1
     assert int((net[1].memory_counts > 0).sum()) == 1
 
 
-def test_refresh_after_a_load_is_refused():
+@pytest.mark.parametrize("change", ["loaded", "reset"])
+def test_refresh_after_a_load_or_a_reset_is_refused(change):
     layer = MemorizedBatchNorm1d(4)
-    x = torch.randn(4, 4)
-    layer(x)
-    refresh(layer, x)
-    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    double_forward = DoubleForward(layer)
+    layer(torch.randn(4, 4))
+    if change == "loaded":
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    else:
+        layer.reset_running_stats()
     with pytest.raises(RuntimeError, match="since the state was loaded or reset"):
-        refresh(layer, x)
+        double_forward.refresh()
 
 
 def test_reverting_an_attached_model_is_no_error():
@@ -764,12 +859,20 @@ def test_a_compiled_model_is_refreshed():
     torch._dynamo.reset()
 
 
-def test_refresh_by_hand_works_after_detaching():
+def test_refresh_by_hand_works_after_another_was_detached():
     net = small_net("memorized")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     with DoubleForward(net, optimizer):
         train_step(net, optimizer, batches(1)[0])
-    x = batches(1, seed=3)[0]
-    net(x)
-    refresh(net, x)
+    double_forward = DoubleForward(net)
+    net(batches(1, seed=3)[0])
+    double_forward.refresh()
     assert int(net[1].num_batches_tracked) == 2
+
+
+def test_a_detached_one_has_nothing_to_refresh():
+    net = small_net("memorized")
+    with DoubleForward(net) as double_forward:
+        net(batches(1)[0])
+    with pytest.raises(RuntimeError, match="nothing to refresh"):
+        double_forward.refresh()

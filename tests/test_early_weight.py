@@ -8,7 +8,7 @@ from helpers import make_input
 from torch import nn
 
 import mbnorm
-from mbnorm import MomentumBatchNorm1d, MomentumSchedule, recalibrate
+from mbnorm import MatchedBatchNorm1d, recalibrate
 
 LAST = 1 - 0.9 ** (2 / 32)
 """What a batch of 2 weighs by momentum = 0.1 alone."""
@@ -19,7 +19,7 @@ def batch(seed=0):
 
 
 def matched(**options):
-    return MomentumBatchNorm1d(3, dtype=torch.float64, matched_values=64, **options)
+    return MatchedBatchNorm1d(3, dtype=torch.float64, **{"matched_values": 64, "measured": False, **options})
 
 
 def weight_of(layer, x):
@@ -39,7 +39,7 @@ def test_a_batch_weighs_c_of_those_before_it_and_never_less_than_by_momentum(c):
 
 
 def test_without_it_nothing_is_changed():
-    layer = matched()
+    layer = matched(early_weight=0)
     assert [weight_of(layer, batch(t) + t) for t in range(5)] == pytest.approx([LAST] * 5)
 
 
@@ -59,30 +59,52 @@ def test_with_1_the_averages_are_those_of_all_values():
     torch.testing.assert_close(layer.running_var, everything.var(0, correction=0))
 
 
-@pytest.mark.parametrize(("batches", "weight"), [(100_000, LAST), (24, 8 / 32)])
-def test_a_trained_net_brings_its_count_along(batches, weight):
+def trained(batches):
     layer = nn.BatchNorm1d(3).double()
+    layer.running_mean.fill_(5.0)
     layer.num_batches_tracked.fill_(batches)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("batches", "weight"), [(100_000, LAST), (800, 8 / 808), (24, 8 / 408), (0, 8 / 408)]
+)
+def test_a_trained_net_goes_on_as_after_400_batches_at_least(batches, weight):
+    layer = trained(batches)
     mbnorm.convert(layer, "matched")
+    assert weight_of(layer, batch()) == pytest.approx(weight)
+    assert int(layer.num_batches_tracked) == batches + 1
+
+
+def test_the_count_of_a_trained_net_goes_on():
+    layer = trained(0)
+    mbnorm.convert(layer, "matched")
+    found = [weight_of(layer, batch(t) + t) for t in range(4)]
+    assert found == pytest.approx([8 / (408 + t) for t in range(4)])
+
+
+def test_a_counter_without_statistics_counts_for_nothing():
+    layer = nn.BatchNorm1d(3).double()
+    layer.num_batches_tracked.fill_(100)
+    mbnorm.convert(layer, "matched")
+    assert weight_of(layer, batch()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("batches", "weight"), [(800, 8 / 808), (24, 8 / 408)])
+def test_a_checkpoint_of_torchs_brings_its_count_along(batches, weight):
+    layer = matched(early_weight=8)
+    layer.load_state_dict(trained(batches).state_dict())
     assert weight_of(layer, batch()) == pytest.approx(weight)
 
 
-def test_a_checkpoint_of_torchs_brings_its_count_along():
-    stock, layer = nn.BatchNorm1d(3).double(), matched(early_weight=8)
-    stock.num_batches_tracked.fill_(24)
-    layer.load_state_dict(stock.state_dict())
-    assert weight_of(layer, batch()) == pytest.approx(8 / 32)
-
-
-def test_statistics_without_a_count_are_used_until_the_first_training_forward():
-    stock, layer = nn.BatchNorm1d(3).double(), matched(early_weight=8)
-    stock.running_mean.fill_(5.0)
-    state = stock.state_dict()
+def test_a_checkpoint_without_a_count_goes_on_as_after_400_batches():
+    layer = matched(early_weight=8)
+    state = trained(0).state_dict()
     del state["num_batches_tracked"]
     state._metadata[""]["version"] = 1
     layer.load_state_dict(state)
     assert (layer.running_mean == 5).all()
-    assert weight_of(layer, batch()) == pytest.approx(1.0)
+    assert weight_of(layer, batch()) == pytest.approx(8 / 408)
 
 
 def test_a_saved_training_goes_on_where_it_was():
@@ -116,8 +138,9 @@ def test_a_batch_that_is_not_finite_does_not_count():
 def test_what_is_taken_back_does_not_count():
     layer = matched(early_weight=8)
     layer(batch())
+    then = layer.snapshot()
     layer(batch(1))
-    layer.undo(1)
+    layer.rewind(then)
     assert weight_of(layer, batch(2)) == pytest.approx(8 / 9)
 
 
@@ -143,15 +166,6 @@ def test_momentum_of_0_stores_nothing():
     layer(batch())
     assert int(layer.num_batches_tracked) == 0
     assert (layer.running_mean == 0).all()
-
-
-def test_a_schedule_sets_what_holds_in_the_end():
-    layer = MomentumBatchNorm1d(3, dtype=torch.float64, early_weight=1)
-    MomentumSchedule(layer, 10, batch_size=2)
-    found = [weight_of(layer, batch(t) + t) for t in range(3)]
-    assert found == pytest.approx([1, 1 / 2, 1 / 3])
-    layer.num_batches_tracked.fill_(100_000)
-    assert weight_of(layer, batch()) == pytest.approx(LAST)
 
 
 def test_it_goes_with_the_layer_that_is_reverted():

@@ -10,7 +10,7 @@ from helpers import make_input
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from mbnorm import DoubleForward, MomentumSchedule, convert, no_update, refresh, revert
+from mbnorm import DoubleForward, MomentumSchedule, convert, no_update, revert
 
 METHODS = {
     "momentum": ("momentum", {"history_weight": 0.75}),
@@ -143,11 +143,12 @@ def test_sam_with_double_forward_refreshes_once_after_the_second_step(method, se
     base = torch.optim.SGD(model.parameters(), lr=0.05)
     DoubleForward(model, base)
     by_hand = copy.deepcopy(model)
+    double_forward = DoubleForward(by_hand)
     sams = SAM(base), SAM(torch.optim.SGD(by_hand.parameters(), lr=0.05))
     for x in batches():
         sam_step(model, sams[0], x, second)
         sam_step(by_hand, sams[1], x, second)
-        refresh(by_hand, x)
+        double_forward.refresh()
         assert same(model, state_of(by_hand))
 
 
@@ -352,7 +353,7 @@ def test_what_other_ema_codes_leave_in_the_memory_can_train_on(method, update):
     for x in batches(12):
         train(model, [x], lr=0.001)
         update(average, model, 0.9)
-    past = average.bn1._read(100)
+    past = average.bn1.read(100)
     weight = torch.as_tensor(past.batch_weight)
     assert 0 < weight <= 1
     assert past.var.min() > 0
@@ -370,7 +371,7 @@ def test_averaged_models_train_on_from_where_they_evaluate(method, average):
         for x in batches(6):
             train(model, [x], lr=0.001)
             averaged.update_parameters(model)
-    past = averaged.module.bn1._read(1000)
+    past = averaged.module.bn1.read(1000)
     spread = averaged.module.bn1.running_var.sqrt()
     assert ((past.mean - averaged.module.bn1.running_mean).abs() < spread).all()
     assert all(torch.isfinite(averaged(x)).all() for x in batches(6))
@@ -385,7 +386,7 @@ def test_an_average_of_seeded_and_real_entries_has_no_negative_weight():
     for x in batches(2):
         model(x)
         averaged.update_parameters(model)
-    past = averaged.module.bn1._read(100)
+    past = averaged.module.bn1.read(100)
     assert 0 < past.batch_weight < 1
     assert past.var.min() > 0
 
@@ -437,7 +438,7 @@ def test_extra_training_forwards_can_be_undone(method):
         for x in batches(9):
             model(x)
     model.load_state_dict(saved)
-    assert same(model, {n: saved.get(n, b) for n, b in model.named_buffers()})
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.contract("FT-5")
@@ -561,13 +562,27 @@ def test_deterministic_algorithms_mode(method):
     assert same(model, state_of(twin))
 
 
+def test_a_schedule_of_ones_own_fills_the_history_weight_in_place():
+    layer = nn.BatchNorm1d(3)
+    convert(layer, "momentum")
+    x = make_input((4, 3), torch.float32)
+    layer.history_weight.fill_(0.5)
+    # no warning that it would be plain batch norm
+    layer(x)
+    mean = layer.memory_mean.clone()
+    layer(x + 1)
+    torch.testing.assert_close(layer.memory_mean, mean + 0.5)
+
+
 @pytest.mark.contract("A2")
-@pytest.mark.parametrize("method", ["momentum", "memorized"])
-def test_momentum_changed_while_training_is_read_at_each_forward(method):
+@pytest.mark.parametrize(
+    ("method", "options"), [("momentum", {"history_weight": 0.5}), ("memorized", {"memory_size": 1})]
+)
+def test_momentum_changed_while_training_is_read_at_each_forward(method, options):
+    # settings in which the running mean is torch's own
     stock = nn.BatchNorm1d(3)
     layer = copy.deepcopy(stock)
-    # settings in which the running mean is torch's own
-    convert(layer, method, **({"memory_size": 1} if method == "memorized" else {}))
+    convert(layer, method, **options)
     for momentum, seed in zip([0.5, 0.1, 0.01, 0.5], range(4), strict=True):
         stock.momentum = layer.momentum = momentum
         for norm in (stock, layer):

@@ -22,11 +22,13 @@ from mbnorm.functional import backend_for, blended_batch_norm
 EPS = 1e-3
 on_every_layout = pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=layout_id)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
-with_both_rules = pytest.mark.parametrize("variance", ["averaged", "pooled"])
+with_both_rules = pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
 
 
-def operate(x, weight, bias, past, a, variance, backend):
-    return blended_batch_norm(x, weight, bias, *past, a, variance=variance, eps=EPS, backend=backend)
+def operate(x, weight, bias, past, a, variance_rule, backend):
+    return blended_batch_norm(
+        x, weight, bias, *past, a, variance_rule=variance_rule, eps=EPS, backend=backend
+    )
 
 
 @on_every_backend
@@ -34,7 +36,7 @@ def operate(x, weight, bias, past, a, variance, backend):
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_layout
-def test_output_and_gradients_match_the_reference(shape, layout, dtype, a, variance, backend):
+def test_output_and_gradients_match_the_reference(shape, layout, dtype, a, variance_rule, backend):
     x = make_input(shape, dtype, layout)
     # torch's batch norm takes float32 parameters with half inputs
     parameters = make_parameters(shape[1], torch.float64 if dtype == torch.float64 else torch.float32)
@@ -44,8 +46,8 @@ def test_output_and_gradients_match_the_reference(shape, layout, dtype, a, varia
 
     leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
     exact = [t.double().requires_grad_() for t in (x, *parameters)]
-    y = operate(*leaves, past, a, variance, backend).y
-    want = reference.blended_batch_norm(*exact, *past, a, variance, EPS)[0]
+    y = operate(*leaves, past, a, variance_rule, backend).y
+    want = reference.blended_batch_norm(*exact, *past, a, variance_rule, EPS)[0]
     got = (y, *gradients(y, tuple(leaves), cotangent))
     wanted = (want, *gradients(want, tuple(exact), cotangent.double()))
 
@@ -57,11 +59,11 @@ def test_output_and_gradients_match_the_reference(shape, layout, dtype, a, varia
 @with_both_rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_layout
-def test_statistics_match_the_reference(shape, layout, dtype, variance, backend):
+def test_statistics_match_the_reference(shape, layout, dtype, variance_rule, backend):
     x = make_input(shape, dtype, layout)
     past = near_statistics(x)
-    got = operate(x, None, None, past, 0.3, variance, backend)[1:]
-    wanted = reference.blended_batch_norm(x.double(), None, None, *past, 0.3, variance, EPS)[1:]
+    got = operate(x, None, None, past, 0.3, variance_rule, backend)[1:]
+    wanted = reference.blended_batch_norm(x.double(), None, None, *past, 0.3, variance_rule, EPS)[1:]
     # half inputs are exact in float32, so their statistics have float32's precision
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
     assert max(relative_error(g, w) for g, w in zip(got, wanted, strict=True)) < tolerance
@@ -83,9 +85,9 @@ def test_dtypes_and_layout_are_kept(shape, layout, dtype, backend):
 @on_every_backend
 @with_both_rules
 @on_every_layout
-def test_cotangents_of_any_layout_give_the_same_gradient(shape, layout, variance, backend):
+def test_cotangents_of_any_layout_give_the_same_gradient(shape, layout, variance_rule, backend):
     x = make_input(shape, torch.float64, layout).requires_grad_()
-    y = operate(x, None, None, near_statistics(x), 0.4, variance, backend).y
+    y = operate(x, None, None, near_statistics(x), 0.4, variance_rule, backend).y
     cotangent = make_input(shape, torch.float64, seed=4)
     wide = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=torch.float64)[..., ::2]
     wide.copy_(cotangent)
@@ -137,24 +139,24 @@ def test_without_weight_or_bias(missing, backend):
 @with_both_rules
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @on_every_layout
-def test_gradcheck(shape, layout, a, variance, backend):
+def test_gradcheck(shape, layout, a, variance_rule, backend):
     x = make_input(shape, torch.float64, layout).requires_grad_()
     weight, bias = (p.requires_grad_() for p in make_parameters(shape[1], torch.float64))
     past = near_statistics(x.detach())
     assert torch.autograd.gradcheck(
-        lambda *inputs: operate(*inputs, past, a, variance, backend).y, (x, weight, bias), fast_mode=True
+        lambda *inputs: operate(*inputs, past, a, variance_rule, backend).y, (x, weight, bias), fast_mode=True
     )
 
 
 @on_every_backend
 @with_both_rules
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3), (2, 2, 2, 2), (2, 2, 2, 1, 2)], ids=layout_id)
-def test_gradgradcheck(shape, variance, backend):
+def test_gradgradcheck(shape, variance_rule, backend):
     x = make_input(shape, torch.float64).requires_grad_()
     weight, bias = (p.requires_grad_() for p in make_parameters(shape[1], torch.float64))
     past = near_statistics(x.detach())
     assert torch.autograd.gradgradcheck(
-        lambda *inputs: operate(*inputs, past, 0.3, variance, backend).y, (x, weight, bias)
+        lambda *inputs: operate(*inputs, past, 0.3, variance_rule, backend).y, (x, weight, bias)
     )
 
 
@@ -245,11 +247,11 @@ def saved_full_size_tensors(run, numel):
 @with_both_rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_kernels_save_one_full_size_tensor(backend, dtype, variance):
+def test_kernels_save_one_full_size_tensor(backend, dtype, variance_rule):
     x = make_input((4, 3, 8, 8), dtype).requires_grad_()
     past = near_statistics(x.detach())
     weight, bias = (p.requires_grad_() for p in make_parameters(3, torch.float32))
-    run = lambda: operate(x, weight, bias, past, 0.5, variance, backend)  # noqa: E731
+    run = lambda: operate(x, weight, bias, past, 0.5, variance_rule, backend)  # noqa: E731
     assert saved_full_size_tensors(run, x.numel()) == 1
 
 
@@ -328,7 +330,7 @@ def test_all_that_is_returned_is_on_the_device_of_the_input(m):
         ({"bias": torch.ones(1, 3)}, ValueError, "bias of shape"),
         ({"past_mean": torch.zeros(2)}, ValueError, "past_mean of shape"),
         ({"past_var": torch.zeros(2)}, ValueError, "past_var of shape"),
-        ({"variance": "biased"}, ValueError, "variance must be one of .*got 'biased'"),
+        ({"variance_rule": "biased"}, ValueError, "variance_rule must be one of .*got 'biased'"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of .*got 'cudnn'"),
     ],
 )
@@ -340,7 +342,7 @@ def test_wrong_arguments_are_named(change, error, words):
         "past_mean": torch.zeros(3),
         "past_var": torch.ones(3),
         "batch_weight": 0.5,
-        "variance": "pooled",
+        "variance_rule": "pooled",
         "eps": EPS,
     }
     with pytest.raises(error, match=words):
@@ -398,9 +400,9 @@ def test_function_transforms():
 def test_an_empty_batch_has_statistics_of_the_usual_dtype(dtype):
     past = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     result = blended_batch_norm(
-        torch.empty(0, 3, dtype=dtype), None, None, *past, 0.5, variance="pooled", eps=1e-5
+        torch.empty(0, 3, dtype=dtype), None, None, *past, 0.5, variance_rule="pooled", eps=1e-5
     )
     full = blended_batch_norm(
-        torch.ones(2, 3, dtype=dtype), None, None, *past, 0.5, variance="pooled", eps=1e-5
+        torch.ones(2, 3, dtype=dtype), None, None, *past, 0.5, variance_rule="pooled", eps=1e-5
     )
     assert [s.dtype for s in result[1:]] == [s.dtype for s in full[1:]]

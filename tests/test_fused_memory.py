@@ -14,19 +14,22 @@ import torch
 from helpers import make_input, make_parameters
 from remembering import (
     BAD,
-    HOW_READ,
+    EARLY_UPDATE,
+    KINDS,
+    MEASURING,
+    PLAIN_UPDATES,
     SHAPE,
-    UPDATES,
     assert_close,
-    averages_of,
-    copy_of,
-    filled,
-    log_of,
-    memory_of,
+    assert_same,
+    held,
     of_every_kind,
+    seeds,
+    with_rule,
 )
 
 from mbnorm.backends import cpu, triton
+from mbnorm.memories.memory import RAW, InferenceUpdate
+from mbnorm.memories.recent_batches import RecentBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
@@ -36,6 +39,7 @@ RUNS = {
     and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
     and triton.missing() is None,
 }
+BLENDED = InferenceUpdate(1.0, blended=True)
 
 
 @pytest.fixture(params=[cpu, triton], ids=["cpu", "triton"])
@@ -60,10 +64,12 @@ def step_by_step(kernels):
     return partial(remembering.step_by_step, kernels)
 
 
-RINGS = [("ring", (4, 1.0)), ("ring", (2, 0.7)), ("ring", (0, 1.0))]
-AVERAGES = [("average", (0.75,)), ("average", (0.0,)), ("measured", (64.0,)), ("measured", (8.0,))]
-VARIANCES, FLOATS = ("averaged", "pooled"), (torch.float32, torch.float64)
-CASES = list(itertools.product(RINGS + AVERAGES, (False, True), UPDATES, VARIANCES, FLOATS))
+HELD = [(False, name) for name in KINDS] + [(True, name) for name in KINDS]
+RULES, FLOATS = ("averaged", "pooled"), (torch.float32, torch.float64)
+CASES = [
+    *itertools.product(HELD, PLAIN_UPDATES, RULES, FLOATS),
+    *itertools.product([one for one in HELD if one[1] in MEASURING], [EARLY_UPDATE], RULES, FLOATS),
+]
 
 
 # every eleventh is enough where kernels are interpreted
@@ -77,101 +83,109 @@ CASES = list(itertools.product(RINGS + AVERAGES, (False, True), UPDATES, VARIANC
     ids=lambda v: v if isinstance(v, int) else v.__name__.rpartition(".")[2],
 )
 def test_one_operator_does_as_read_normalize_commit(number, kernels, fused, step_by_step, device):
-    (kind, how_read), seeded, update, variance, dtype = CASES[number]
-    memory, averages = memory_of(kind, dtype, device=device), averages_of(dtype, device=device)
+    (seeded, name), update, variance_rule, dtype = CASES[number]
+    memory = with_rule(KINDS[name], variance_rule)
+    ours = held(memory, dtype, device=device)
     if seeded:
-        memory.seed(*(t.to(device) for t in filled(SHAPE[1], dtype, 99)))
-    ours, theirs = (memory, averages), (copy_of(memory), copy_of(averages))
+        memory.seed(ours.state, *seeds(SHAPE[1], dtype, device))
+    theirs = ours.copy()
     parameters = [p.to(device) for p in make_parameters(SHAPE[1], dtype)]
     for step in range(12):
         x = make_input((2 + step % 3, *SHAPE[1:]), dtype, seed=step).to(device)
         if step % 4 == 1:
             x[-1, step % SHAPE[1], -1] = BAD[step % 3]
-        y, statistics, past, a = fused(x, parameters, ours, how_read, variance, update)
-        wanted = step_by_step(x, parameters, theirs, how_read, variance, update)
-        assert_close((y, statistics, *past, a), wanted)
-        assert_close((*ours[0], *ours[1]), (*theirs[0], *theirs[1]))
-    assert (int(averages.batches), int(averages.skipped)) == (9, 3)
+        assert_close(fused(x, parameters, ours, update), step_by_step(x, parameters, theirs, update))
+        assert_close(ours.tensors, theirs.tensors)
+    assert (int(ours.averages.batches), int(ours.averages.skipped)) == (9, 3)
 
 
 @of_every_kind
-def test_statistics_that_are_finite_but_blend_to_infinity_are_not_stored(kind, fused, device):
-    state = memory_of(kind, torch.float32, device=device), averages_of(torch.float32, device=device)
+def test_statistics_that_are_finite_but_blend_to_infinity_are_not_stored(memory, fused, device):
+    memory = with_rule(memory, "pooled")
+    ours = held(memory, torch.float32, device=device)
     x = make_input(SHAPE, torch.float32).to(device)
-    fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[3])
-    before = [t.clone() for part in state for t in part][:-1]
-    fused(x + 1e20, (None, None), state, HOW_READ[kind], "pooled", UPDATES[3])
-    assert all(torch.equal(a, b) for a, b in zip((*state[0], *state[1][:3]), before, strict=True))
-    assert int(state[1].skipped) == 1
+    fused(x, (None, None), ours, BLENDED)
+    before = ours.copy()
+    fused(x + 1e20, (None, None), ours, BLENDED)
+    assert_same(ours.tensors[:-1], before.tensors[:-1])
+    assert int(ours.averages.skipped) == 1
 
 
 @of_every_kind
-def test_without_store_nothing_is_written(kind, fused, step_by_step, device):
-    state = memory_of(kind, torch.float64, device=device), averages_of(torch.float64, device=device)
-    state[0].seed(*(t.to(device) for t in filled(SHAPE[1], torch.float64, 1)))
-    before = [copy_of(part) for part in state]
+def test_without_store_nothing_is_written(memory, fused, step_by_step, device):
+    ours = held(memory, torch.float64, device=device)
+    memory.seed(ours.state, *seeds(SHAPE[1], torch.float64, device))
+    before = ours.copy()
     x = make_input(SHAPE, torch.float64).to(device)
-    got = fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0], store=False)
-    now, then = ([t for part in parts for t in part] for parts in (state, before))
-    assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-    wanted = step_by_step(x, (None, None), before, HOW_READ[kind], "pooled", UPDATES[0])
-    assert_close(got[:2], wanted[:2])
+    got = fused(x, (None, None), ours, InferenceUpdate(0.1), store=False)
+    assert_same(ours.tensors, before.tensors)
+    assert_close(got, step_by_step(x, (None, None), before, InferenceUpdate(0.1)))
 
 
 @of_every_kind
-def test_what_was_before_is_logged(kind, fused, device):
-    state = memory_of(kind, torch.float64, device=device), averages_of(torch.float64, device=device)
-    rows, counters = log_of(state[0], torch.float64, slots=2, device=device)
+def test_a_weight_of_one_replaces_averages_that_are_not_finite(memory, fused, step_by_step, device):
+    ours = held(memory, torch.float64, device=device)
+    ours.averages.mean.fill_(torch.inf)
+    ours.averages.var.fill_(torch.nan)
+    theirs = ours.copy()
     x = make_input(SHAPE, torch.float64).to(device)
-    fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0])
-    running = [t.clone() for t in state[1][:2]]
-    more = [t.clone() for t in state[0][3:]] if kind == "measured" else []
-    log = (rows, counters, 1)
-    _, _, past, _ = fused(x, (None, None), state, HOW_READ[kind], "pooled", UPDATES[0], log=log)
-    assert torch.equal(rows[1], torch.cat((*past, *running, *more)))
-    assert counters.tolist() == [[-1, -1, -1], [1, 0, 1]]
-    assert rows[0].isnan().all()
+    fused(x, (None, None), ours, RAW)
+    step_by_step(x, (None, None), theirs, RAW)
+    assert ours.averages.mean.isfinite().all()
+    assert_close(ours.tensors, theirs.tensors)
+
+
+def test_a_ring_without_a_newest_entry_begins_anew(fused, step_by_step, device):
+    memory = RecentBatches(5)
+    ours = held(memory, torch.float64, device=device)
+    # ages 2 and 3, as if the entry of age 1 had been dropped
+    ours.state[2].copy_(torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0]))
+    ours.state[3].copy_(torch.tensor([3.0, 0.0, 2.0, 0.0, 0.0]))
+    theirs = ours.copy()
+    x = make_input(SHAPE, torch.float64).to(device)
+    got = fused(x, (None, None), ours, BLENDED)
+    assert_close(got, step_by_step(x, (None, None), theirs, BLENDED))
+    assert_close(ours.tensors, theirs.tensors)
+    assert ours.state[3].tolist() == [1, 0, 3, 0, 0]
 
 
 def test_half_inputs_keep_float32_state(fused, device):
-    state = memory_of("ring", torch.float32, device=device), averages_of(torch.float32, device=device)
     x = make_input(SHAPE, torch.bfloat16).to(device)
-    y, statistics, *_ = fused(x, (None, None), state, (4, 1.0), "pooled", UPDATES[0])
-    assert (y.dtype, statistics.dtype) == (torch.bfloat16, torch.float32)
+    y, record = fused(x, (None, None), held(RecentBatches(5), torch.float32, device=device), BLENDED)
+    assert (y.dtype, record.dtype) == (torch.bfloat16, torch.float32)
 
 
 @of_every_kind
 def test_more_channels_and_entries_than_a_program_takes_at_once(
-    kind, kernels, fused, step_by_step, device, monkeypatch
+    memory, kernels, fused, step_by_step, device, monkeypatch
 ):
     if kernels is triton:
-        from mbnorm.backends import triton_remember
+        from mbnorm.backends import triton_memory
 
-        for limit, at_once in (
-            ("MOST_ENTRIES", 8),
-            ("READ_TILE", 32),
-            ("NOTE_TILE", 8),
-            ("CHANNELS_OF_ONE", 8),
-        ):
-            monkeypatch.setattr(triton_remember, limit, at_once)
+        for limit, at_once in (("MOST_ENTRIES", 8), ("READ_TILE", 32), ("CHANNELS_OF_ONE", 8)):
+            monkeypatch.setattr(triton_memory, limit, at_once)
     channels, size = 37, 21
-    sizes = {"channels": channels, "device": device}
-    memory, averages = memory_of(kind, torch.float32, size=size, **sizes), averages_of(torch.float32, **sizes)
-    if kind == "ring":
+    if memory.kernels == "ring":
+        # of batches of three values, the newest 18
+        memory = RecentBatches(size, memory_values=57)
+    ours = held(memory, torch.float32, channels, device)
+    if memory.kernels == "ring":
         # a ring that has wrapped, with an entry for each number of values
-        memory.mean.copy_(torch.randn(size, channels))
-        memory.var.copy_(torch.rand(size, channels))
-        memory.counts.copy_(torch.arange(1.0, size + 1))
-        memory.position.fill_(2 * size + 17)
-    ours, theirs = (memory, averages), (copy_of(memory), copy_of(averages))
-    how_read = (size - 3, 1.0) if kind == "ring" else HOW_READ[kind]
+        mean, var, counts, ages = ours.state
+        mean.copy_(torch.randn(size, channels))
+        var.copy_(torch.rand(size, channels))
+        counts.copy_(torch.arange(1.0, size + 1))
+        ages.copy_(torch.arange(float(size), 0, -1).roll(17))
+    theirs, update = ours.copy(), InferenceUpdate(0.2, pooled=True)
     for step in range(2):
         x = make_input((3, channels), torch.float32, seed=step).to(device)
-        _, statistics, past, a = fused(x, (None, None), ours, how_read, "pooled", UPDATES[4])
-        wanted = step_by_step(x, (None, None), theirs, how_read, "pooled", UPDATES[4])
-        assert_close((statistics, *past, a), wanted[1:])
-        assert_close((*ours[0], *ours[1]), (*theirs[0], *theirs[1]))
+        (_, record), (_, wanted) = (
+            fused(x, (None, None), ours, update),
+            step_by_step(x, (None, None), theirs, update),
+        )
+        assert_close(record, wanted)
+        assert_close(ours.tensors, theirs.tensors)
     x[0, -1] = torch.nan
-    before = [t.clone() for t in ours[0]]
-    fused(x, (None, None), ours, how_read, "pooled", UPDATES[4])
-    assert all(map(torch.equal, ours[0], before))
+    before = ours.copy()
+    fused(x, (None, None), ours, update)
+    assert_same(ours.state, before.state)

@@ -10,14 +10,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mbnorm import DoubleForward, MemorizedBatchNorm2d, MomentumBatchNorm2d, MomentumSchedule
+from mbnorm import (
+    DoubleForward,
+    MatchedBatchNorm2d,
+    MemorizedBatchNorm2d,
+    MomentumBatchNorm2d,
+    MomentumSchedule,
+)
 from mbnorm.backends import triton
 
 METHODS = {
     "momentum": (MomentumBatchNorm2d, {"history_weight": 0.5}),
-    "matched": (MomentumBatchNorm2d, {"matched_values": 128}),
-    "matched, early": (MomentumBatchNorm2d, {"matched_values": 128, "early_weight": 8.0}),
-    "measured": (MomentumBatchNorm2d, {"matched_values": 128, "measured": True}),
+    "matched": (MatchedBatchNorm2d, {"matched_values": 128, "measured": False, "early_weight": 0.0}),
+    "matched, early": (MatchedBatchNorm2d, {"matched_values": 128, "measured": False}),
+    "measured": (MatchedBatchNorm2d, {"matched_values": 128, "early_weight": 0.0}),
     "memorized": (MemorizedBatchNorm2d, {"memory_size": 4}),
     "memorized, ema": (MemorizedBatchNorm2d, {"memory_size": 4, "memory_values": 32}),
 }

@@ -46,7 +46,7 @@ def test_a_missing_package_gives_one_line_that_says_what_to_install(name, monkey
 PLANS = json.loads("""{
     "momentum": {"norm_op": "mbnorm.MomentumBatchNorm3d", "norm_op_kwargs":
         {"eps": 1e-05, "affine": true, "history_weight": 0.9}},
-    "matched": {"norm_op": "mbnorm.MomentumBatchNorm3d", "norm_op_kwargs":
+    "matched": {"norm_op": "mbnorm.MatchedBatchNorm3d", "norm_op_kwargs":
         {"eps": 1e-05, "affine": true, "matched_values": 32, "measured": true, "early_weight": 8}},
     "memorized": {"norm_op": "mbnorm.MemorizedBatchNorm2d", "norm_op_kwargs":
         {"eps": 1e-05, "affine": true, "memory_size": 64}}
@@ -82,6 +82,6 @@ def test_nnunets_plans_name_the_layers_by_their_path(method):
 
 
 def test_the_path_of_a_class_is_the_one_it_was_found_by():
-    for name in ("MomentumBatchNorm3d", "MemorizedBatchNorm3d"):
+    for name in ("MatchedBatchNorm3d", "MomentumBatchNorm3d", "MemorizedBatchNorm3d"):
         layer = getattr(mbnorm, name)
         assert pydoc.locate(f"{layer.__module__}.{layer.__qualname__}") is layer

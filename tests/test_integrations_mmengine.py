@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mbnorm import DoubleForward, MemorizedBatchNorm1d, MomentumBatchNorm2d, MomentumSchedule, convert
+from mbnorm import (
+    DoubleForward,
+    MatchedBatchNorm2d,
+    MemorizedBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumSchedule,
+    convert,
+)
 
 with warnings.catch_warnings():
     # its dependencies', at import
@@ -137,7 +144,9 @@ def test_a_hook_with_nothing_to_do_is_refused():
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"type": "MomentumBN", "matched_values": 128}, MomentumBatchNorm2d),
+        ({"type": "MatchedBN"}, MatchedBatchNorm2d),
+        ({"type": "MatchedBN2d", "matched_values": 128}, MatchedBatchNorm2d),
+        ({"type": "MomentumBN", "history_weight": 0.9}, MomentumBatchNorm2d),
         ({"type": "MomentumBN2d", "history_weight": 0.9}, MomentumBatchNorm2d),
         ({"type": "MemorizedBN1d", "memory_size": 64}, MemorizedBatchNorm1d),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mbnorm import DoubleForward, MemorizedBatchNorm3d, MomentumBatchNorm3d, revert
+from mbnorm import DoubleForward, MatchedBatchNorm3d, MemorizedBatchNorm3d, MomentumBatchNorm3d, revert
 from mbnorm.integrations.monai import register
 
 with warnings.catch_warnings():
@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     from monai.networks.layers import get_norm_layer
     from monai.networks.layers.factories import Norm
 
-KINDS = {"momentum": MomentumBatchNorm3d, "memorized": MemorizedBatchNorm3d, "matched": MomentumBatchNorm3d}
+KINDS = {"momentum": MomentumBatchNorm3d, "memorized": MemorizedBatchNorm3d, "matched": MatchedBatchNorm3d}
 NORMS = [("momentum", {"history_weight": 0.9}), ("memorized", {"memory_size": 16}), "matched"]
 on_every_norm = pytest.mark.parametrize("norm", NORMS, ids=KINDS)
 

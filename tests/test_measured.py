@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import reference
 import torch
 from torch import nn
 
-from mbnorm import MomentumBatchNorm1d, MomentumBatchNorm2d, convert, reference, revert
+from mbnorm import MatchedBatchNorm1d, MatchedBatchNorm2d, convert, revert
 from mbnorm.experiments.synthetic import GaussianField
 from mbnorm.measures import MEASURED_WEIGHT
 
@@ -24,7 +25,7 @@ def normal(*shape, seed=0):
 
 
 def layer_of(matched_values=64, **options):
-    return MomentumBatchNorm2d(CHANNELS, matched_values=matched_values, measured=True, **options)
+    return MatchedBatchNorm2d(CHANNELS, matched_values=matched_values, **options, early_weight=0)
 
 
 def worth(layer, n):
@@ -71,7 +72,7 @@ def weight_where_the_truth_moves(by):
         truth = truth + by * torch.randn(truth.shape, generator=draws)
         layer(truth + torch.randn(4, CHANNELS, 1, 1, generator=draws))
         if step >= 200:
-            weights.append(float(layer._weight_of_history(4)))
+            weights.append(float(layer.memory.weight_of_history(layer.state, 4)))
     return sum(weights) / len(weights)
 
 
@@ -88,10 +89,9 @@ def test_the_past_weighs_half_at_most_where_the_truth_moves_faster_than_the_nois
 
 
 def test_matched_alone_stays_the_plain_rule():
-    layer = MomentumBatchNorm1d(3, matched_values=64)
-    assert "memory_measured" not in layer.state_dict()
+    layer = MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0)
     fed(layer, normal(5, 2, 3).float())
-    assert layer._weight_of_history(2) == 62 / 66
+    assert float(layer.memory.weight_of_history(layer.state, 2)) == pytest.approx(62 / 66)
 
 
 def test_enough_values_are_plain_batch_norm():
@@ -104,7 +104,7 @@ def test_enough_values_are_plain_batch_norm():
 
 def test_a_second_batch_weighs_as_much_as_the_first():
     layer = fed(layer_of(), [normal(2, CHANNELS, 2, 2).float()])
-    assert float(layer._weight_of_history(8)) == 0.5
+    assert float(layer.memory.weight_of_history(layer.state, 8)) == 0.5
 
 
 def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
@@ -113,13 +113,13 @@ def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
     layer = layer_of(64)
     layer.load_state_dict(stock.state_dict())
     # as if the batch were a single value
-    assert float(layer._weight_of_history(10_000)) == pytest.approx(63 / 65)
+    assert float(layer.memory.weight_of_history(layer.state, 10_000)) == pytest.approx(63 / 65)
 
 
 @pytest.mark.parametrize("backend", ["auto", "traceable"])
 def test_a_seeded_memory_follows_the_reference(backend):
-    layer = MomentumBatchNorm1d(5, matched_values=64, measured=True, backend=backend).double()
-    norm = reference.MomentumNorm(5, matched_values=64, measured=True)
+    layer = MatchedBatchNorm1d(5, matched_values=64, backend=backend, early_weight=0).double()
+    norm = reference.MatchedNorm(5, matched_values=64)
     mean, var = normal(5), normal(5, seed=1).square() + 0.5
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
@@ -135,13 +135,13 @@ def test_a_seeded_memory_follows_the_reference(backend):
 def test_what_a_trained_norm_knows_weighs_for_some_fifty_batches():
     stock = nn.BatchNorm2d(CHANNELS)
     layer = layer_of(64)
-    stock.num_batches_tracked.fill_(1000)
+    stock.running_mean.fill_(1e-6)
     layer.load_state_dict(stock.state_dict())
     # 256 values that are worth as many: plain batch norm in the end
     weights = []
     for seed in range(400):
         layer(normal(4, CHANNELS, 8, 8, seed=seed).float())
-        weights.append(float(layer._weight_of_history(256)))
+        weights.append(float(layer.memory.weight_of_history(layer.state, 256)))
     assert weights[10] > 0.9
     assert weights[50] > 0.8
     assert weights[-1] < 0.1
@@ -151,13 +151,15 @@ def test_what_a_trained_norm_knows_weighs_for_some_fifty_batches():
 def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, wanted, worth):
     layer = layer_of(64)
     layer.memory_measured.copy_(torch.tensor([ratio, 0.0, 8.0, 9.0]))
-    assert float(layer._weight_of_history(8)) == pytest.approx((wanted - worth) / (wanted + worth))
+    assert float(layer.memory.weight_of_history(layer.state, 8)) == pytest.approx(
+        (wanted - worth) / (wanted + worth)
+    )
 
 
 def test_the_same_batch_again_and_again_is_no_reason_to_forget():
     x = normal(2, CHANNELS, 2, 2).float()
     layer = fed(layer_of(64), [x] * 50)
-    assert float(layer._weight_of_history(8)) == pytest.approx(56 / 72, abs=0.01)
+    assert float(layer.memory.weight_of_history(layer.state, 8)) == pytest.approx(56 / 72, abs=0.01)
 
 
 def test_what_is_measured_holds_for_batches_of_other_sizes():
@@ -165,7 +167,9 @@ def test_what_is_measured_holds_for_batches_of_other_sizes():
     expected = (1000 - 4) / (1000 + 4), (1000 - 64) / (1000 + 64)
     found = [float(layer.memory_measured[0]) / n for n in (4, 64)]
     layer.memory_measured[1] = 0.0
-    assert [float(layer._weight_of_history(n)) for n in (4, 64)] == pytest.approx(expected, abs=0.02)
+    assert [float(layer.memory.weight_of_history(layer.state, n)) for n in (4, 64)] == pytest.approx(
+        expected, abs=0.02
+    )
     assert found == pytest.approx([1 / 4, 1 / 64], rel=0.2)
 
 
@@ -181,9 +185,9 @@ def test_the_scales_of_channels_do_not_matter(scale):
 
 def test_channels_without_variance_are_left_out():
     x = [normal(4, 2, 3, 3, seed=seed) for seed in range(9)]
-    both = fed(MomentumBatchNorm2d(2, matched_values=64, measured=True).double(), x)
+    both = fed(MatchedBatchNorm2d(2, matched_values=64, early_weight=0).double(), x)
     x = [torch.cat([v, torch.full_like(v[:, :1], 0.5)], 1) for v in x]
-    with_dead = fed(MomentumBatchNorm2d(3, matched_values=64, measured=True).double(), x)
+    with_dead = fed(MatchedBatchNorm2d(3, matched_values=64, early_weight=0).double(), x)
     torch.testing.assert_close(both.memory_measured, with_dead.memory_measured)
 
 
@@ -214,8 +218,8 @@ def test_an_empty_batch_measures_nothing():
 
 @pytest.mark.parametrize("backend", ["auto", "traceable"])
 def test_what_is_measured_agrees_with_the_reference(backend):
-    layer = MomentumBatchNorm1d(5, matched_values=64, measured=True, backend=backend).double()
-    norm = reference.MomentumNorm(5, matched_values=64, measured=True)
+    layer = MatchedBatchNorm1d(5, matched_values=64, backend=backend, early_weight=0).double()
+    norm = reference.MatchedNorm(5, matched_values=64)
     for step in range(120):
         x = normal(3 + step % 3, 5, seed=step) + 3 * normal(1, 5, seed=100 + step)
         layer(x), norm(x)
@@ -228,8 +232,9 @@ def test_what_is_measured_agrees_with_the_reference(backend):
 def test_what_was_measured_is_taken_back_with_the_forwards(backend):
     layer = fed(layer_of(backend=backend), [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(4)])
     before = {name: t.clone() for name, t in layer.named_buffers()}
+    then = layer.snapshot()
     fed(layer, [normal(2, CHANNELS, 2, 2, seed=s).float() for s in range(4, 7)])
-    layer.undo(3)
+    layer.rewind(then)
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.named_buffers())
 
 
@@ -246,14 +251,12 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit():
 @pytest.mark.parametrize("measures", [True, False])
 def test_a_layer_that_does_the_other_takes_the_memory_from_a_checkpoint(measures):
     source = fed(
-        MomentumBatchNorm2d(CHANNELS, matched_values=64, measured=not measures),
+        MatchedBatchNorm2d(CHANNELS, matched_values=64, measured=not measures, early_weight=0),
         [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(3)],
     )
-    target = MomentumBatchNorm2d(CHANNELS, matched_values=64, measured=measures)
+    target = MatchedBatchNorm2d(CHANNELS, matched_values=64, measured=measures, early_weight=0)
     target.load_state_dict(source.state_dict())
-    assert torch.equal(target.memory_mean, source.memory_mean)
-    if measures:
-        assert target.memory_measured.tolist() == [0, 0, 0, -1]
+    assert all(torch.equal(a, b) for a, b in zip(target.buffers(), source.buffers(), strict=True))
 
 
 def test_revert_leaves_nothing_behind():

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mbnorm import convert
-from mbnorm.experiments.data import Data, digits, load
+from mbnorm.experiments.data import digits, load
+from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.models import MODELS, build, why_not
 
 OF_PIXELS = {"segment": "segments", "unet2d": "segments", "unet3d": "volumes"}

@@ -6,12 +6,12 @@ from helpers import make_input
 from torch import nn
 
 import mbnorm
-from mbnorm import DoubleForward, MemorizedBatchNorm2d, MomentumBatchNorm2d
+from mbnorm import DoubleForward, MatchedBatchNorm2d, MemorizedBatchNorm2d, MomentumBatchNorm2d
 
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
-    "matched": lambda: MomentumBatchNorm2d(3, matched_values=4096),
-    "measured": lambda: MomentumBatchNorm2d(3, matched_values=4096, measured=True),
+    "matched": lambda: MatchedBatchNorm2d(3, matched_values=4096, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm2d(3, matched_values=4096, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=4),
     "memorized-ema": lambda: MemorizedBatchNorm2d(3, memory_size=4, inference="ema"),
     "memory_size=1": lambda: MemorizedBatchNorm2d(3, memory_size=1),
@@ -171,5 +171,5 @@ def test_a_poisoned_norm_is_named_when_it_is_converted(method):
     stock = nn.BatchNorm2d(3)
     stock(poisoned(torch.nan))
     report = mbnorm.convert(stock, method)
-    assert "not finite: its memory starts empty" in str(report)
+    assert "memory starts empty: the running statistics are not finite" in str(report)
     assert torch.isfinite(stock(batch(0))).all()

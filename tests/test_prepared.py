@@ -9,25 +9,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from mbnorm import MemorizedBatchNorm2d, MomentumBatchNorm2d, no_update
+from mbnorm import MatchedBatchNorm2d, MemorizedBatchNorm2d, MomentumBatchNorm2d, no_update
 from mbnorm.backends import cpu
+from mbnorm.layers import HistoryBatchNorm
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
 CHANNELS = 3
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(CHANNELS, history_weight=0.75),
-    "matched": lambda: MomentumBatchNorm2d(CHANNELS, matched_values=128, early_weight=8),
-    "measured": lambda: MomentumBatchNorm2d(CHANNELS, matched_values=128, measured=True),
+    "matched": lambda: MatchedBatchNorm2d(CHANNELS, matched_values=128, measured=False),
+    "measured": lambda: MatchedBatchNorm2d(CHANNELS, matched_values=128, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(CHANNELS, memory_size=4),
 }
-
-
-def made(method):
-    layer = LAYERS[method]()
-    if method == "momentum":
-        layer.scheduled = True
-    return layer
 
 
 def batch(step, side=4, dtype=torch.float32):
@@ -54,7 +48,7 @@ def same(layer, twin, x):
 
 
 def prepared(method):
-    layer = made(method)
+    layer = LAYERS[method]()
     twin = copy.deepcopy(layer)
     for step in range(3):
         same(layer, twin, batch(step))
@@ -66,11 +60,8 @@ def prepared(method):
 def anew(monkeypatch):
     """Count the forwards that were not run as prepared."""
     counted = []
-    for kind in (MomentumBatchNorm2d, MemorizedBatchNorm2d):
-        plain = kind._forward
-        monkeypatch.setattr(
-            kind, "_forward", lambda self, x, plain=plain: counted.append(1) or plain(self, x), raising=True
-        )
+    plain = HistoryBatchNorm._forward
+    monkeypatch.setattr(HistoryBatchNorm, "_forward", lambda self, x: counted.append(1) or plain(self, x))
     return counted
 
 
@@ -79,6 +70,17 @@ on_every_method = pytest.mark.parametrize("method", LAYERS)
 
 def set_attribute(name, value):
     return lambda layer: setattr(layer, name, value)
+
+
+def set_option(name, value):
+    """Give a layer a memory with another option: nobody changes those of the one that it has."""
+
+    def change(layer):
+        memory = layer.memory
+        options = {name: getattr(memory, name) for name in memory.options}
+        layer.memory = type(memory)(**options | {name: value})
+
+    return change
 
 
 def replace_running_mean(layer):
@@ -118,13 +120,11 @@ CHANGES = {
     "momentum of 1": set_attribute("momentum", 1.0),
     "another momentum": set_attribute("momentum", 0.5),
     "eps": set_attribute("eps", 0.1),
-    "variance": lambda layer: setattr(
-        layer, "variance", "averaged" if layer.variance == "pooled" else "pooled"
-    ),
     "backend": set_attribute("backend", "aten"),
     "not tracking": set_attribute("track_running_stats", False),
     "eval mode": lambda layer: layer.eval(),
-    "an undo that ends": lambda layer: layer.stop_undo(),
+    "shared": lambda layer: layer.share_with("world"),
+    "shared late": lambda layer: layer.share_with("world", "late"),
     "reset": lambda layer: layer.reset_running_stats(),
     "seeded": lambda layer: layer.seed(),
     "loaded": lambda layer: layer.load_state_dict(made_like(layer).state_dict()),
@@ -138,15 +138,18 @@ CHANGES = {
 }
 OF_MOMENTUM = {
     "history weight in place": lambda layer: layer.history_weight.fill_(0.25),
+    "history weight by a schedule": lambda layer: layer.set_history_weight(0.25),
+    "variance rule": set_option("variance_rule", "pooled"),
 }
 OF_MATCHED = {
-    "matched values": set_attribute("matched_values", 64),
-    "early weight": set_attribute("early_weight", 2.0),
+    "matched values": set_option("matched_values", 64),
+    "early weight": set_option("early_weight", 2.0),
 }
 OF_MEMORIZED = {
-    "memory values": set_attribute("memory_values", 40),
-    "decay": set_attribute("decay", 0.5),
-    "inference": set_attribute("inference", "ema"),
+    "memory values": set_option("memory_values", 40),
+    "decay": set_option("decay", 0.5),
+    "inference": set_option("inference", "ema"),
+    "variance rule": set_option("variance_rule", "averaged"),
 }
 CASES = [
     *((method, name, change) for method in LAYERS for name, change in CHANGES.items()),
@@ -173,8 +176,18 @@ def test_a_changed_layer_forwards_as_it_is_now(method, change):
 
 
 @on_every_method
+def test_a_layer_shows_the_options_of_its_memory_and_lets_nobody_set_them(method):
+    layer = LAYERS[method]()
+    for name in layer.memory.options:
+        if name != "history_weight":  # a buffer, which may be filled in place
+            assert getattr(layer, name) == getattr(layer.memory, name)
+            with pytest.raises(AttributeError):
+                setattr(layer, name, getattr(layer.memory, name))
+
+
+@on_every_method
 def test_nothing_is_found_out_again_while_nothing_changes(method, anew):
-    layer = made(method)
+    layer = LAYERS[method]()
     for step in range(4):
         step_of(layer, batch(step))
     assert len(anew) == 1
@@ -254,12 +267,13 @@ def test_a_single_value_finds_out_each_time_if_there_is_a_past(method):
         layer(single)
 
 
-def test_the_notice_of_a_missing_schedule_is_given_all_the_same():
+def test_the_warning_of_a_missing_schedule_comes_before_the_first_forward_is_prepared(anew):
     layer = MomentumBatchNorm2d(CHANNELS)
-    for step in range(99):
-        layer(batch(step))
     with pytest.warns(UserWarning, match="MomentumSchedule"):
-        layer(batch(99))
+        layer(batch(0))
+    for step in range(1, 4):
+        layer(batch(step))
+    assert len(anew) == 1
 
 
 def test_what_is_prepared_takes_the_kernels_of_the_cpu():

@@ -4,6 +4,7 @@ import copy
 from typing import Any, NamedTuple
 
 import pytest
+import reference
 import torch
 from helpers import BACKENDS, CONTIGUOUS, gradients, make_input, make_parameters, near_statistics
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mbnorm
-from mbnorm import convert, no_update, reference, refresh, revert
+from mbnorm import DoubleForward, convert, no_update, revert
 from mbnorm.functional import blended_batch_norm
+from mbnorm.memories.moving_average import MovingAverage
 
 TOO_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 BRIEF = settings(
@@ -77,7 +79,7 @@ class Operation(NamedTuple):
     past_mean: Tensor
     past_var: Tensor
     batch_weight: float
-    variance: Any
+    variance_rule: Any
     eps: float
     backend: Any
     cotangent: Tensor
@@ -85,7 +87,7 @@ class Operation(NamedTuple):
     def run(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the results, and the gradients of x, weight and bias."""
         leaves = [t.detach().clone().requires_grad_() for t in self[:3]]
-        options = {"variance": self.variance, "eps": self.eps, "backend": self.backend}
+        options = {"variance_rule": self.variance_rule, "eps": self.eps, "backend": self.backend}
         y, *statistics = blended_batch_norm(*leaves, *self[3:6], **options)
         return (y.detach(), *statistics), gradients(y, tuple(leaves), self.cotangent)
 
@@ -126,8 +128,9 @@ class Training(NamedTuple):
                 layer.parameters(), make_parameters(layer.num_features, torch.float64), strict=True
             ):
                 parameter.copy_(value)
-        # a constant one is asked for: the notice of a missing schedule is of no use here
-        layer.scheduled = True
+        if layer.memory_type is MovingAverage:
+            # a constant weight is asked for: the warning of a missing schedule is of no use here
+            layer.memory.scheduled = True
         return layer
 
     def run(self, layer: nn.Module) -> list[Tensor]:
@@ -135,37 +138,37 @@ class Training(NamedTuple):
             return [layer(batch) for batch in self.batches]
 
 
-momentum_options = st.one_of(
-    st.fixed_dictionaries(
+OPTIONS = {
+    "Momentum": st.fixed_dictionaries(
         {
             "history_weight": st.floats(0, 0.99),
-            "variance": st.sampled_from(["averaged", "pooled"]),
+            "variance_rule": st.sampled_from(["averaged", "pooled"]),
         }
     ),
-    st.fixed_dictionaries(
+    "Matched": st.fixed_dictionaries(
         {
             "matched_values": st.integers(1, 200),
             "measured": st.booleans(),
             "early_weight": st.sampled_from([0.0, 1.0, 8.0]),
         }
     ),
-)
-memorized_options = st.fixed_dictionaries(
-    {
-        "memory_size": st.integers(1, 6),
-        "memory_values": st.one_of(st.none(), st.integers(1, 60)),
-        "decay": st.sampled_from([1.0, 0.9, 0.4]),
-        "variance": st.sampled_from(["averaged", "pooled"]),
-        "inference": st.sampled_from(["memory", "ema"]),
-    }
-)
+    "Memorized": st.fixed_dictionaries(
+        {
+            "memory_size": st.integers(1, 6),
+            "memory_values": st.one_of(st.none(), st.integers(1, 60)),
+            "decay": st.sampled_from([1.0, 0.9, 0.4]),
+            "variance_rule": st.sampled_from(["averaged", "pooled"]),
+            "inference": st.sampled_from(["memory", "ema"]),
+        }
+    ),
+}
 
 
 @st.composite
-def trainings(draw, methods=("Momentum", "Memorized"), fewest=1, most=9, **fixed):
+def trainings(draw, methods=tuple(OPTIONS), fewest=1, most=9, **fixed):
     method, rank = draw(st.sampled_from(methods)), draw(st.integers(2, 5))
     channels = draw(st.integers(1, 3))
-    drawn = draw(momentum_options if method == "Momentum" else memorized_options)
+    drawn = draw(OPTIONS[method])
     others = {"backend": draw(backends), "momentum": draw(st.sampled_from([0.1, 0.7, 1.0, None]))}
     batches = [
         draw(inputs((draw(st.integers(2, 4)), channels, *draw(sides(rank)))))
@@ -258,7 +261,9 @@ def test_pooling_a_batch_with_the_statistics_of_another_gives_those_of_both(x, s
     other = make_input((samples, *x.shape[1:]), torch.float64, seed=samples)
     past = reference.batch_statistics(other)[:2]
     share = len(x) / (len(x) + samples)
-    result = blended_batch_norm(x, None, None, *past, share, variance="pooled", eps=1e-5, backend=backend)
+    result = blended_batch_norm(
+        x, None, None, *past, share, variance_rule="pooled", eps=1e-5, backend=backend
+    )
     close(result[3:], reference.batch_statistics(torch.cat((x, other)))[:2])
 
 
@@ -313,7 +318,7 @@ def test_equal_batches_are_normalized_as_the_first_of_them(training, count):
         memory_size=12,
         memory_values=None,
         decay=1.0,
-        variance="pooled",
+        variance_rule="pooled",
         inference="memory",
         momentum=0.1,
     ),
@@ -333,12 +338,16 @@ def test_a_batch_in_parts_leaves_the_statistics_of_the_whole(training, seed):
 
 @pytest.mark.contract("DF-7")
 @for_all(trainings(), st.integers(1, 3))
-def test_refreshing_with_unchanged_parameters_changes_nothing(training, times):
+def test_refreshing_with_unchanged_parameters_changes_nothing(training, forwards):
+    # no more are kept than the memory holds
+    forwards = min(forwards, training.options.get("memory_size", forwards))
     layer = training.layer()
-    training.run(layer)
+    training._replace(batches=training.batches[:-forwards]).run(layer)
+    double_forward = DoubleForward(layer)
+    for batch in training.batches[-forwards:]:
+        layer(batch)
     before = state_of(layer)
-    for _ in range(times):
-        refresh(layer, training.batches[-1])
+    double_forward.refresh()
     assert same_state(layer, before)
 
 

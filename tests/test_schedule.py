@@ -2,18 +2,18 @@ import copy
 import warnings
 
 import pytest
+import reference
 import torch
 from torch import nn
 
 from mbnorm import (
+    MatchedBatchNorm1d,
     MemorizedBatchNorm1d,
     MomentumBatchNorm1d,
     MomentumSchedule,
     convert,
-    reference,
     revert,
 )
-from mbnorm.layers import momentum as momentum_module
 
 
 def lambdas(schedule, layer, steps):
@@ -84,7 +84,9 @@ def test_history_weight_is_changed_in_place():
 
 def test_matched_and_memorized_layers_are_left_alone():
     model = nn.Sequential(
-        MomentumBatchNorm1d(3, matched_values=64), MemorizedBatchNorm1d(3), MomentumBatchNorm1d(3)
+        MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0),
+        MemorizedBatchNorm1d(3),
+        MomentumBatchNorm1d(3),
     )
     MomentumSchedule(model, 5, batch_size=8, schedule="constant")
     assert [m.momentum for m in model[:2]] == [0.1, 0.1]
@@ -139,7 +141,9 @@ def test_a_model_without_momentum_layers_is_refused():
 
 def test_a_model_whose_layers_need_no_schedule_is_told_so():
     with pytest.raises(ValueError, match="to steer: those it has need no schedule"):
-        MomentumSchedule(MomentumBatchNorm1d(3, matched_values=64), 5, batch_size=2)
+        MomentumSchedule(
+            MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0), 5, batch_size=2
+        )
 
 
 def train(model, steps):
@@ -151,10 +155,9 @@ def two_layers(**options):
     return nn.Sequential(MomentumBatchNorm1d(3, **options), MomentumBatchNorm1d(3, **options))
 
 
-def test_training_100_steps_as_plain_batch_norm_is_told_once():
+def test_a_model_without_a_weight_is_told_once_at_its_first_training_forward():
     model = two_layers()
-    train(model, 99)
-    with pytest.warns(UserWarning, match="100 steps with history_weight=0") as told:
+    with pytest.warns(UserWarning, match="train with history_weight=0, which is plain batch") as told:
         train(model, 10)
     assert len(told) == 1
 
@@ -165,21 +168,29 @@ def test_each_model_is_told_once():
         # the earlier ones are still there
         models.append(two_layers())
         with pytest.warns(UserWarning, match="MomentumSchedule") as told:
-            train(models[-1], 101)
+            train(models[-1], 3)
         assert len(told) == 1
 
 
-@pytest.mark.parametrize("options", [{"history_weight": 0.5}, {"matched_values": 64}])
-def test_layers_with_a_history_are_not_told(options):
+def test_a_copy_that_trains_is_told_itself():
+    model = two_layers()
+    with pytest.warns(UserWarning, match="MomentumSchedule"):
+        train(model, 1)
+    with pytest.warns(UserWarning, match="MomentumSchedule") as told:
+        train(copy.deepcopy(model), 2)
+    assert len(told) == 1
+
+
+def test_layers_with_a_history_are_not_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(two_layers(**options), momentum_module.STEPS_BEFORE_NOTICE + 5)
+        train(two_layers(history_weight=0.5), 5)
 
 
 def test_forwards_without_gradients_are_no_steps():
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(two_layers(), momentum_module.STEPS_BEFORE_NOTICE + 5)
+        train(two_layers(), 5)
 
 
 def test_scheduled_layers_are_not_told():
@@ -200,6 +211,6 @@ def test_layers_called_unequally_often_are_told_of_once():
             return self.second(self.first(self.first(x)))
 
     net = Net()
-    with pytest.warns(UserWarning, match="100 steps") as told:
-        train(net, 120)
+    with pytest.warns(UserWarning, match="history_weight=0") as told:
+        train(net, 3)
     assert len(told) == 1

@@ -4,6 +4,7 @@ import pickle
 from itertools import pairwise
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from helpers import budget, make_input, make_parameters, native_errors, relative_error
@@ -12,15 +13,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mbnorm
-from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, reference
+from mbnorm import MatchedBatchNorm1d, MemorizedBatchNorm1d
 
 LAYERS = {
     "momentum": ("Momentum", {"history_weight": 0.7}),
-    "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance": "pooled"}),
-    "matched": ("Momentum", {"matched_values": 64, "early_weight": 8.0}),
-    "measured": ("Momentum", {"matched_values": 64, "measured": True}),
+    "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance_rule": "pooled"}),
+    "matched": ("Matched", {"matched_values": 64, "measured": False, "early_weight": 8.0}),
+    "measured": ("Matched", {"matched_values": 64, "measured": True, "early_weight": 0.0}),
     "memorized": ("Memorized", {"memory_size": 3}),
-    "averaged": ("Memorized", {"memory_size": 3, "variance": "averaged"}),
+    "averaged": ("Memorized", {"memory_size": 3, "variance_rule": "averaged"}),
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),
 }
 on_every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -112,15 +113,14 @@ class Late:
     """The rule of sync="late" by hand: a reference of the whole batch is the memory, each rank reads it."""
 
     def __init__(self, name):
-        kind, options = LAYERS[name]
-        self.kind, self.options = kind, options
-        self.whole = getattr(reference, f"{kind}Norm")(CHANNELS, **options)
+        self.kind, options = LAYERS[name]
+        self.whole = getattr(reference, f"{self.kind}Norm")(CHANNELS, **options)
         self.weight, self.bias = make_parameters(CHANNELS, torch.float64)
 
     def read(self, n):
         """M, V, a for a part of n values."""
         whole = self.whole
-        if self.kind == "Momentum":
+        if self.kind != "Memorized":
             if whole.M is None:
                 return torch.zeros(CHANNELS), torch.ones(CHANNELS), 1.0
             return whole.M, whole.V, 1 - whole.weight_of_the_past(n)
@@ -136,7 +136,7 @@ class Late:
         means, variances = (torch.stack([getattr(e, key) for e in entries]) for key in ("mean", "var"))
         share = (weights / weights.sum())[:, None]
         mean, var = (share * means).sum(0), (share * variances).sum(0)
-        if whole.variance == "pooled":
+        if whole.variance_rule == "pooled":
             var = var + (share * (means - mean) ** 2).sum(0)
         return mean, var, n / (n + float(weights.sum()))
 
@@ -145,7 +145,7 @@ class Late:
         if x.numel() == 0:
             return x.detach(), torch.zeros_like(x), torch.zeros_like(w), torch.zeros_like(b)
         n = x.numel() // CHANNELS
-        y, *_ = reference.blended_batch_norm(x, w, b, *self.read(n), self.whole.variance, self.whole.eps)
+        y, *_ = reference.blended_batch_norm(x, w, b, *self.read(n), self.whole.variance_rule, self.whole.eps)
         return y.detach(), *torch.autograd.grad(y, (x, w, b), cotangent)
 
     def commit(self, batch):
@@ -179,13 +179,17 @@ def test_late_and_pooled_ranks_remember_the_same(two_ranks, name):
         assert_close(a, b)
 
 
+def entries(ages):
+    return int((ages > 0).sum())
+
+
 def buffers_and_state(rank):
     layer = make_layer("memorized", process_group="world", sync="late")
     (x, _), (again, _), *_ = whole_batches()
     seen = []
     for batch in (x, again):
         layer(batch)
-        seen.append((int(layer.memory_position), int(layer.state_dict()["memory_position"])))
+        seen.append((entries(layer.memory_ages), entries(layer.state_dict()["memory_ages"])))
     return seen
 
 
@@ -225,7 +229,7 @@ def copies(rank):
 
 def test_copies_and_pickles_have_the_late_batch(two_ranks):
     want, *others = two_ranks(copies)[0]
-    assert int(want["memory_position"]) == 1
+    assert entries(want["memory_ages"]) == 1
     for other in others:
         assert all(torch.equal(t, want[key]) for key, t in other.items())
 
@@ -311,9 +315,8 @@ def test_a_batch_that_is_empty_on_all_ranks_stores_nothing(two_ranks, sync):
 
 
 def one_value(rank):
-    layer = MomentumBatchNorm1d(CHANNELS, matched_values=64, process_group="world")
+    layer, fresh = (MatchedBatchNorm1d(CHANNELS, measured=False, process_group="world") for _ in range(2))
     finite = bool(torch.isfinite(layer(torch.randn(1, CHANNELS) + rank)).all())
-    fresh = MomentumBatchNorm1d(CHANNELS, matched_values=64, process_group="world")
     try:
         fresh(torch.randn(1 - rank, CHANNELS))
     except ValueError as error:
@@ -449,7 +452,7 @@ def forwards_kept(rank, sync, backend):
     layer = make_layer("momentum", process_group="world", sync=sync, backend=backend)
     for samples, batch in zip(PARTS, whole_batches(), strict=True):
         step(layer, *part_of(rank, samples, *batch))
-    layer.catch_up()
+    layer.settle()
     return len(layer._calls.calls)
 
 
@@ -466,15 +469,16 @@ def taken_back(rank, sync, backend):
     kept, dropped, following = (part_of(rank, (4, 3), batch)[0] for batch, _ in whole_batches()[:3])
     layer(kept)
     twin = copy.deepcopy(layer)
+    before = layer.snapshot()
     layer(dropped)
-    layer.undo(1)
+    layer.rewind(before)
     return layer(following).detach(), twin(following).detach()
 
 
 @pytest.mark.parametrize(
     ("sync", "backend"), [(True, "aten"), ("late", "auto"), ("late", "aten"), ("late", "traceable")]
 )
-def test_a_forward_can_be_taken_back(two_ranks, sync, backend):
+def test_a_rewind_drops_the_forwards_after_the_snapshot(two_ranks, sync, backend):
     for got, want in two_ranks(taken_back, sync, backend):
         assert_close(got, want)
 
@@ -483,12 +487,12 @@ def start_again(rank):
     layer = make_layer("memorized", process_group="world", sync="late")
     saved = state(layer)
     x = whole_batches()[0][0]
-    positions = []
+    left = []
     for restart in (layer.reset_running_stats, lambda: layer.load_state_dict(saved)):
         layer(x)
         restart()
-        positions.append(int(layer.state_dict()["memory_position"]))
-    return positions
+        left.append(entries(layer.state_dict()["memory_ages"]))
+    return left
 
 
 def test_a_reset_and_a_load_drop_the_late_batch(two_ranks):
@@ -537,7 +541,7 @@ def messages_of_a_step(rank, sync):
     layer = make_layer("matched", process_group=group, sync=sync)
     in_world = collectives()
     step(layer, *part_of(rank, PARTS[0], *whole_batches()[0]))
-    layer.catch_up()
+    layer.settle()
     return collectives() - in_world, group._get_sequence_number_for_group()
 
 

@@ -28,12 +28,7 @@ def nothing_tried(monkeypatch):
 def stand_in(monkeypatch):
     """Triton's kernels, as plain PyTorch on the CPU has them."""
     monkeypatch.setattr(triton, "missing", lambda: None)
-    monkeypatch.setattr(trial, "_by_triton", by_pytorch)
-
-
-def by_pytorch(x, dy, weight, bias, *, kind, state):
-    memory, averages = kind(*state[:-4]), trial.InferenceAverages(*state[-4:])
-    return trial._by_aten(x, dy, weight, bias, memory, averages)
+    monkeypatch.setattr(trial, "_by_triton", trial._by_aten)
 
 
 @pytest.mark.skipif(not RUNS, reason="Triton's kernels do not run here")
@@ -47,14 +42,14 @@ def test_kernels_that_agree_pass(stand_in):
     assert trial.triton_works_for(torch.empty(2, 3))
 
 
-RESULTS = ["y", "dx", "dw", "db", *("state" for _ in range(8))]
+RESULTS = ["y", "dx", "dw", "db", *("state" for _ in range(9))]
 
 
 @pytest.mark.parametrize("number", range(len(RESULTS)))
 @pytest.mark.parametrize("off", [1, torch.nan])
 def test_one_wrong_number_fails_them_and_is_told(stand_in, monkeypatch, number, off):
-    def one_off(*arguments, **options):
-        results = by_pytorch(*arguments, **options)
+    def one_off(*arguments):
+        results = trial._by_aten(*arguments)
         exact = results[number].is_floating_point()
         results[number].view(-1)[-1:].add_(1e-3 * off if exact else 1)
         return results
@@ -68,7 +63,7 @@ def test_one_wrong_number_fails_them_and_is_told(stand_in, monkeypatch, number, 
 
 
 def test_kernels_that_do_not_run_are_no_error(stand_in, monkeypatch):
-    def no_compiler(*arguments, **options):
+    def no_compiler(*arguments):
         raise OSError("Failed to find C compiler.\nPlease specify one")
 
     monkeypatch.setattr(trial, "_by_triton", no_compiler)
@@ -126,8 +121,8 @@ def test_statistics_that_differ_from_one_forward_to_another_fail_them(monkeypatc
     forward = triton.forward
 
     def rounded_otherwise(*arguments):
-        y, statistics = forward(*arguments)
-        return y, torch.nextafter(statistics, statistics + 1)
+        y, record = forward(*arguments)
+        return y, torch.nextafter(record, record + 1)
 
     monkeypatch.setattr(triton, "forward", rounded_otherwise)
     device = torch.device("cuda", 0) if CUDA else CPU

@@ -20,7 +20,6 @@ from helpers import (
 
 from mbnorm.backends import aten
 from mbnorm.backends import triton as kernels
-from mbnorm.functional import _by_kernels
 
 if find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
@@ -90,21 +89,21 @@ def state_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def operate(backend, x, weight, bias, past, a, variance):
+def operate(backend, x, weight, bias, past, a, variance_rule, dy, need_dx=True):
+    """Everything that a backend's two operators return: the record, and the output and the gradients."""
     dtype = state_dtype(x.dtype)
     past_mean, past_var = (p.to(x.device, dtype) for p in past)
     a = torch.tensor(a, dtype=dtype, device=x.device)
-    return _by_kernels(backend, x, weight, bias, past_mean, past_var, a, variance, EPS)
+    y, record = backend.forward(x, weight, bias, past_mean, past_var, a, variance_rule, EPS)
+    return record, (y, *backend.backward(dy, x, weight, record, variance_rule, EPS, need_dx))
 
 
-def run(x, dy, variance="averaged", a=0.3, need_dx=True):
-    """Everything that the two operators return for an input."""
-    dtype = state_dtype(x.dtype)
-    weight, bias = (p.to(DEVICE) for p in make_parameters(x.shape[1], dtype))
-    past = [t.to(DEVICE, dtype) for t in near_statistics(x.cpu())]
-    a = torch.tensor(a, dtype=dtype, device=DEVICE)
-    y, statistics = kernels.forward(x, weight, bias, *past, a, variance, EPS)
-    return y, *statistics, *kernels.backward(dy, x, weight, a, statistics, variance, EPS, need_dx)
+def run(x, dy, variance_rule="averaged", a=0.3, need_dx=True):
+    """Everything that the two operators return for an input, in a row."""
+    parameters = (p.to(DEVICE) for p in make_parameters(x.shape[1], state_dtype(x.dtype)))
+    past = near_statistics(x.cpu())
+    record, results = operate(kernels, x, *parameters, past, a, variance_rule, dy, need_dx)
+    return *record, *results
 
 
 def made_for_device(*arguments, **options):
@@ -112,49 +111,50 @@ def made_for_device(*arguments, **options):
     return make_input(*arguments, **options).to(DEVICE)
 
 
-@pytest.mark.parametrize(("dtype", "a", "variance"), NUMBERS, ids=layout_id)
+@pytest.mark.parametrize(("dtype", "a", "variance_rule"), NUMBERS, ids=layout_id)
 @on_every_shape
-def test_everything_matches_the_reference(shape, layout, dtype, a, variance):
+def test_everything_matches_the_reference(shape, layout, dtype, a, variance_rule):
     x = make_input(shape, dtype, layout)
     parameters = make_parameters(shape[1], state_dtype(dtype))
     past = near_statistics(x)
     cotangent = make_input(shape, dtype, layout, seed=5)
-    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
-    on_device = [t.clone().to(DEVICE).requires_grad_() for t in (x, *parameters)]
-    exact = [t.double().requires_grad_() for t in (x, *parameters)]
+    on_device = [t.to(DEVICE) for t in (x, *parameters)]
+    exact = [t.double().clone().requires_grad_() for t in (x, *parameters)]
 
-    want, *wanted_statistics = reference.blended_batch_norm(*exact, *past, a, variance, EPS)
+    want, *wanted_statistics = reference.blended_batch_norm(*exact, *past, a, variance_rule, EPS)
     wanted = [w.detach() for w in (want, *gradients(want, tuple(exact), cotangent.double()))]
-    y, *statistics = operate(kernels, *on_device, past, a, variance)
-    got = (y, *gradients(y, tuple(on_device), cotangent.to(DEVICE)))
-    peer, *peer_statistics = operate(aten, *leaves, past, a, variance)
-    peers = (peer, *gradients(peer, tuple(leaves), cotangent))
+    record, got = operate(kernels, *on_device, past, a, variance_rule, cotangent.to(DEVICE))
+    peer_record, peers = operate(aten, x, *parameters, past, a, variance_rule, cotangent)
 
     # dw of blended statistics is worse off than native's by the rounding of the saved mean
     native = native_errors(x, *parameters, cotangent, EPS)
-    composed = (relative_error(p.detach(), w) for p, w in zip(peers, wanted, strict=True))
+    composed = (relative_error(p, w) for p, w in zip(peers, wanted, strict=True))
     allowed = [budget(dtype, max(pair)) for pair in zip(native, composed, strict=True)]
     if dtype == torch.float64:
         allowed = [most + 2 * error for most, error in zip(allowed, native, strict=True)]
-    errors = [relative_error(g.detach().cpu(), w) for g, w in zip(got, wanted, strict=True)]
+    errors = [relative_error(g.cpu(), w) for g, w in zip(got, wanted, strict=True)]
     assert all(e <= most for e, most in zip(errors, allowed, strict=True)), (errors, allowed)
     # they are summed in their own precision, as native's on a GPU are: a few roundings
-    for found, peer, exactly in zip(statistics, peer_statistics, wanted_statistics, strict=True):
+    for found, peer, exactly in zip(record[:4], peer_record[:4], wanted_statistics, strict=True):
         most = 2 * relative_error(peer, exactly.detach()) + 4 * torch.finfo(found.dtype).eps
         assert relative_error(found.cpu(), exactly.detach()) <= most
+    weights = torch.full((shape[1],), a, dtype=torch.float64)
+    for found, given in zip(record[4:], (*past, weights), strict=True):
+        assert torch.equal(found.cpu(), given.to(found.dtype))
 
 
-@pytest.mark.parametrize("variance", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
 @on_each_kind
-def test_parameters_are_optional(shape, layout, variance):
+def test_parameters_are_optional(shape, layout, variance_rule):
     x = make_input(shape, torch.float64, layout)
     past = near_statistics(x)
     cotangent = make_input(shape, torch.float64, layout, seed=5)
-    leaf, exact = x.to(DEVICE).requires_grad_(), x.clone().requires_grad_()
-    want = reference.blended_batch_norm(exact, None, None, *past, 0.3, variance, EPS)[0]
-    y = operate(kernels, leaf, None, None, past, 0.3, variance)[0]
-    assert relative_error(y.detach().cpu(), want.detach()) < 1e-12
-    (dx,) = gradients(y, (leaf,), cotangent.to(DEVICE))
+    exact = x.clone().requires_grad_()
+    want = reference.blended_batch_norm(exact, None, None, *past, 0.3, variance_rule, EPS)[0]
+    _, (y, dx, _, _) = operate(
+        kernels, x.to(DEVICE), None, None, past, 0.3, variance_rule, cotangent.to(DEVICE)
+    )
+    assert relative_error(y.cpu(), want.detach()) < 1e-12
     (wanted,) = gradients(want, (exact,), cotangent)
     assert relative_error(dx.cpu(), wanted) < 1e-12
 
@@ -185,7 +185,7 @@ def test_a_second_run_gives_the_same_bits(shape, layout):
 @on_each_kind
 def test_equal_values_have_no_variance(shape, layout, dtype):
     x = torch.full(shape, 0.1, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
-    batch_mean, batch_var = run(x, x)[1:3]
+    batch_mean, batch_var = run(x, x)[:2]
     assert torch.equal(batch_var, torch.zeros_like(batch_var))
     assert torch.equal(batch_mean, x.flatten()[0].to(batch_mean.dtype).expand_as(batch_mean))
 
@@ -225,23 +225,20 @@ def test_what_is_not_finite_stays_in_its_channel(shape, layout, bad):
     channel = shape[1] // 2
     x = clean.clone()
     x.select(1, channel)[(-1,) * (len(shape) - 1)] = bad
-    weight, bias = (p.to(DEVICE) for p in make_parameters(shape[1], torch.float32))
-    past = [t.float().to(DEVICE) for t in near_statistics(clean.cpu())]
-    a = torch.tensor(0.3, device=DEVICE)
-    y, statistics = kernels.forward(x, weight, bias, *past, a, "averaged", EPS)
-    gradient = kernels.backward(dy, x, weight, a, statistics, "averaged", EPS, True)
+    parameters = (p.to(DEVICE) for p in make_parameters(shape[1], torch.float32))
+    record, results = operate(kernels, x, *parameters, near_statistics(clean.cpu()), 0.3, "averaged", dy)
     others = torch.arange(shape[1]) != channel
-    for got, want in zip((y, *statistics, *gradient), wanted, strict=True):
+    for got, want in zip((*record, *results), wanted, strict=True):
         along = 1 if got.dim() > 1 else 0
         assert torch.equal(got.cpu().movedim(along, 0)[others], want.cpu().movedim(along, 0)[others])
-    assert not torch.isfinite(statistics[1][channel])
-    assert torch.isnan(y.select(1, channel)).all()
+    assert not torch.isfinite(record[1][channel])
+    assert torch.isnan(results[0].select(1, channel)).all()
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=layout_id)
 def test_the_output_and_the_gradient_keep_the_layout(layout):
     x = made_for_device((2, 5, 4, 6), torch.float32, layout)
-    y, *_, dx, _, _ = run(x, x)
+    *_, y, dx, _, _ = run(x, x)
     assert y.is_contiguous(memory_format=layout)
     assert dx.is_contiguous(memory_format=layout)
 

@@ -10,11 +10,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mbnorm.backends import triton_backward, triton_commit, triton_forward, triton_memory
+from mbnorm.backends import triton_backward, triton_forward, triton_memory
 
 pytestmark = pytest.mark.triton
 
@@ -37,16 +36,17 @@ KERNELS = {
         triton_backward.sums_part,
         triton_backward.add_parts,
         triton_backward.input_gradient_part,
-        triton_memory.note_average,
         triton_memory.read_ring,
-        triton_commit.commit,
+        triton_memory.commit,
     )
 }
-VALUES = ("x", "y", "dy", "dx")
-SIZES = ("channels", "outer", "units", "per_split", "splits", "n", "size", "limit", "slot")
-COUNTERS = ("filled", "position", "counter", "batches", "skipped", "log_counters")
-SCALARS = ("fixed_weight", "new_weight", "early")
-OPTIONAL = ("weight", "bias", "history", "counts", "log", "log_counters", "last", "measured")
+VALUES = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
+SIZES = ("channels", "outer", "units", "per_split", "splits", "n", "size")
+COUNTERS = ("tracked_ptr", "skipped_ptr")
+SCALARS = ("matched_values", "limit", "update_weight", "early")
+PARAMETERS = ("weight_ptr", "bias_ptr")
+AN_AVERAGE = ("filled_ptr", "history_weight_ptr", "measured_ptr", "last_ptr")
+A_RING = ("counts_ptr", "ages_ptr")
 
 
 def compile_for(target, kernel, dtype, rows, size="i32", **others):
@@ -54,7 +54,6 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
     constants = {
         "EPS": 1e-5,
         "POOLED": True,
-        "STATE": getattr(tl, {"fp32": "float32", "fp64": "float64"}[state]),
         "ROWS": rows,
         "UNIT": 1 if rows else 4,
         "BLOCK_C": 32 if rows else 4,
@@ -62,6 +61,8 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
         "BLOCK_I": 64,
         "BLOCK_S": 16,
         "LOG2_DECAY": -0.5,
+        "MEASURED": True,
+        "CUMULATIVE": False,
         "BLENDED": True,
         "UNBIASED": True,
         "EARLY": True,
@@ -90,24 +91,40 @@ def test_every_kernel_compiles_for_every_type_and_layout(name):
         assert len(compile_for(TARGETS["sm_90"], KERNELS[name], dtype, rows)) > 1000
 
 
-AVERAGES = {"measured": {}, "on device": {"measured": None}, "number": {"measured": None, "history": None}}
-OF_AN_AVERAGE = {"commit": "counts", "forward_whole": "batch_weight", "blend_parts": "batch_weight"}
+AVERAGES = {
+    "measured": {"history_weight_ptr": None},
+    "not by its measures": {"history_weight_ptr": None, "MEASURED": False},
+    "fixed": {"measured_ptr": None, "last_ptr": None, "MEASURED": False, "EARLY": False},
+}
+READ_OR_WRITE_AVERAGES = ("commit", "forward_whole", "blend_parts")
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("absent", AVERAGES.values(), ids=AVERAGES)
-def test_kernels_compile_for_a_moving_average(absent, target):
-    for (name, other), dtype in itertools.product(OF_AN_AVERAGE.items(), ("fp32", "fp64")):
-        made = compile_for(target, KERNELS[name], dtype, False, **absent, **{other: None})
-        assert len(made) > 1000
+@pytest.mark.parametrize("of", AVERAGES.values(), ids=AVERAGES)
+def test_kernels_compile_for_a_moving_average(of, target):
+    without = of | dict.fromkeys(("batch_weight_ptr", *A_RING))
+    for name, dtype in itertools.product(READ_OR_WRITE_AVERAGES, ("fp32", "fp64")):
+        assert len(compile_for(target, KERNELS[name], dtype, False, **without)) > 1000
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_compiles_without_what_is_optional(name):
     kernel = KERNELS[name]
-    without = {k: None for k in OPTIONAL if name != "read_ring" or k != "counts"}
-    without |= {"POOLED": False, "LOG2_DECAY": 0.0, "EARLY": False, "REPLACES": True}
+    without = dict.fromkeys((*PARAMETERS, *AN_AVERAGE))
+    without |= {"POOLED": False, "LOG2_DECAY": 0.0, "EARLY": False, "REPLACES": True, "MEASURED": False}
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp16", False, **without)) > 1000
+
+
+def test_the_commit_of_an_average_compiles_for_every_update():
+    for rule in ("CUMULATIVE", "REPLACES"):
+        made = compile_for(TARGETS["sm_90"], KERNELS["commit"], "fp32", False, **{rule: True})
+        assert len(made) > 1000
+
+
+@pytest.mark.parametrize("name", ["forward_whole", "blend_parts"])
+def test_kernels_compile_for_a_past_that_is_in_the_record(name):
+    without = dict.fromkeys(("past_mean_ptr", "past_var_ptr", "batch_weight_ptr", *AN_AVERAGE))
+    assert len(compile_for(TARGETS["sm_90"], KERNELS[name], "fp32", False, **without)) > 1000
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -120,4 +137,4 @@ def test_every_kernel_compiles_for_sizes_of_one_and_for_huge_ones(name):
 
 
 def test_the_backward_compiles_without_an_input_gradient():
-    assert len(compile_for(TARGETS["sm_90"], KERNELS["backward_whole"], "bf16", True, dx=None)) > 1000
+    assert len(compile_for(TARGETS["sm_90"], KERNELS["backward_whole"], "bf16", True, dx_ptr=None)) > 1000

@@ -1,6 +1,5 @@
-"""How layers launch Triton's kernels: compiled for a GPU that need not be there, and not run."""
+"""How the operators launch Triton's kernels: compiled for a GPU that need not be there, and not run."""
 
-import itertools
 import os
 
 import pytest
@@ -18,10 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.cases import Case
-from mbnorm import MemorizedBatchNorm2d, MomentumBatchNorm2d, no_update
 from mbnorm.backends import triton as kernels
-from mbnorm.backends import triton_kinds, triton_launch, triton_remember
+from mbnorm.backends import triton_backward, triton_forward, triton_launch, triton_memory
+from mbnorm.memories.measured_average import MeasuredAverage
+from mbnorm.memories.memory import CUMULATIVE, RAW
+from mbnorm.memories.moving_average import MovingAverage
+from mbnorm.memories.recent_batches import RecentBatches
 
 pytestmark = pytest.mark.triton
 LAST = torch.channels_last
@@ -65,9 +66,8 @@ class Driver:
 def device(monkeypatch):
     made = Driver()
     monkeypatch.setattr(driver, "_active", made)
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
-    monkeypatch.setattr(triton_kinds, "_processors", lambda device: 132)
-    monkeypatch.setattr(triton_kinds, "_kinds", {})
+    monkeypatch.setattr(triton_launch, "_processors", lambda device: 132)
+    monkeypatch.setattr(triton_launch, "_kinds", {})
     monkeypatch.setattr(triton_launch, "_compiled", {})
     assert kernels.missing() is None
     return made
@@ -87,122 +87,141 @@ def looks(monkeypatch):
     return names
 
 
-def train(layer, x):
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    torch.autograd.grad(y, wanted, torch.ones_like(y))
+class Norm:
+    """What a layer with a memory gives the operators, and takes from them."""
+
+    def __init__(self, channels, memory, dtype=torch.float32, affine=True, bias=True, eps=1e-5, update=None):
+        self.memory, self.eps, self.update = memory, eps, update
+        zeros, ones = torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
+        self.state = memory.new(zeros)
+        self.averages = zeros, ones, torch.tensor(0), torch.tensor(0)
+        self.weight = torch.ones(channels, dtype=dtype) if affine else None
+        self.bias = torch.zeros(channels, dtype=dtype) if affine and bias else None
+
+    def forward(self, x, store=True):
+        ring = self.memory.kernels == "ring"
+        operator = kernels.forward_with_ring if ring else kernels.forward_with_average
+        read = self.memory.read_numbers(x.numel() // x.shape[1])
+        how = read, self.update or self.memory.update(0.1, len(x)), self.memory.variance_rule == "pooled"
+        return operator(x, self.weight, self.bias, self.state, self.averages, *how, self.eps, store)
+
+    def train(self, x, store=True, need_dx=True):
+        y, record = self.forward(x, store)
+        kernels.backward(y, x, self.weight, record, self.memory.variance_rule, self.eps, need_dx)
 
 
 def momentum(channels, **options):
-    return MomentumBatchNorm2d(channels, backend="triton", **({"history_weight": 0.5} | options))
+    return Norm(channels, MovingAverage(0.5), **options)
 
 
-def measured(channels, **options):
-    return momentum(channels, history_weight=0.0, matched_values=32, measured=True, **options)
+def matched(channels, **options):
+    return Norm(channels, MeasuredAverage(32), **options)
 
 
 def memorized(channels, **options):
-    return MemorizedBatchNorm2d(channels, backend="triton", **({"memory_size": 9} | options))
+    return Norm(channels, RecentBatches(9), **options)
+
+
+def input_of(shape, dtype, layout=torch.contiguous_format):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
 
 
 WHOLE = {"forward_whole", "backward_whole"}
 PARTS = {"moments_part", "blend_parts", "normalize_part", "sums_part", "add_parts", "input_gradient_part"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "layout", "wanted"),
     [
-        ((2, 64, 112, 112), "contiguous", WHOLE),
-        ((2, 1024, 14, 14), "contiguous", WHOLE),
-        ((2, 2048, 7, 7), "contiguous", WHOLE),
-        ((2, 2048, 7, 7), "channels_last", WHOLE),
-        ((2, 64, 112, 112), "channels_last", PARTS),
-        ((8, 64, 112, 112), "contiguous", PARTS),
+        ((2, 64, 112, 112), torch.contiguous_format, WHOLE),
+        ((2, 1024, 14, 14), torch.contiguous_format, WHOLE),
+        ((2, 2048, 7, 7), torch.contiguous_format, WHOLE),
+        ((2, 2048, 7, 7), LAST, WHOLE),
+        ((2, 64, 112, 112), LAST, PARTS),
+        ((8, 64, 112, 112), torch.contiguous_format, PARTS),
     ],
     ids=lambda v: "whole" if v is WHOLE else "parts" if v is PARTS else str(v).replace(", ", "x"),
 )
-def test_a_layer_launches_what_is_compiled_for_its_shape(device, shape, layout, wanted, dtype):
-    x = Case(shape, dtype, layout).tensor(0)
-    for build, more in ((momentum, set()), (measured, set()), (memorized, {"read_ring"})):
-        train(build(shape[1]), x)
-        assert set(device.launches) == wanted | {"commit"} | more
+def test_a_step_launches_what_is_compiled_for_its_shape(device, shape, layout, wanted, dtype):
+    x = input_of(shape, dtype, layout)
+    for build, more in ((momentum, []), (matched, []), (memorized, ["read_ring"])):
+        build(shape[1]).train(x)
+        assert sorted(device.launches) == sorted([*wanted, "commit", *more])
         device.launches.clear()
 
 
-def test_a_forward_that_stores_nothing_notes_what_it_has_read(device):
-    layer = momentum(8)
-    with no_update(layer):
-        layer(torch.randn(2, 8, 3, 3))
-    assert device.launches == ["forward_whole", "note_average"]
+def test_a_forward_that_stores_nothing_is_one_launch(device):
+    for build in (momentum, matched):
+        build(8).forward(torch.randn(2, 8, 3, 3), store=False)
+    assert device.launches == 2 * ["forward_whole"]
 
 
 def test_triton_looks_at_arguments_of_a_kind_once(device, looks):
-    layer = momentum(8)
+    norm = momentum(8)
     for _ in range(3):
-        train(layer, torch.randn(2, 8, 3, 3))
+        norm.train(torch.randn(2, 8, 3, 3))
     assert looks == ["forward_whole", "commit", "backward_whole"]
     assert device.launches == 3 * looks
     # a larger batch is cut alike here
-    train(layer, torch.randn(2, 8, 1, 9))
+    norm.train(torch.randn(2, 8, 1, 9))
     assert len(looks) == 3
     assert len(triton_launch._compiled) == 3
 
 
 def test_triton_looks_at_what_is_not_aligned_every_time(device, looks):
-    layer, x = momentum(8), torch.randn(145)[1:].view(2, 8, 3, 3)
+    norm, x = momentum(8), torch.randn(145)[1:].view(2, 8, 3, 3)
     for _ in range(2):
-        layer(x)
+        norm.forward(x)
     assert looks == ["forward_whole", "commit", "forward_whole"]
     for values in (x.clone(), x, x.clone()):
-        layer(values)
+        norm.forward(values)
     assert looks[3:] == ["forward_whole", "forward_whole"]
 
 
 def test_on_rocm_triton_looks_every_time(device, looks, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    layer = momentum(8)
+    norm = momentum(8)
     for _ in range(2):
-        layer(torch.randn(2, 8, 3, 3))
+        norm.forward(torch.randn(2, 8, 3, 3))
     assert looks == 2 * ["forward_whole", "commit"]
 
 
 SMALL = torch.randn(2, 8, 3, 3)
+AVERAGE = MovingAverage(0.5)
 WAYS = {
-    "as it is": (momentum, {}, SMALL),
-    "pooled": (momentum, {"variance": "pooled"}, SMALL),
-    "another eps": (momentum, {"eps": 1e-3}, SMALL),
-    "cumulative": (momentum, {"momentum": None}, SMALL),
-    "raw": (momentum, {"momentum": 1.0}, SMALL),
-    "matched": (momentum, {"history_weight": 0.0, "matched_values": 64}, SMALL),
-    "measured": (measured, {"early_weight": 8.0}, SMALL),
-    "measured, float64": (measured, {"dtype": torch.float64}, SMALL.double()),
-    "without bias": (momentum, {"bias": False}, SMALL),
-    "without parameters": (momentum, {"affine": False}, SMALL),
-    "float64": (momentum, {"dtype": torch.float64}, SMALL.double()),
-    "float16": (momentum, {}, SMALL.half()),
-    "channels last": (momentum, {}, SMALL.contiguous(memory_format=LAST)),
-    "other map": (momentum, {}, torch.randn(2, 8, 1, 9)),
-    "odd channels": (momentum, {}, torch.randn(2, 7, 3, 3)),
-    "ring": (memorized, {}, SMALL),
-    "other ring": (memorized, {"memory_size": 16}, SMALL),
-    "decay": (memorized, {"decay": 0.5}, SMALL),
-    "ring, averaged": (memorized, {"variance": "averaged"}, SMALL),
-    "ring, ema": (memorized, {"inference": "ema"}, SMALL),
-    "ring of one": (memorized, {"memory_size": 1}, SMALL),
+    "as it is": (AVERAGE, {}, SMALL),
+    "pooled": (MovingAverage(0.5, "pooled"), {}, SMALL),
+    "another eps": (AVERAGE, {"eps": 1e-3}, SMALL),
+    "cumulative": (AVERAGE, {"update": CUMULATIVE}, SMALL),
+    "raw": (AVERAGE, {"update": RAW}, SMALL),
+    "matched": (MeasuredAverage(64, measured=False, early_weight=0.0), {}, SMALL),
+    "measured": (MeasuredAverage(), {}, SMALL),
+    "measured, float64": (MeasuredAverage(), {"dtype": torch.float64}, SMALL.double()),
+    "without bias": (AVERAGE, {"bias": False}, SMALL),
+    "without parameters": (AVERAGE, {"affine": False}, SMALL),
+    "float64": (AVERAGE, {"dtype": torch.float64}, SMALL.double()),
+    "float16": (AVERAGE, {}, SMALL.half()),
+    "channels last": (AVERAGE, {}, SMALL.contiguous(memory_format=LAST)),
+    "other map": (AVERAGE, {}, torch.randn(2, 8, 1, 9)),
+    "odd channels": (AVERAGE, {}, torch.randn(2, 7, 3, 3)),
+    "ring": (RecentBatches(9), {}, SMALL),
+    "other ring": (RecentBatches(16), {}, SMALL),
+    "decay": (RecentBatches(9, decay=0.5), {}, SMALL),
+    "ring, averaged": (RecentBatches(9, variance_rule="averaged"), {}, SMALL),
+    "ring, ema": (RecentBatches(9, inference="ema"), {}, SMALL),
+    "ring of one": (RecentBatches(1), {}, SMALL),
 }
 
 
 def test_what_is_launched_by_shape_is_what_triton_would_launch(device, monkeypatch):
-    def step(build, options, x):
-        layer = build(x.shape[1], **options)
-        train(layer, x)
-        with no_update(layer):
-            train(layer, x)
-        layer.stop_undo()
-        train(layer, x)
-        train(layer.requires_grad_(False), x)
+    def step(memory, options, x):
+        norm = Norm(x.shape[1], memory, **options)
+        norm.train(x)
+        norm.train(x, store=False)
+        norm.train(x, need_dx=False)
+        past = norm.averages[0], norm.averages[1], torch.ones((), dtype=norm.averages[0].dtype)
+        kernels.forward(x, norm.weight, norm.bias, *past, memory.variance_rule, norm.eps)
 
     for way in WAYS.values():
         step(*way)
@@ -214,17 +233,16 @@ def test_what_is_launched_by_shape_is_what_triton_would_launch(device, monkeypat
         checked.append(kernel)
         launch(kernel, grid, key, *arguments, warps=warps)
 
-    for module in (triton_launch, triton_remember):
+    for module in (triton_forward, triton_backward, triton_memory):
         monkeypatch.setattr(module, "launch", checking)
     for way in WAYS.values():
         step(*way)
     assert len(checked) > 200
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [("float32", "v4.b32"), ("bfloat16", "v2.b32")])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, "v4.b32"), (torch.bfloat16, "v2.b32")], ids=str)
 def test_maps_of_14_are_loaded_by_fours(device, dtype, wide):
-    x = Case((2, 1024, 14, 14), dtype, "contiguous").tensor(0)
-    momentum(1024)(x)
+    momentum(1024).forward(input_of((2, 1024, 14, 14), dtype))
     (whole,) = (made for made, _ in triton_launch._compiled.values() if made.name == "forward_whole")
     text = whole.asm["ptx"]
     assert f"ld.global.{wide}" in text
@@ -235,18 +253,15 @@ def test_direct_calls_and_operators_launch_the_same(device):
     state = torch.zeros(8), torch.ones(8), torch.ones(())
     x = torch.randn(2, 8, 3, 3)
     arguments = x, None, None, *state, True, 1e-5
-    for forward in (torch.ops.mbnorm_triton.forward, triton_launch.forward):
+    for forward in (torch.ops.mbnorm_triton.forward, triton_forward.forward):
         forward(*arguments)
     assert device.launches == 2 * ["forward_whole"]
 
 
-def test_writes_raise_the_version_of_what_is_written(device):
-    for layer, names in (
-        (momentum(8), ("memory_mean", "memory_filled", "running_var", "num_batches_tracked")),
-        (measured(8), ("memory_last", "memory_measured")),
-        (memorized(8), ("memory_var", "memory_position", "running_mean", "num_batches_skipped")),
-    ):
-        before = [layer.get_buffer(name)._version for name in names]
-        layer(torch.randn(2, 8, 3, 3))
-        after = [layer.get_buffer(name)._version for name in names]
-        assert all(later > sooner for sooner, later in itertools.zip_longest(before, after))
+@pytest.mark.parametrize("build", [momentum, matched, memorized])
+def test_writes_raise_the_version_of_what_is_written(device, build):
+    norm = build(8)
+    written = *norm.state, *norm.averages
+    before = [t._version for t in written]
+    norm.forward(torch.randn(2, 8, 3, 3))
+    assert all(t._version > sooner for t, sooner in zip(written, before, strict=True))

@@ -5,8 +5,11 @@ from mbnorm.checkpoint import checkpoint_context_fn
 from mbnorm.convert import ConversionReport, convert, revert
 from mbnorm.diagnose import diagnose
 from mbnorm.diagnosis import Diagnosis, LayerDiagnosis
-from mbnorm.double_forward import DoubleForward, refresh
+from mbnorm.double_forward import DoubleForward
 from mbnorm.layers import (
+    MatchedBatchNorm1d,
+    MatchedBatchNorm2d,
+    MatchedBatchNorm3d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     MemorizedBatchNorm3d,
@@ -25,6 +28,9 @@ __all__ = [
     "Diagnosis",
     "DoubleForward",
     "LayerDiagnosis",
+    "MatchedBatchNorm1d",
+    "MatchedBatchNorm2d",
+    "MatchedBatchNorm3d",
     "MemorizedBatchNorm1d",
     "MemorizedBatchNorm2d",
     "MemorizedBatchNorm3d",
@@ -38,6 +44,5 @@ __all__ = [
     "functional",
     "no_update",
     "recalibrate",
-    "refresh",
     "revert",
 ]

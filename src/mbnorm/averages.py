@@ -2,29 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mbnorm.blend import Variance, blend
-from mbnorm.memory import Memory, Statistics, all_finite, clones, write
-
-
-class InferenceUpdate(NamedTuple):
-    """What a forward puts into the averages for inference.
-
-    The blended statistics or the batch's own, with the variance corrected for the batch's size or not; their
-    weight and the rule; and how many of the batches before they weigh at least, which matters while these are
-    few.
-    """
-
-    blended: bool
-    unbiased: bool
-    weight: float
-    variance: Variance
-    early: float = 0.0
-
-
-CUMULATIVE = InferenceUpdate(blended=False, unbiased=True, weight=0.0, variance="averaged", early=1.0)
-"""Each batch weighs as much as any before."""
+from mbnorm.blend import blend
+from mbnorm.memories.memory import InferenceUpdate, Memory, State, Statistics, all_finite, clones, write
 
 
 class InferenceAverages(NamedTuple):
@@ -38,20 +20,25 @@ class InferenceAverages(NamedTuple):
     batches: Tensor
     skipped: Tensor
 
-    def after(
-        self, mean: Tensor, var: Tensor, weight: float, variance: Variance, early: float = 0.0
-    ) -> Statistics:
-        """Return the averages as they are once new statistics are blended in.
+    def after(self, mean: Tensor, var: Tensor, update: InferenceUpdate, batches_seen: Tensor) -> Statistics:
+        """Return the averages as they are once new statistics are blended in, as the update says.
 
-        After t batches these weigh ``weight``, or early / (t + early) if that is more.
+        Args:
+            mean: new mean, shape (C,).
+            var: new variance, shape (C,).
+            update: their weight and rule.
+            batches_seen: after how many batches the averages are, for ``update.early``.
         """
         mean, var = mean.to(self.mean.dtype), var.to(self.mean.dtype)
-        if weight == 1:
+        if update.weight == 1:
             return mean, var
-        factor: Tensor | float = weight
-        if early:
-            factor = (early / (self.batches.to(mean.dtype) + early)).clamp_min(weight)
-        return blend(mean, var, self.mean, self.var, factor, variance)
+        weight: Tensor | float = update.weight
+        if update.cumulative:
+            weight = 1 / (self.batches.to(mean.dtype) + 1)
+        elif update.early:
+            seen = batches_seen.to(mean.dtype)
+            weight = (update.early / (seen + update.early)).clamp_min(update.weight)
+        return blend(mean, var, self.mean, self.var, weight, "pooled" if update.pooled else "averaged")
 
     def commit(self, finite: Tensor, mean: Tensor, var: Tensor) -> None:
         """Replace the averages, and count the batch."""
@@ -70,8 +57,10 @@ class InferenceAverages(NamedTuple):
             tensor.copy_(then)
 
 
+@torch.no_grad()
 def commit(
     memory: Memory,
+    state: State,
     averages: InferenceAverages,
     batch: Statistics,
     blended: Statistics,
@@ -82,18 +71,19 @@ def commit(
 
     Args:
         memory: takes the batch's or the blended statistics.
+        state: of the memory.
         averages: take the update.
         batch: statistics of the batch.
         blended: statistics that normalized it; they are as finite as the batch's.
         n: values per channel.
         update: for the averages.
     """
-    state = averages.mean.dtype
-    blended = blended[0].to(state), blended[1].to(state)
+    dtype = averages.mean.dtype
+    blended = blended[0].to(dtype), blended[1].to(dtype)
     mean, var = blended if update.blended else batch
     if update.unbiased and n > 1:
         var = var * (n / (n - 1))
-    running = averages.after(mean, var, update.weight, update.variance, update.early)
+    running = averages.after(mean, var, update, memory.batches_seen(state, averages.batches))
     finite = all_finite(*blended, *running)
-    memory.commit(finite, batch, blended, n)
+    memory.commit(state, finite, batch, blended, n)
     averages.commit(finite, *running)

@@ -5,8 +5,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Variance: TypeAlias = Literal["averaged", "pooled"]
-VARIANCES: tuple[Variance, ...] = ("averaged", "pooled")
+VarianceRule: TypeAlias = Literal["averaged", "pooled"]
+VARIANCE_RULES: tuple[VarianceRule, ...] = ("averaged", "pooled")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def blend(
     old_mean: Tensor,
     old_var: Tensor,
     weight: Tensor | float,
-    variance: Variance,
+    variance_rule: VarianceRule,
 ) -> tuple[Tensor, Tensor]:
     """Mix new and old statistics, the new ones weighing ``weight``.
 
@@ -30,6 +30,6 @@ def blend(
     rest = 1 - weight
     mean = weight * new_mean + rest * old_mean
     var = weight * new_var + rest * old_var
-    if variance == "pooled":
+    if variance_rule == "pooled":
         var = var + weight * rest * (new_mean - old_mean).square()
     return mean, var

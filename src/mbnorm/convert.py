@@ -1,8 +1,9 @@
 """Conversion of a model's batch norms into layers with a memory, and back."""
 
-import inspect
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mbnorm.layers import (
     HistoryBatchNorm,
+    MatchedBatchNorm1d,
+    MatchedBatchNorm2d,
+    MatchedBatchNorm3d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     MemorizedBatchNorm3d,
@@ -17,27 +21,24 @@ from mbnorm.layers import (
     MomentumBatchNorm2d,
     MomentumBatchNorm3d,
 )
-from mbnorm.layers.state import all_finite
+from mbnorm.memories.memory import Memory
+from mbnorm.values import is_trained, known_finite
 
-Method: TypeAlias = Literal["momentum", "memorized", "matched"]
+Method: TypeAlias = Literal["matched", "momentum", "memorized"]
 
 SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
-MATCHED: dict[str, Any] = {"matched_values": 32, "measured": True, "early_weight": 8.0}
-"""What "matched" sets."""
+LAYER_OPTIONS = ("backend", "process_group", "sync")
+"""Options that the layers have whatever their memory."""
 
-_MOMENTUM: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
-    nn.BatchNorm1d: MomentumBatchNorm1d,
-    nn.BatchNorm2d: MomentumBatchNorm2d,
-    nn.BatchNorm3d: MomentumBatchNorm3d,
+_STOCK: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_OURS: dict[Method, tuple[type[HistoryBatchNorm], ...]] = {
+    "matched": (MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d),
+    "momentum": (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d),
+    "memorized": (MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d),
 }
-_MEMORIZED: dict[type[_BatchNorm], type[HistoryBatchNorm]] = {
-    nn.BatchNorm1d: MemorizedBatchNorm1d,
-    nn.BatchNorm2d: MemorizedBatchNorm2d,
-    nn.BatchNorm3d: MemorizedBatchNorm3d,
-}
-_STOCK = {ours: stock for table in (_MOMENTUM, _MEMORIZED) for stock, ours in table.items()}
+_STOCK_OF = {ours: stock for kinds in _OURS.values() for stock, ours in zip(_STOCK, kinds, strict=True)}
 
 
 @dataclass
@@ -67,14 +68,13 @@ def convert(
     The module objects themselves change their type, so parameters, hooks, sharing, optimizers built
     before, device, dtype and modes stay, and eval mode gives the same output bit for bit. Only
     `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` themselves are converted: a subclass may do more than
-    normalize. A trained batch norm (num_batches_tracked > 0) starts the memory from its running
-    statistics.
+    normalize. A trained batch norm, whose running statistics are not all 0 and 1, starts the memory from
+    these, whatever num_batches_tracked says.
 
     Args:
         model: any module, a batch norm itself included.
-        method: "matched" (Momentum BN whose noise is matched per layer to that of matched_values = 32, by
-            what its batches are measured to be worth, and whose averages do not start late, early_weight = 8;
-            needs nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
+        method: "matched" (ours: each layer measures which history weight to use; needs nothing else),
+            "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
@@ -88,48 +88,126 @@ def convert(
         TypeError: the method has no such option; nothing is converted then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-    >>> print(convert(model, "matched"))
+    >>> print(convert(model))
     1 converted, 0 skipped
-      1: BatchNorm2d -> MomentumBatchNorm2d
+      1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    table = _MEMORIZED if method == "memorized" else _MOMENTUM
+    table = dict(zip(_STOCK, _OURS[method], strict=True))
     options = _defaults(method, batch_size) | options
-    # wrong options raise here, before anything is converted
-    known = inspect.signature(table[nn.BatchNorm1d].set_up).parameters
-    for name in options:
-        if name not in known:
-            raise TypeError(f"method {method!r} has no option {name!r}; it has {', '.join(list(known)[1:])}")
-    table[nn.BatchNorm1d](1, **options)
-    momentum = None
-    if method == "momentum" and batch_size is not None:
-        momentum = 1 - INFERENCE_MOMENTUM ** (batch_size / IDEAL_BATCH_SIZE)
+    conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
     report = ConversionReport()
-    seeded = False
+    starts = set()
+    idle = []
     for name, layer in _batch_norms(model):
         target = table.get(type(layer))
         if target is None:
-            report.skipped[name] = _why_not(layer, table, options)
-        elif not layer.track_running_stats or layer.running_mean is None:
+            report.skipped[name] = _why_not(layer, table, conversion)
+        elif not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
             report.skipped[name] = "track_running_stats=False keeps no statistics to remember"
-        elif layer.num_batches_tracked is None:
-            report.skipped[name] = "it has no num_batches_tracked: set that to how many batches it has seen"
         else:
-            report.converted[name] = f"{type(layer).__name__} -> {target.__name__}"
-            start = _become(layer, target, options, momentum)
-            seeded |= start == "seeded"
-            if start == "poisoned":
-                report.notes.append(f"{name} has statistics that are not finite: its memory starts empty")
+            start = conversion.apply(layer, target)
+            starts.add(start)
+            report.converted[name] = (
+                f"{_STOCK_OF[target].__name__} -> {target.__name__}, memory {start.value}"
+            )
+            idle += [name] if layer.momentum == 0 else []
     report.skipped.update(_foreign(model))
-    if seeded and method == "momentum":
-        report.notes.append(
+    report.notes += _notes(method, starts, idle, conversion)
+    if not (report.converted or report.skipped):
+        report.notes.append(without_batch_norm(model))
+    return report
+
+
+def without_batch_norm(model: nn.Module) -> str:
+    """Return what a model without batch norms has in their place, and how to build it with them."""
+    names = [type(module).__name__ for module in model.modules() if not any(module.children())]
+    found = Counter(name for name in names if "Norm" in name and not name.startswith("_"))
+    if not found:
+        return "the model has no batch norm, nor any other normalization layer"
+    return (
+        f"the model has no batch norm, but {', '.join(f'{count} {name}' for name, count in found.items())}: "
+        'build it with batch norm (MONAI: norm="batch"; torchvision and timm: norm_layer=nn.BatchNorm2d)'
+    )
+
+
+class _Start(Enum):
+    """What the memory of a converted layer holds."""
+
+    EMPTY = "starts empty"
+    SEEDED = "starts from the running statistics"
+    POISONED = "starts empty: the running statistics are not finite"
+
+
+class _Conversion:
+    """How a layer becomes one of ours; wrong options raise here, before anything is converted.
+
+    ``batch_size`` sets the momentum that the ECCV paper has for it.
+    """
+
+    def __init__(self, kind: type[HistoryBatchNorm], options: dict[str, Any], batch_size: int | None) -> None:
+        self.memory_type = kind.memory_type
+        known = (*self.memory_type.options, *LAYER_OPTIONS)
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{kind.__name__[:-2]} has no option {name!r}; it has {', '.join(known)}")
+        self.of_the_memory = {name: v for name, v in options.items() if name not in LAYER_OPTIONS}
+        self.of_the_layer = {name: v for name, v in options.items() if name in LAYER_OPTIONS}
+        self.momentum: float | None = None
+        if batch_size is not None:
+            self.momentum = float(1 - INFERENCE_MOMENTUM ** (batch_size / IDEAL_BATCH_SIZE))
+        kind(1, **options)
+
+    def has_made(self, layer: HistoryBatchNorm) -> bool:
+        """Return whether a layer is as it would be after `apply`."""
+        same = all(getattr(layer, name) == value for name, value in self.of_the_layer.items())
+        return isinstance(layer.memory, self.memory_type) and same and layer.memory.has(self.of_the_memory)
+
+    def apply(self, layer: _BatchNorm, target: type[HistoryBatchNorm]) -> _Start:
+        """Change the type of a layer; return how its memory starts."""
+        mean, var = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+        trained, finite = is_trained(mean, var), known_finite(mean, var)
+        layer.__class__ = target
+        ours = cast(HistoryBatchNorm, layer)
+        memory: Memory = self.memory_type(**self.of_the_memory)
+        ours.set_up(memory, **self.of_the_layer)
+        # 0 and None are orders to store nothing, and raw statistics
+        if self.momentum is not None and ours.momentum:
+            ours.torchs_momentum, ours.momentum = ours.momentum, self.momentum
+        if self.momentum is not None:
+            # a weight of 0 is what follows from so large a batch
+            cast(MomentumBatchNorm2d, ours).memory.scheduled = True
+        if not trained:
+            return _Start.EMPTY
+        if not finite:
+            return _Start.POISONED
+        ours.seed()
+        return _Start.SEEDED
+
+
+def _notes(method: Method, starts: set[_Start], idle: list[str], conversion: _Conversion) -> Iterator[str]:
+    if (
+        method == "momentum"
+        and conversion.momentum is None
+        and not conversion.of_the_memory.get("history_weight")
+    ):
+        yield (
+            "history_weight=0 is plain batch normalization until a MomentumSchedule steers it: attach one, "
+            "or give batch_size or history_weight"
+        )
+    if method == "momentum" and _Start.SEEDED in starts:
+        yield (
             "the memories start from the trained running statistics, but the paper's MomentumSchedule "
             'starts as plain batch normalization: use schedule="constant" to start where the net was'
         )
-    return report
+    if idle:
+        yield (
+            f"momentum=0 stores nothing, in torch and here: {', '.join(idle)} keep their statistics. "
+            "Give them another momentum to train with a memory (0 is not what Keras means by a high momentum)"
+        )
 
 
 def revert(model: nn.Module) -> ConversionReport:
@@ -155,7 +233,7 @@ def revert(model: nn.Module) -> ConversionReport:
     for name, layer in _batch_norms(model):
         if not isinstance(layer, HistoryBatchNorm):
             continue
-        stock = _STOCK.get(type(layer))
+        stock = _STOCK_OF.get(type(layer))
         if stock is None:
             report.skipped[name] = f"{type(layer).__name__} is a subclass that may do more than normalize"
             continue
@@ -172,9 +250,7 @@ def revert(model: nn.Module) -> ConversionReport:
 
 
 def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
-    if method == "matched":
-        return MATCHED
-    if batch_size is None:
+    if batch_size is None or method == "matched":
         return {}
     if method == "memorized":
         return {"memory_size": -(-SAMPLES_REMEMBERED // batch_size)}
@@ -201,11 +277,11 @@ def _foreign(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _why_not(
-    layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchNorm]], options: dict[str, Any]
+    layer: _BatchNorm, table: dict[type[_BatchNorm], type[HistoryBatchNorm]], conversion: _Conversion
 ) -> str:
     kind = type(layer).__name__
     if isinstance(layer, HistoryBatchNorm):
-        same = type(layer) in table.values() and layer.has_options(options)
+        same = type(layer) in table.values() and conversion.has_made(layer)
         return f"already a {kind}" + ("" if same else " with other options: revert it first")
     if isinstance(layer, nn.SyncBatchNorm):
         return (
@@ -215,26 +291,3 @@ def _why_not(
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no channels yet: run a batch through the model first"
     return f"{kind} is a subclass that may do more than normalize"
-
-
-def _become(
-    layer: _BatchNorm, target: type[HistoryBatchNorm], options: dict[str, Any], momentum: float | None
-) -> Literal["empty", "seeded", "poisoned"]:
-    """Change the type of a layer; return how its memory starts."""
-    batches = cast(Tensor, layer.num_batches_tracked)
-    trained = not batches.is_meta and bool(batches > 0)
-    finite = all_finite(cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var))
-    layer.__class__ = target
-    ours = cast(HistoryBatchNorm, layer)
-    ours.set_up(**options)
-    if momentum is not None:
-        cast(MomentumBatchNorm2d, ours).scheduled = True
-        # 0 and None are orders to store nothing, and raw statistics
-        if ours.momentum:
-            ours.torchs_momentum, ours.momentum = ours.momentum, momentum
-    if not trained:
-        return "empty"
-    if not finite:
-        return "poisoned"
-    ours.seed()
-    return "seeded"

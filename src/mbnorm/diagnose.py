@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.convert import IDEAL_BATCH_SIZE
+from mbnorm.convert import IDEAL_BATCH_SIZE, without_batch_norm
 from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, observe
@@ -80,7 +80,7 @@ def diagnose(
     """
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     if not layers:
-        raise ValueError("the model has no batch norm")
+        raise ValueError(without_batch_norm(model))
     meters = {
         layer: NoiseMeter(layer, frozen=model.training and not layer.training and _has_running(layer))
         for layer in layers
@@ -142,11 +142,18 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if frozen:
         words = "frozen: normalizes with its running statistics in training, too"
         reasons.append(words + ("; to recalibrate it put it in train mode first" if stale else ""))
-    if verdict == "fine":
+    if _are_same(noise):
+        reasons.append("the batches are the same, so their noise is not known")
+    elif verdict == "fine":
         reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
     return LayerDiagnosis(
         name, own, noise, verdict, recommendation, matched_values, ideal_batch_size, stale, "; ".join(reasons)
     )
+
+
+def _are_same(noise: Noise) -> bool:
+    """Whether the batches have the same means, as when one is given again, or all data shuffled."""
+    return noise.effective_values == math.inf
 
 
 def _is_stale(noise: Noise) -> bool:
@@ -230,6 +237,11 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     reason = (
         "recommended: no other normalization: enough effective values normalize the batches of every layer"
     )
+    if any(_are_same(layer.noise) for layer in layers):
+        reason = (
+            "not known: the batches are the same, so that they show no noise. Give different ones, of the "
+            "size that the model is trained with"
+        )
     if stale:
         reason += f"; {off}"
     if broken:

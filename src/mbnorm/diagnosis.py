@@ -90,7 +90,7 @@ class Diagnosis:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> print(diagnose(model, torch.randn(100, 2, 4)).convert(model))
         1 converted, 0 skipped
-          1: BatchNorm1d -> MomentumBatchNorm1d
+          1: BatchNorm1d -> MatchedBatchNorm1d, memory starts empty
         """
         modules = {name or ITSELF: module for name, module in model.named_modules()}
         needing = [layer for layer in self.layers if layer.matched_values is not None]

@@ -5,6 +5,7 @@ and that of its samples. They are sums of float64, so that the variance comes ou
 the statistics are; ranks count by their values, and one without any counts nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm.blend import Variance, blend, statistics_dtype
-from mbnorm.functional import BlendedBatchNorm
-from mbnorm.memory import Past, Statistics
+from mbnorm.blend import VarianceRule, blend, statistics_dtype
+from mbnorm.functional import Rows, in_dtype, run_differentiably
+from mbnorm.memories.memory import Past, Statistics
 
 Sync: TypeAlias = Literal[True, "late"]
 ProcessGroup: TypeAlias = Any
@@ -68,14 +69,18 @@ class Pooled(NamedTuple):
 
 
 class PooledPast(NamedTuple):
-    """What a rank's part of a batch is normalized with: the past, and the whole batch's statistics.
-
-    ``local`` are the part's own, where they are known.
-    """
+    """What a rank's part of a batch is normalized with, and the ranks that have the other parts."""
 
     past: Past
     pooled: Pooled
-    local: Statistics | None
+    group: ProcessGroup
+
+    def normalize(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, variance_rule: VarianceRule, eps: float
+    ) -> tuple[Tensor, Rows]:
+        """Do as `pooled_batch_norm`; the record has the statistics of this rank's part."""
+        y, (_, _, mean, var) = pooled_batch_norm(x, weight, bias, self, variance_rule, eps)
+        return y, (*local_statistics(x.detach()), mean, var)
 
 
 class Exchange:
@@ -146,11 +151,9 @@ def pooled_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     past: PooledPast,
-    group: ProcessGroup,
-    *,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
-) -> BlendedBatchNorm:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     r"""Normalize a rank's part ``x`` of a batch with the whole batch's statistics blended with past ones.
 
     `mbnorm.functional.blended_batch_norm` of the whole batch, with :math:`m_B` and :math:`v_B` given: the
@@ -169,96 +172,69 @@ def pooled_batch_norm(
         x: (N, C, ...), may be empty.
         weight: scale, shape (C,), or None.
         bias: shift, shape (C,), or None.
-        past: the past, and the statistics of the whole batch.
-        group: of the ranks whose backward passes come here.
-        variance: "averaged" or "pooled".
+        past: the past, the statistics of the whole batch, and the ranks whose backward passes come here.
+        variance_rule: "averaged" or "pooled".
         eps: added to the variance.
 
     Returns:
-        The output; the part's own statistics; those that normalized it.
+        The output, and the statistics of the whole batch and those that normalized it.
 
     Raises:
         RuntimeError: in the backward, if it is to be differentiated itself (``create_graph=True``).
     """
     dtype = statistics_dtype(x.dtype)
-    (past_mean, past_var, batch_weight), pooled, local = past
-    if not isinstance(batch_weight, Tensor):
-        batch_weight = torch.tensor(batch_weight, device=x.device, dtype=dtype)
-    mean, var = blend(
-        pooled.mean,
-        pooled.var,
-        past_mean.detach().to(dtype),
-        past_var.detach().to(dtype),
-        batch_weight.detach().to(dtype),
-        variance,
-    )
-    y: Tensor = _PooledBatchNorm.apply(  # type: ignore[no-untyped-call]
-        x,
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        mean,
-        var,
-        mean if variance == "pooled" else pooled.mean,
-        batch_weight.to(dtype) / pooled.n,
-        eps,
-        group,
-    )
-    local = local_statistics(x.detach()) if local is None else local
-    return BlendedBatchNorm(y, *local, mean, var)
+    run = _PooledRun(past, variance_rule, eps, dtype)
+    y = run_differentiably(run, x, in_dtype(weight, dtype), in_dtype(bias, dtype))
+    return y, run.rows
 
 
-class _PooledBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        center: Tensor,
-        share: Tensor,
-        eps: float,
-        group: ProcessGroup,
-    ) -> Tensor:
-        """Normalize ``x``; ``center`` and ``share`` are the formula's: z = (x - center) rstd and a/n."""
-        # the statistics are this forward's, whatever a checkpoint computes again for what is saved
-        ctx.save_for_backward(x, weight)
-        ctx.statistics = mean, var, center, share
-        ctx.eps, ctx.group = eps, group
-        ctx.on_backward = None
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+class _PooledRun:
+    """The operator run once with the statistics of all ranks: see `mbnorm.functional.KernelRun`."""
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def __init__(self, past: PooledPast, variance_rule: VarianceRule, eps: float, dtype: torch.dtype) -> None:
+        (past_mean, past_var, batch_weight), pooled, self._group = past
+        if not isinstance(batch_weight, Tensor):
+            batch_weight = torch.tensor(batch_weight, device=past_mean.device, dtype=dtype)
+        batch_weight = batch_weight.to(dtype)
+        blended = blend(
+            pooled.mean, pooled.var, past_mean.to(dtype), past_var.to(dtype), batch_weight, variance_rule
+        )
+        self.rows = pooled.mean, pooled.var, *blended
+        # the formula's z = (x - center) rstd, and a/n
+        self._center = blended[0] if variance_rule == "pooled" else pooled.mean
+        self._share = batch_weight / pooled.n
+        self._eps = eps
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``."""
+        return F.batch_norm(x, *self.rows[2:], weight, bias, False, 0.0, self._eps)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of ``x``, ``weight`` and ``bias``."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a layer with sync=True can be differentiated once only: create_graph=True needs layers "
                 'without process_group, or with sync="late"'
             )
-        if ctx.on_backward is not None:
-            ctx.on_backward()
-        x, weight = ctx.saved_tensors
-        mean, var, center, share = ctx.statistics
-        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-        dtype = mean.dtype
-        dy, values = dy.to(dtype), x.to(dtype)
-        rstd = torch.rsqrt(var + ctx.eps)
+        _, _, mean, var = self.rows
+        dy, values = dy.to(mean.dtype), x.to(mean.dtype)
+        rstd = torch.rsqrt(var + self._eps)
         if x.numel():
             _, dw, db = torch.ops.aten.native_batch_norm_backward(
-                dy, values, rstd, None, None, mean, rstd, True, ctx.eps, [False, True, True]
+                dy, values, rstd, None, None, mean, rstd, True, self._eps, [False, True, True]
             )
         else:
-            dw, db = torch.zeros((2, mean.numel()), dtype=dtype, device=x.device)
-        dx = None
-        if need_dx:
-            sums = torch.stack((dw, db))
-            dist.all_reduce(sums, group=ctx.group)
-            scale = rstd if weight is None else weight * rstd
-            slope = -share * scale * rstd * sums[0]
-            shift = -share * scale * sums[1] - slope * center
-            per_channel = [1, -1] + [1] * (x.dim() - 2)
-            dx = torch.addcmul(shift.view(per_channel), dy, scale.view(per_channel))
-            dx = dx.addcmul_(values, slope.view(per_channel)).to(x.dtype)
-        nothing = (None,) * 6
-        return dx, dw if need_dw else None, db if need_db else None, *nothing
+            dw, db = torch.zeros((2, mean.numel()), dtype=mean.dtype, device=x.device)
+        if not needs[0]:
+            return None, dw, db
+        sums = torch.stack((dw, db))
+        dist.all_reduce(sums, group=self._group)
+        scale = rstd if weight is None else weight * rstd
+        slope = -self._share * scale * rstd * sums[0]
+        shift = -self._share * scale * sums[1] - slope * self._center
+        per_channel = [1, -1] + [1] * (x.dim() - 2)
+        dx = torch.addcmul(shift.view(per_channel), dy, scale.view(per_channel))
+        dx = dx.addcmul_(values, slope.view(per_channel)).to(x.dtype)
+        return dx, dw, db

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections import Counter, deque
+from collections import deque
 from types import FrameType, TracebackType
 from typing import Any, SupportsIndex
 
@@ -11,17 +11,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from mbnorm.layers import HistoryBatchNorm
+from mbnorm.layers.layer import HistoryBatchNorm
 from mbnorm.optimizer_steps import check_hooks, was_skipped
-from mbnorm.replay import Call, Mark, replaying, without_trace
-from mbnorm.state import memorizing_layers, no_update, why_none
+from mbnorm.replay import Call, Mark, replaying
+from mbnorm.state import memorizing_layers, why_none
 
 FORWARDS_KEPT = 64
 """Forwards kept for a replay where no layer has a memory_size to say how many matter."""
 
 
 class DoubleForward:
-    """Refresh the memories of ``model`` after each step of ``optimizer``.
+    """Refresh the memories of ``model`` after each step of ``optimizer``, or by hand.
 
     What a forward stores belongs to the parameters before the step. After the step every memorizing
     layer goes back to its state before the step's first forward, and the step's batches are forwarded
@@ -37,12 +37,14 @@ class DoubleForward:
             are captured: all since the last step (several micro-batches), of those inside one
             ``optimizer.step(closure)`` the ones of its last evaluation, at most as many as the longest
             memory holds.
-        optimizer: its steps trigger the refresh.
+        optimizer: its steps trigger the refresh. None is for loops without a torch optimizer: call `refresh`
+            after each step, or `forget` after one that is not to be refreshed.
         scaler: the `torch.amp.GradScaler` in use, if any: a step that it skips triggers nothing.
         every: refresh after every so many optimizer steps only, with the last step's batches.
 
     Raises:
-        ValueError: ``every`` below 1, or no layer with a memory in ``model``.
+        ValueError: ``every`` below 1, ``every`` or ``scaler`` without an optimizer, or no layer with a memory
+            in ``model``.
         TypeError: ``optimizer`` has no step hooks.
 
     Source: Guo et al., AAAI 2018, double forward propagation.
@@ -58,14 +60,17 @@ class DoubleForward:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         scaler: "torch.amp.GradScaler | None" = None,
         every: int = 1,
     ) -> None:
         if not isinstance(every, SupportsIndex) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        check_hooks(optimizer)
+        if optimizer is None and (every != 1 or scaler is not None):
+            raise ValueError("every and scaler need an optimizer, whose steps they are about")
+        if optimizer is not None:
+            check_hooks(optimizer)
         model = _inside(model)
         layers = _layers_to_refresh(model)
         self.model = model
@@ -78,21 +83,52 @@ class DoubleForward:
         self._calls: deque[Call] = deque(maxlen=kept)
         self._in_closure = False
         self._warned = False
-        for layer in layers:
-            layer.stop_undo()
-        self._handles: list[RemovableHandle] = [
-            _watch(model, self),
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles: list[RemovableHandle] = [_watch(model, self)]
+        if optimizer is not None:
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def refresh(self) -> None:
+        """Do the second forward now: go back to before the first forward since the last one, and repeat all.
+
+        For loops whose optimizer gives no hook: call it after the step.
+
+        Raises:
+            ValueError: the model is in eval mode, where nothing is stored.
+            RuntimeError: there was no training forward since the last `refresh` or `forget`, or since the
+                state was loaded or reset.
+
+        >>> from mbnorm import MemorizedBatchNorm1d
+        >>> layer = MemorizedBatchNorm1d(4)
+        >>> double_forward = DoubleForward(layer)
+        >>> _ = layer(torch.randn(2, 4))
+        >>> double_forward.refresh()
+        >>> layer.num_batches_tracked
+        tensor(1)
+        """
+        if not self.model.training:
+            raise ValueError("refresh needs a model in train mode: eval mode stores nothing")
+        mark, calls = self._mark, list(self._calls)
+        if mark is None or mark.is_void():
+            raise RuntimeError(
+                "nothing to refresh: no training forward was seen since the last refresh() or forget(), or "
+                "since the state was loaded or reset"
+            )
+        mark.replay(self.model, calls)
+        self.forget()
+
+    def forget(self) -> None:
+        """Release the captured forwards: a step that is not refreshed is over."""
+        self._mark = None
+        self._calls.clear()
 
     def remove(self) -> None:
         """Detach from the model and the optimizer, and release the captured inputs."""
         for handle in self._handles:
             handle.remove()
-        self._forget()
-        for layer in memorizing_layers(self.model):
-            layer.start_undo()
+        self.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint: the steps counted, for ``every`` above 1."""
@@ -117,7 +153,7 @@ class DoubleForward:
         if self._mark is None:
             self._mark = Mark.of(self.model)
         # a step whose closure raised has ended without a hook
-        self._in_closure = self._in_closure and _is_stepping(self.optimizer)
+        self._in_closure = self._in_closure and self.optimizer is not None and _is_stepping(self.optimizer)
         evaluation = self._evaluation() if self._in_closure else None
         # a closure is evaluated again and again: its last evaluation has the step's batches
         while evaluation is not None and self._calls and self._calls[-1].evaluation not in (None, evaluation):
@@ -126,7 +162,8 @@ class DoubleForward:
 
     def _evaluation(self) -> int:
         # the optimizer moves the parameters between two evaluations, and within one nobody does
-        return sum(p._version for group in self.optimizer.param_groups for p in group["params"])
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        return sum(p._version for group in groups for p in group["params"])
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -140,7 +177,7 @@ class DoubleForward:
             return
         self._steps += 1
         mark, calls = self._mark, list(self._calls)
-        self._forget()
+        self.forget()
         if mark is None:
             self._warn_of_no_forward()
         elif self._steps % self.every == 0 and self.model.training:
@@ -162,80 +199,11 @@ class DoubleForward:
         self._warned = True
         warnings.warn(f"DoubleForward refreshes nothing: {reason}", stacklevel=2)
 
-    def _forget(self) -> None:
-        self._mark = None
-        self._calls.clear()
-
-
-def refresh(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Do the second forward by hand: take back the last forward of ``model`` and forward these inputs.
-
-    For loops whose optimizer gives `DoubleForward` no hook. Call it after the step with the batch that
-    was trained on; what else changes is as with `DoubleForward`. The first call for a model forwards
-    the inputs once more, to learn how often each layer is called, and from then on the state before each
-    training forward is kept.
-
-    Args:
-        model: the module that the training loop calls, in train mode.
-        *args: inputs of ``model``.
-        **kwargs: keyword inputs of ``model``.
-
-    Raises:
-        ValueError: ``model`` has no layer with a memory, or is in eval mode, where nothing is stored.
-        RuntimeError: no forward in train mode has been seen.
-
-    Source: Guo et al., AAAI 2018, double forward propagation.
-
-    >>> from mbnorm import MemorizedBatchNorm1d
-    >>> layer, x = MemorizedBatchNorm1d(4), torch.randn(2, 4)
-    >>> _ = layer(x)
-    >>> refresh(layer, x)
-    >>> layer.num_batches_tracked
-    tensor(1)
-    """
-    model = _inside(model)
-    layers = _layers_to_refresh(model)
-    if not model.training:
-        raise ValueError("refresh needs a model in train mode: eval mode stores nothing")
-    call = Call.of(model, args, kwargs)
-    last = _LastForward.of(model)
-    if last is None:
-        with without_trace(model):
-            calls = _count_calls(model, layers, call)
-        for layer in layers:
-            layer.check_undo(calls[layer])
-        for layer in layers:
-            layer.undo(calls[layer])
-            layer.stop_undo()
-        last = _LastForward()
-        last.mark = Mark.of(model)
-        _watch(model, last)
-    if last.mark is None or last.mark.is_void():
-        raise RuntimeError("refresh has seen no training forward since the state was loaded or reset")
-    last.mark.replay(model, [call])
-
-
-class _LastForward:
-    """Marks the state before each training forward of a model that is refreshed by hand."""
-
-    def __init__(self) -> None:
-        self.mark: Mark | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_LastForward | None":
-        for hook in model._forward_pre_hooks.values():
-            if isinstance(hook, _RootHook) and isinstance(hook.watcher, cls):
-                return hook.watcher
-        return None
-
-    def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mark = Mark.of(model)
-
 
 class _RootHook:
     """A forward pre-hook that a copy or pickle of the model does not take along."""
 
-    def __init__(self, watcher: "DoubleForward | _LastForward | None" = None) -> None:
+    def __init__(self, watcher: DoubleForward | None = None) -> None:
         self.watcher = watcher
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -253,15 +221,13 @@ class _RootHook:
         return _RootHook, ()
 
 
-def _capture(
-    watcher: "DoubleForward | _LastForward", model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _capture(watcher: DoubleForward, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # a forward that stores nothing, as SAM's second one, is none to repeat
     if not replaying.get() and any(layer.stores for layer in memorizing_layers(model)):
         watcher.capture(model, args, kwargs)
 
 
-def _watch(model: nn.Module, watcher: "DoubleForward | _LastForward") -> RemovableHandle:
+def _watch(model: nn.Module, watcher: DoubleForward) -> RemovableHandle:
     return model.register_forward_pre_hook(_RootHook(watcher), prepend=True, with_kwargs=True)
 
 
@@ -284,20 +250,3 @@ def _layers_to_refresh(model: nn.Module) -> list[HistoryBatchNorm]:
     if not layers:
         raise ValueError(f"the model has no layer with a memory to refresh: {why_none(model, 'matched')}")
     return layers
-
-
-def _count_calls(model: nn.Module, layers: list[HistoryBatchNorm], call: Call) -> "Counter[HistoryBatchNorm]":
-    """Return how often each layer runs, and would store, in one forward."""
-    calls: Counter[HistoryBatchNorm] = Counter()
-
-    def count(layer: HistoryBatchNorm, args: tuple[Any, ...]) -> None:
-        calls[layer] += layer.tracks
-
-    handles = [layer.register_forward_pre_hook(count) for layer in layers]
-    try:
-        with no_update(model):
-            call.forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

@@ -1,9 +1,8 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mbnorm.backends import aten, cpu, traceable, triton
-from mbnorm.blend import VARIANCES, Variance, statistics_dtype
+from mbnorm.blend import VARIANCE_RULES, VarianceRule, statistics_dtype
 from mbnorm.trial import triton_works_for
 
 Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
 Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
-cpu.differentiable_gradients = traceable.differentiable_gradients
+KERNELS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton}
+"""The backends that have a backward of their own."""
 
 
 class BlendedBatchNorm(NamedTuple):
@@ -29,6 +28,26 @@ class BlendedBatchNorm(NamedTuple):
     batch_var: Tensor
     mean: Tensor
     var: Tensor
+
+
+Rows: TypeAlias = Tensor | tuple[Tensor, ...]
+"""A `Record` as backends return it: one tensor of shape (7, C), or seven."""
+
+
+class Record(NamedTuple):
+    """What a forward leaves behind: ``Record(*rows)``, shape (C,) each.
+
+    The batch's statistics, those that normalized it, and what it was blended with; the weight of the batch is
+    0-dim, or the same in all C places.
+    """
+
+    batch_mean: Tensor
+    batch_var: Tensor
+    mean: Tensor
+    var: Tensor
+    past_mean: Tensor
+    past_var: Tensor
+    batch_weight: Tensor
 
 
 def backend_for(x: Tensor) -> Chosen:
@@ -94,7 +113,7 @@ def blended_batch_norm(
     past_var: Tensor,
     batch_weight: Tensor | float,
     *,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
     backend: Backend = "auto",
 ) -> BlendedBatchNorm:
@@ -105,7 +124,7 @@ def blended_batch_norm(
         \mathrm{var} = a\,v_B + (1-a)\,V \;[\,+\; a(1-a)(m_B-M)^2\,], \qquad
         y = w\,\frac{x-\mathrm{mean}}{\sqrt{\mathrm{var}+\epsilon}} + b
 
-    The bracket belongs to ``variance="pooled"``. Gradients flow through :math:`m_B` and :math:`v_B`;
+    The bracket belongs to ``variance_rule="pooled"``. Gradients flow through :math:`m_B` and :math:`v_B`;
     :math:`M`, :math:`V` and :math:`a` are constants. With :math:`a=1` this is batch normalization.
 
     Args:
@@ -116,7 +135,7 @@ def blended_batch_norm(
         past_mean: past mean :math:`M`, shape (C,).
         past_var: past biased variance :math:`V`, shape (C,).
         batch_weight: weight :math:`a` of the batch in (0, 1], a number or a 0-dim tensor.
-        variance: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
+        variance_rule: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
         eps: added to the variance.
         backend: "auto", or one of "traceable", "aten", "cpu", "triton", which then never falls back.
 
@@ -125,7 +144,7 @@ def blended_batch_norm(
         float32 (float64 for a float64 ``x``); both variances are biased.
 
     Raises:
-        ValueError: a shape, ``variance`` or ``backend`` is not one of the above, or the backend cannot
+        ValueError: a shape, ``variance_rule`` or ``backend`` is not one of the above, or the backend cannot
             take ``x``.
         RuntimeError: the backend "cpu" cannot be built, or the package triton is not installed.
         TypeError: ``x`` is not floating point.
@@ -133,168 +152,168 @@ def blended_batch_norm(
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])
         >>> y, *_, mean, var = blended_batch_norm(
-        ...     x, None, None, torch.tensor([3.0]), torch.tensor([1.0]), 0.5, variance="pooled", eps=0.0)
+        ...     x, None, None, torch.tensor([3.0]), torch.tensor([1.0]), 0.5, variance_rule="pooled", eps=0.0)
         >>> mean, var
         (tensor([2.]), tensor([2.]))
     """
-    _check(x, weight, bias, past_mean, past_var, variance, backend)
-    dtype = statistics_dtype(x.dtype)
-    if not isinstance(batch_weight, Tensor):
-        # a fill: a copy from the host would wait for the device
-        batch_weight = torch.full((), batch_weight, device=x.device, dtype=dtype)
-    weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
-    past_mean, past_var = _constant(past_mean, dtype), _constant(past_var, dtype)
-    if x.numel() == 0:
-        y = F.batch_norm(x, past_mean, past_var, weight, bias, False, 0.0, eps)
-        return BlendedBatchNorm(y, *torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device))
-    arguments = (
-        x,
-        weight,
-        bias,
-        past_mean,
-        past_var,
-        _constant(batch_weight, dtype),
-        variance,
-        eps,
-    )
-    match choose(x, backend):
-        case "aten":
-            return _by_kernels(aten, *arguments)
-        case "cpu":
-            return _by_kernels(cpu, *arguments)
-        case "triton":
-            return _by_kernels(triton, *arguments)
-        case "traceable":
-            y, *statistics = traceable.blended_batch_norm(*arguments)
-            return BlendedBatchNorm(y, *(s.detach() for s in statistics))
+    _check(x, weight, bias, past_mean, past_var, variance_rule, backend)
+    past = past_mean, past_var, batch_weight
+    y, rows = normalize(x, weight, bias, *past, variance_rule, eps, choose(x, backend))
+    return BlendedBatchNorm(y, *Record(*rows)[:4])
 
 
-def _by_kernels(
-    kernels: ModuleType,
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     past_mean: Tensor,
     past_var: Tensor,
-    batch_weight: Tensor,
-    variance: Variance,
+    batch_weight: Tensor | float,
+    variance_rule: VarianceRule,
     eps: float,
-) -> BlendedBatchNorm:
-    forward = KernelForward(kernels, variance, eps)
-    forward.past, forward.batch_weight = (past_mean, past_var), batch_weight
-    y = normalize_by_kernels(forward, x, weight, bias)
-    return BlendedBatchNorm(y, *forward.statistics)
+    backend: Chosen,
+) -> tuple[Tensor, Rows]:
+    """Do as `blended_batch_norm` with arguments that are known to be right; return ``y`` and a record."""
+    dtype = statistics_dtype(x.dtype)
+    if not isinstance(batch_weight, Tensor):
+        # a fill: a copy from the host would wait for the device
+        batch_weight = torch.full((), batch_weight, device=x.device, dtype=dtype)
+    weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
+    past = _constant(past_mean, dtype), _constant(past_var, dtype), _constant(batch_weight, dtype)
+    if x.numel() == 0:
+        y = F.batch_norm(x, *past[:2], weight, bias, False, 0.0, eps)
+        return y, (*torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device), *past)
+    if backend == "traceable":
+        return traceable.forward(x, weight, bias, *past, variance_rule, eps)
+    run = KernelRun(KERNELS[backend], *past, variance_rule, eps)
+    return run_differentiably(run, x, weight, bias), run.rows
 
 
-class KernelForward:
-    """The operator run once by a backend's kernels, and what it leaves behind for the backward.
+class Run(Protocol):
+    """The operator run once, forward and backward: what the one node of autograd is made of."""
 
-    ``past`` has the mean and the variance to blend with, ``batch_weight`` what the batch weighs;
-    ``statistics`` will have the batch's and the blended ones.
-    """
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``."""
+        ...
 
-    __slots__ = ("batch_weight", "eps", "kernels", "past", "statistics", "variance")
-    past: tuple[Tensor, Tensor]
-    batch_weight: Tensor | None
-    statistics: Tensor | tuple[Tensor, ...]
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of ``x``, ``weight`` and ``bias``, as far as they are needed."""
+        ...
 
-    def __init__(self, kernels: ModuleType, variance: Variance, eps: float) -> None:
+
+class KernelRun:
+    """The operator run once by a backend's kernels, and what it leaves behind: ``rows``, after `forward`."""
+
+    __slots__ = ("_past", "eps", "kernels", "rows", "variance_rule")
+    rows: Rows
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        past_mean: Tensor,
+        past_var: Tensor,
+        batch_weight: Tensor,
+        variance_rule: VarianceRule,
+        eps: float,
+    ) -> None:
         self.kernels = kernels
-        self.variance = variance
+        self._past = past_mean, past_var, batch_weight
+        self.variance_rule = variance_rule
         self.eps = eps
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the past mean and variance and the weight of the batch."""
-        return *self.past, cast(Tensor, self.batch_weight)
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the statistics."""
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the rows."""
         y: Tensor
-        y, self.statistics = self.kernels.forward(
-            x, weight, bias, *self.past, self.batch_weight, self.variance, self.eps
-        )
+        y, self.rows = self.kernels.forward(x, weight, bias, *self._past, self.variance_rule, self.eps)
         return y
 
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of ``x``, ``weight`` and ``bias``, as far as they are needed."""
+        if not torch.is_grad_enabled():
+            found: Sequence[Tensor | None] = self.kernels.backward(
+                dy, x, weight, self.rows, self.variance_rule, self.eps, needs[0]
+            )
+            return found
+        # create_graph: the gradient must be differentiable itself
+        past_mean, past_var, batch_weight = Record(*self.rows)[4:]
+        # the kernels' records have the weight in each channel's place
+        past = past_mean, past_var, batch_weight if batch_weight.dim() == 0 else batch_weight[0]
+        wanted = iter(
+            traceable.differentiable_gradients(
+                dy, x, weight, bias, *past, self.variance_rule, self.eps, needs
+            )
+        )
+        return [next(wanted) if need else None for need in needs]
 
-class RecordedForward(KernelForward):
-    """A forward by an operator that reads a memory, normalizes and stores, and returns a record of it.
+
+class FusedRun(KernelRun):
+    """A run of an operator that reads a memory, normalizes and stores.
 
     See `mbnorm.backends.cpu.forward_with_average`; ``arguments`` follow the input, weight and bias.
     """
 
     __slots__ = ("arguments", "operator")
-    statistics: Tensor
+    rows: Tensor
 
     def __init__(
         self,
         kernels: ModuleType,
-        variance: Variance,
-        eps: float,
         operator: Callable[..., tuple[Tensor, Tensor]],
         arguments: tuple[Any, ...],
+        variance_rule: VarianceRule,
+        eps: float,
     ) -> None:
-        super().__init__(kernels, variance, eps)
+        self.kernels = kernels
         self.operator = operator
         self.arguments = arguments
-        # the record has it
-        self.batch_weight = None
+        self.variance_rule = variance_rule
+        self.eps = eps
 
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``y``, and set the record."""
-        y, self.statistics = self.operator(x, weight, bias, *self.arguments)
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``y``, and set the rows."""
+        y, self.rows = self.operator(x, weight, bias, *self.arguments)
         return y
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the past mean and variance and the weight of the batch."""
-        mean, var, weight = self.statistics[4:].unbind()
-        return mean, var, weight[0]
 
+def run_differentiably(run: Run, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return what ``run`` gives, with a node of autograd where gradients are wanted.
 
-def normalize_by_kernels(
-    forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Run ``forward``, differentiably where gradients are wanted; parameters in the dtype of statistics."""
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
+    The parameters are in the dtype of statistics.
+    """
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
     )
-    run: Any = partial(_KernelBatchNorm.apply, forward) if differentiable else forward.run
-    y: Tensor = run(x, weight, bias)
+    if not differentiable:
+        return run.forward(x, weight, bias)
+    y: Tensor = _BlendedBatchNorm.apply(run, x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-class _KernelBatchNorm(torch.autograd.Function):
-    """A backend's forward and backward kernels as one differentiable step that saves ``x`` alone."""
+class _BlendedBatchNorm(torch.autograd.Function):
+    """A run as one differentiable step that saves ``x`` alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, forward: KernelForward, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, run: Run, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if any(t is not None and t.is_inference() for t in (x, weight, bias)):
+            # torch would refuse it after the run, which may have stored the forward
+            raise RuntimeError("Inference tensors cannot be saved for backward: give the layer a clone of it")
         ctx.save_for_backward(x, weight, bias)
-        ctx.of = forward
+        ctx.run = run
         ctx.on_backward = None
-        return forward.run(x, weight, bias)
+        return run.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.on_backward is not None:
             ctx.on_backward()
-        of: KernelForward = ctx.of
-        x, weight, bias = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
-        gradients: Iterable[Tensor | None]
-        if torch.is_grad_enabled():
-            # create_graph: the gradient must be differentiable itself
-            found = iter(
-                traceable.differentiable_gradients(
-                    dy, x, weight, bias, *of.read(), of.variance, of.eps, needs
-                )
-            )
-            gradients = [next(found) if need else None for need in needs]
-        else:
-            gradients = of.kernels.backward(
-                dy, x, weight, of.batch_weight, of.statistics, of.variance, of.eps, needs[0]
-            )
-        dx, dw, db = gradients
+        dx, dw, db = ctx.run.backward(dy, *ctx.saved_tensors, needs)
         return None, dx, dw if needs[1] else None, db if needs[2] else None
 
 
@@ -314,7 +333,7 @@ def _check(
     bias: Tensor | None,
     past_mean: Tensor,
     past_var: Tensor,
-    variance: str,
+    variance_rule: str,
     backend: str,
 ) -> None:
     if not 2 <= x.dim() <= 5:
@@ -333,7 +352,7 @@ def _check(
                 f"expected {name} of shape {tuple(channels)} for an input of shape {tuple(x.shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    if variance_rule not in VARIANCE_RULES:
+        raise ValueError(f"variance_rule must be one of {VARIANCE_RULES}, got {variance_rule!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

@@ -1,4 +1,4 @@
-"""The constants of what a `mbnorm.memory.MeasuredAverage` measures; the C++ kernels repeat them."""
+"""The constants of what a Matched layer measures; the C++ kernels repeat them."""
 
 MEASURED_WEIGHT = 0.02
 """Weight of a batch in what is measured of the batches."""

@@ -1,23 +1,20 @@
 """How much the statistics of a layer's batches scatter, measured batch by batch in O(C) memory."""
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import blend
-from mbnorm.layers import (
-    HistoryBatchNorm,
-    MemorizedBatchNorm2d,
-    MomentumBatchNorm1d,
-    MomentumBatchNorm2d,
-    MomentumBatchNorm3d,
-)
+from mbnorm.layers import HistoryBatchNorm
+from mbnorm.values import is_trained
 
 DEAD = 0.01
 """A channel's variance, in eps, up to which it is dead: the deviation of its outputs is 0.1 at most."""
+SAME = 1e6
+"""How many times their number the values of a batch are worth, at least, where batches differ by rounding."""
 EXPLODED = 100
 """A channel's root mean square, in those of its layer's median channel, from which it has exploded."""
 
@@ -31,7 +28,8 @@ class Noise(NamedTuple):
         batches: how many batches the layer was given.
         samples: their mean size m.
         values: their mean number n of values per channel, positions included.
-        effective_values: how many independent values have a mean as noisy as the batches'.
+        effective_values: how many independent values have a mean as noisy as the batches'; infinite if the
+            batches are the same.
         mean_error: standard error of the batch mean, in standard deviations of the channel.
         var_error: root mean square error of the biased batch variance, relative to the channel's.
         alikeness: variance of the batch mean, in units of that of as many samples drawn independently:
@@ -119,7 +117,8 @@ class NoiseMeter:
         self.count = self.count + n * finite
         step = torch.where(finite, batch - self.mean, 0.0)
         self.mean = self.mean + step * n / self.count.clamp_min(1)
-        self.spread = self.spread + n * step * torch.where(finite, batch - self.mean, 0.0)
+        # no less than 0, as rounding could make it
+        self.spread = self.spread + (n * step * torch.where(finite, batch - self.mean, 0.0)).clamp_min(0)
         if m > 1:
             between_samples = x.flatten(2).mean(2).var(0) if x.dim() > 2 else x.var(0)
             self.pairs = self.pairs + finite
@@ -136,9 +135,9 @@ class NoiseMeter:
         layer, train_mean, train_var = self.layer, mean, var
         pooled_batches = 1.0
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
-            past = layer._read(n)
-            train_mean, train_var = blend(mean, var, *past, layer.variance)
-            pooled_batches = _pooled_batches(layer, n)
+            memory, state = layer.memory, layer.state
+            train_mean, train_var = blend(mean, var, *memory.read(state, n), memory.variance_rule)
+            pooled_batches = memory.pooled_batches(state, n)
         self.pooled_batches += pooled_batches
         running_mean, running_var = self.running
         if self.frozen and running_mean is not None and running_var is not None:
@@ -182,7 +181,7 @@ class NoiseMeter:
             batches=b,
             samples=self.samples / b,
             values=n,
-            effective_values=None if mean_error is None else _inverse(mean_error**2),
+            effective_values=None if mean_error is None else _effective_values(mean_error, n),
             mean_error=mean_error,
             var_error=_rms((scatter + (within - var).square()) / var.square(), live),
             alikeness=self._alikeness(between, var, live),
@@ -217,7 +216,7 @@ class NoiseMeter:
     def _has_trained(self) -> bool:
         """Whether the running statistics are not those that torch starts with."""
         mean, var = self.running
-        return mean is not None and var is not None and bool((mean != 0).any() or (var != 1).any())
+        return mean is not None and var is not None and is_trained(mean, var)
 
     def _running_mismatch(self, live: Tensor) -> float | None:
         mean, var = self.running
@@ -235,25 +234,12 @@ class NoiseMeter:
         return dict(zip(keys, (_rms(error, live) for error in errors), strict=True))
 
 
-def _pooled_batches(layer: HistoryBatchNorm, n: int) -> float:
-    if isinstance(layer, MomentumBatchNorm1d | MomentumBatchNorm2d | MomentumBatchNorm3d):
-        history = float(layer._weight_of_history(n))
-        if layer.measured and layer.memory_measured[3] <= 0:
-            # nothing is measured yet: what it comes to if values are independent
-            wanted = cast(int, layer.matched_values)
-            history = max(0.0, (wanted - n) / (wanted + n))
-        return (1 + history) / (1 - history)
-    memorized = cast(MemorizedBatchNorm2d, layer)
-    weights = [float(memorized.decay) ** age for age in range(1 + memorized._entries_read(n))]
-    return sum(weights) ** 2 / sum(w * w for w in weights)
-
-
 def _rms(squares: Tensor, channels: Tensor) -> float | None:
     return float(squares[channels].mean().sqrt()) if channels.any() else None
 
 
-def _inverse(value: float) -> float:
-    return 1 / value if value else math.inf
+def _effective_values(mean_error: float, values: float) -> float:
+    return 1 / mean_error**2 if SAME * values * mean_error**2 > 1 else math.inf
 
 
 def _indices(channels: Tensor) -> tuple[int, ...]:

@@ -32,11 +32,23 @@ def observe(
     """
     with _observed(observers), _eval_mode(model), without_trace(model):
         for batch in batches:
-            if forward is not None:
-                forward(model, _moved(batch, device))
+            if forward is None:
+                _run(model, *_moved(_arguments(batch), device))
             else:
-                args, kwargs = _moved(_arguments(batch), device)
-                model(*args, **kwargs)
+                forward(model, _moved(batch, device))
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        model(*args, **kwargs)
+    except TypeError as error:
+        if not kwargs or "argument" not in str(error):
+            raise
+        first = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), next(iter(kwargs)))
+        raise TypeError(
+            f"the model does not take the keys of the batches, {', '.join(kwargs)}, as arguments: say what "
+            f'it takes with forward=lambda model, batch: model(batch["{first}"])'
+        ) from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ def check_hooks(optimizer: torch.optim.Optimizer) -> None:
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise TypeError(
             f"expected a torch optimizer with step hooks, got {type(optimizer).__name__}: give the one "
-            "inside, as optimizer.optimizer for Accelerate's, or call refresh and step by hand"
+            "inside, as optimizer.optimizer for Accelerate's, or step by hand"
         )
 
 

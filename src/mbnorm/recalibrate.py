@@ -9,8 +9,8 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import blend
-from mbnorm.layers.state import all_finite
 from mbnorm.observe import Forward, observe
+from mbnorm.values import known_finite
 
 
 def recalibrate(
@@ -94,7 +94,7 @@ class _Population:
     def add(self, count: int, mean: Tensor, var: Tensor) -> None:
         """Add values by their number, mean and biased variance."""
         self.reached |= count > 0
-        if count and all_finite(mean, var):
+        if count and known_finite(mean, var):
             self.count += count
             self.mean, self.var = blend(mean, var, self.mean, self.var, count / self.count, "pooled")
 

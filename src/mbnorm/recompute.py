@@ -4,19 +4,19 @@ import inspect
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from mbnorm.backends import cpu
-from mbnorm.memory import Past
+from mbnorm.distributed import PooledPast
+from mbnorm.functional import Record, Rows
+from mbnorm.memories.memory import Past
 
 CALLS_KEPT = 32
 """Forwards of one layer that a backward pass still to come may repeat."""
@@ -127,26 +127,28 @@ SAVES_WHAT_WAS_READ = "mbnorm_saves_what_was_read"
 class Call:
     """One forward of a layer: the batch's statistics identify it, what it read is what a recompute needs.
 
-    ``statistics`` begins with the mean and the variance of the batch; ``past`` is what was read.
+    Args:
+        n: values per channel.
+        rows: a record, or at least its first two rows: the mean and the variance of the batch.
+        past: what was read; None if the record has it.
     """
 
-    __slots__ = ("_counted", "_past", "n", "node", "statistics")
+    __slots__ = ("_past", "_rows", "backwards", "n", "node")
 
-    def __init__(self, n: int, statistics: Tensor | Sequence[Tensor], past: Past) -> None:
+    def __init__(self, n: int, rows: Rows, past: Past | PooledPast | None = None) -> None:
         self.n = n
-        self.statistics = statistics
+        self._rows = rows
         self._past = past
-        self._counted = 0
+        self.backwards = 0
+        """How many backward passes have come through this forward and its repetitions."""
         self.node: weakref.ref[Node] | None = None
 
     @property
-    def backwards(self) -> int:
-        """How many backward passes have come through this forward and its repetitions."""
-        return self._counted
-
-    @property
-    def past(self) -> Past:
+    def past(self) -> Past | PooledPast:
         """What the forward had read."""
+        if self._past is None:
+            record = Record(*self._rows)
+            return Past(record.past_mean, record.past_var, record.batch_weight[0])
         return self._past
 
     def watch(self, node: Node) -> None:
@@ -161,53 +163,16 @@ class Call:
             self.node = weakref.ref(node)
 
     def _count(self, *_: object) -> None:
-        self._counted += 1
+        self.backwards += 1
 
     def awaits_this_backward(self) -> bool:
         """Return whether the backward pass that runs now comes through this call, as far as is known."""
         node = self.node() if self.node is not None else None
         return node is None or bool(torch._C._will_engine_execute_node(node))
 
-    def is_of(self, mean: Tensor, var: Tensor) -> bool:
-        """Return whether these are this call's statistics, bit for bit."""
-        return all(
-            torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-            for a, b in ((self.statistics[0], mean), (self.statistics[1], var))
-        )
-
-
-class RecordedCall(Call):
-    """A forward by kernels whose ``record`` holds all that there is to know of it."""
-
-    __slots__ = ("record",)
-
-    def __init__(self, n: int, record: Tensor) -> None:
-        self.n = n
-        self.statistics = self.record = record
-        self._counted = 0
-        self.node = None
-
-    @property
-    def past(self) -> Past:
-        """What the forward had read."""
-        # a copy: backward passes raise the record's version, and graphs that save what was read would object
-        mean, var, weight = self.record[4:].clone()
-        return Past(mean, var, weight[0])
-
-
-class CpuCall(RecordedCall):
-    """One by the kernels for the CPU, whose backward passes raise the version of the record."""
-
-    __slots__ = ()
-
-    @property
-    def backwards(self) -> int:
-        """How many backward passes have come through this forward and its repetitions."""
-        return self._counted + (0 if self.record.is_inference() else self.record._version)
-
-    def awaits_this_backward(self) -> bool:
-        """Return whether the backward pass that runs now comes through this call, as far as is known."""
-        return bool(cpu.awaits_backward(self.record)) and super().awaits_this_backward()
+    def is_of(self, rows: Rows) -> bool:
+        """Return whether a record has this call's batch, bit for bit."""
+        return all(torch.allclose(self._rows[i], rows[i], rtol=0, atol=0, equal_nan=True) for i in (0, 1))
 
 
 class CallLog:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mbnorm.layers import HistoryBatchNorm
-from mbnorm.layers.undo import Snapshot
+from mbnorm.layers.layer import HistoryBatchNorm, Snapshot
 from mbnorm.state import memorizing_layers
 
 replaying: ContextVar[bool] = ContextVar("mbnorm_replaying", default=False)

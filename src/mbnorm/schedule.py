@@ -22,8 +22,8 @@ class MomentumSchedule:
         p = \min\!\big(\tfrac{t-1}{\max(T-1, 1)}, 1\big), \qquad 1 - \mathrm{momentum} = \tau_0^{m/m_0}
 
     :math:`\lambda` starts at 0, plain batch normalization, and ends at 1 - m/m0. Construction sets
-    t = 1; call `step` after each optimizer step, or `follow` the optimizer. Layers with
-    ``matched_values`` need no schedule and are left alone.
+    t = 1; call `step` after each optimizer step, or `follow` the optimizer. Matched and Memorized layers
+    need no schedule and are left alone.
 
     Args:
         model: holds the layers; each shared layer counts once.
@@ -70,11 +70,7 @@ class MomentumSchedule:
             raise ValueError(f"inference_momentum must be in (0, 1), got {inference_momentum}")
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
-        self.layers = [
-            layer
-            for layer in model.modules()
-            if isinstance(layer, _MomentumBatchNorm) and layer.matched_values is None
-        ]
+        self.layers = [layer for layer in model.modules() if isinstance(layer, _MomentumBatchNorm)]
         if not self.layers:
             reason = (
                 "those it has need no schedule" if memorizing_layers(model) else why_none(model, "momentum")
@@ -91,8 +87,7 @@ class MomentumSchedule:
             if layer.momentum:
                 if layer.torchs_momentum is None:
                     layer.torchs_momentum = layer.momentum
-                layer.momentum = 1 - inference_momentum ** (batch_size / ideal_batch_size)
-            layer.scheduled = True
+                layer.momentum = float(1 - inference_momentum ** (batch_size / ideal_batch_size))
         self._apply()
 
     @property
@@ -156,4 +151,4 @@ class MomentumSchedule:
 
     def _apply(self) -> None:
         for layer in self.layers:
-            layer.history_weight.fill_(self.history_weight)
+            layer.set_history_weight(self.history_weight)

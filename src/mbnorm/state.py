@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from mbnorm.layers import HistoryBatchNorm
+from mbnorm.layers.layer import HistoryBatchNorm
 
 
 def memorizing_layers(model: nn.Module) -> list[HistoryBatchNorm]:

@@ -6,27 +6,24 @@ name where "auto" chooses them, so they have to show that they work.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mbnorm.averages import InferenceAverages, InferenceUpdate, commit
+from mbnorm.averages import InferenceAverages, commit
 from mbnorm.backends import aten, triton
-from mbnorm.measures import MEASURES
-from mbnorm.memory import MeasuredAverage, RecentBatches
+from mbnorm.memories.measured_average import MeasuredAverage
+from mbnorm.memories.memory import Memory, State
+from mbnorm.memories.recent_batches import RecentBatches
 
 CASES = (((3, 5, 7, 9), torch.contiguous_format), ((2, 2, 100, 100), torch.channels_last))
 """What one program takes at once, and what is cut into parts."""
 STEPS = 3
 EPS = 1e-5
-MATCHED_VALUES = 1024
-UPDATE = InferenceUpdate(blended=False, unbiased=False, weight=0.1, variance="pooled", early=8.0)
-LIMIT, DECAY = 3, 0.9
+MOMENTUM = 0.9
 TOLERANCE = 1e-4
 """In units of the value, or of 1 where that is less."""
-
-Tried: TypeAlias = MeasuredAverage | RecentBatches
 
 _failures: dict[torch.device, str | None] = {}
 
@@ -60,7 +57,7 @@ def failure_on(device: torch.device) -> str | None:
 def _try_all(device: torch.device) -> str | None:
     try:
         for shape, layout in CASES:
-            for memory in _empty_memories(shape[1]):
+            for memory in (MeasuredAverage(1024), RecentBatches(3, decay=0.9, inference="ema")):
                 _try(shape, layout, memory, device)
     except ArithmeticError as error:
         warnings.warn(f"mbnorm leaves Triton alone: {error}. Please tell its authors", stacklevel=2)
@@ -72,21 +69,24 @@ def _try_all(device: torch.device) -> str | None:
     return None
 
 
-def _try(shape: tuple[int, ...], layout: torch.memory_format, memory: Tried, device: torch.device) -> None:
+def _try(shape: tuple[int, ...], layout: torch.memory_format, memory: Memory, device: torch.device) -> None:
     """Take some steps both ways, and each forward twice.
 
     Raises:
         ArithmeticError: the numbers do not agree.
     """
-    averages = InferenceAverages(*torch.zeros(2, shape[1], **_EXACT).unbind(), *_counters(2))
+    counters = torch.zeros(2, dtype=torch.int64, device="cpu")
+    averages = InferenceAverages(*torch.zeros(2, shape[1], **_EXACT).unbind(), *counters.unbind())
+    state = memory.new(averages.mean)
     weight, bias = _values((2, shape[1]), 2.0)
-    state = tuple(_on(device, t) for t in (*memory, *averages))
-    names = ("y", "dx", "dw", "db", *len(state) * ["state"])
+    ours = tuple(_on(device, t) for t in (*state, *averages))
+    names = ("y", "dx", "dw", "db", *len(ours) * ["state"])
     for step in range(STEPS):
         x, dy = (_values(shape, f + step).contiguous(memory_format=layout) for f in (0.7, 0.3))
         given = x, dy, weight, bias
-        wanted = _by_aten(*given, memory, averages)
-        found = _by_triton(*(_on(device, t) for t in given), kind=type(memory), state=state)
+        wanted = _by_aten(given, memory, state, averages)
+        on_device = tuple(_on(device, t) for t in given)
+        found = _by_triton(on_device, memory, ours[:-4], InferenceAverages(*ours[-4:]))
         for name, got, want in zip(names, found, wanted, strict=True):
             away = (got.to("cpu", torch.float64) - want).abs()
             error = (away / want.abs().clamp_min(1.0)).max()
@@ -97,23 +97,6 @@ def _try(shape: tuple[int, ...], layout: torch.memory_format, memory: Tried, dev
 
 # whatever the defaults are
 _EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-
-
-def _counters(number: int) -> tuple[Tensor, ...]:
-    return torch.zeros(number, dtype=torch.int64, device="cpu").unbind()
-
-
-def _empty_memories(channels: int) -> tuple[Tried, ...]:
-    mean, var, last = torch.empty(3, channels, **_EXACT).unbind()
-    means, variances = torch.empty(2, LIMIT, channels, **_EXACT).unbind()
-    filled, position = _counters(2)
-    memories: tuple[Tried, ...] = (
-        MeasuredAverage(mean, var, filled, last, torch.empty(MEASURES, **_EXACT)),
-        RecentBatches(means, variances, torch.empty(LIMIT, **_EXACT), position),
-    )
-    for memory in memories:
-        memory.clear()
-    return memories
 
 
 def _values(shape: Sequence[int], frequency: float) -> Tensor:
@@ -127,35 +110,31 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def _by_triton(
-    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, *, kind: type[Tried], state: tuple[Tensor, ...]
+    given: tuple[Tensor, ...], memory: Memory, state: State, averages: InferenceAverages
 ) -> tuple[Tensor, ...]:
-    ring = kind is RecentBatches
-    operator: Any = triton.forward_with_ring if ring else triton.forward_with_average
-    how_read = (LIMIT, DECAY) if ring else (float(MATCHED_VALUES),)
-    no_log = None, None, 0
-    blended, unbiased, new_weight, rule, early = UPDATE
-    update = True, blended, unbiased, new_weight, rule == "pooled", early
-    rest = *state[:-4], *how_read, *state[-4:], *no_log, *update
-    y, record = operator(x, weight, bias, True, EPS, *rest)
+    x, dy, weight, bias = given
+    m, n = x.shape[0], x.numel() // x.shape[1]
+    operator = triton.forward_with_ring if memory.kernels == "ring" else triton.forward_with_average
+    how = memory.read_numbers(n), memory.update(MOMENTUM, m), True, EPS, True
+    y, record = operator(x, weight, bias, state, averages, *how)
     past_mean, past_var, a = record[4:].unbind()
     _, again = triton.forward(x, weight, bias, past_mean, past_var, a[0], "pooled", EPS)
     if not torch.equal(again[:2], record[:2]):
         # activation checkpointing finds a forward by these
         raise ArithmeticError(f"its statistics of a batch differ from one forward to another on {x.device}")
-    dx, dw, db = triton.backward(dy, x, weight, None, record, "pooled", EPS, True)
-    return y, cast(Tensor, dx), dw, db, *state
+    dx, dw, db = triton.backward(dy, x, weight, record, "pooled", EPS, True)
+    return y, cast(Tensor, dx), dw, db, *state, *averages
 
 
 def _by_aten(
-    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, memory: Tried, averages: InferenceAverages
+    given: tuple[Tensor, ...], memory: Memory, state: State, averages: InferenceAverages
 ) -> tuple[Tensor, ...]:
-    n = x.numel() // x.shape[1]
-    if isinstance(memory, RecentBatches):
-        past = memory.read(n, LIMIT, DECAY, "pooled")
-    else:
-        past = memory.read(memory.history_weight(n, MATCHED_VALUES))
+    x, dy, weight, bias = given
+    m, n = x.shape[0], x.numel() // x.shape[1]
+    past = memory.read(state, n)
     a = torch.as_tensor(past.batch_weight, **_EXACT)
-    y, statistics = aten.forward(x, weight, bias, past.mean, past.var, a, "pooled", EPS)
-    dx, dw, db = aten.backward(dy, x, weight, a, statistics, "pooled", EPS, True)
-    commit(memory, averages, statistics[:2], statistics[2:], n, UPDATE)
-    return y, cast(Tensor, dx), dw, db, *memory, *averages
+    y, record = aten.forward(x, weight, bias, past.mean, past.var, a, "pooled", EPS)
+    dx, dw, db = aten.backward(dy, x, weight, record, "pooled", EPS, True)
+    batch, blended = (record[0], record[1]), (record[2], record[3])
+    commit(memory, state, averages, batch, blended, n, memory.update(MOMENTUM, m))
+    return y, cast(Tensor, dx), dw, db, *state, *averages

@@ -7,7 +7,7 @@ blended statistics, so ATen's backward kernel gives all the reductions.
 import torch
 from torch import Tensor
 
-from mbnorm.blend import Variance, blend, statistics_dtype
+from mbnorm.blend import VarianceRule, blend, statistics_dtype
 
 DEVICES = ("cpu", "cuda")
 
@@ -19,32 +19,31 @@ def forward(
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return ``y`` and ``(batch_mean, batch_var, mean, var)``."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return ``y`` and the rows of a `mbnorm.functional.Record`."""
     scratch_mean = scratch_var = None
     if x.dtype != past_mean.dtype:
         # without running buffers ATen gives the statistics of half inputs in half, where they overflow
         scratch_mean, scratch_var = past_mean.clone(), past_var.clone()
     batch_mean, batch_var = torch.batch_norm_update_stats(x, scratch_mean, scratch_var, 0.0)
-    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance)
+    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
     y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
-    return y, (batch_mean, batch_var, mean, var)
+    return y, (batch_mean, batch_var, mean, var, past_mean, past_var, batch_weight)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    batch_weight: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
-    variance: Variance,
+    rows: tuple[Tensor, ...],
+    variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
-    batch_mean, _, mean, var = statistics
+    """Return ``(dx, dw, db)`` for the rows that `forward` returned."""
+    batch_mean, _, mean, var, _, _, batch_weight = rows
     # upcast so that half gradients are rounded once, after the last addition
     dtype = statistics_dtype(x.dtype)
     dy, values = dy.to(dtype), x.to(dtype)
@@ -58,7 +57,7 @@ def backward(
         return None, dw, db
     per_channel = [1, -1] + [1] * (x.dim() - 2)
     dx.addcmul_(dy, ((1 - batch_weight) * scale).view(per_channel))
-    if variance == "averaged":
+    if variance_rule == "averaged":
         values_per_channel = x.numel() // x.shape[1]
         shift = batch_weight * scale * rstd * dw * (batch_mean - mean) / values_per_channel
         dx.add_(shift.view(per_channel))

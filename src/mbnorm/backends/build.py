@@ -25,7 +25,6 @@ FLAGS = (
     "-w",
     # torch 2.10, the oldest that the library runs on
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
 )
 SECONDS = 300
 """How long a compiler may take."""
@@ -67,7 +66,16 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "mbnorm"
+    if shared:
+        return Path(shared) / "mbnorm"
+    try:
+        return Path.home() / ".cache" / "mbnorm"
+    except RuntimeError:
+        # a user without a home, as containers have
+        folder = Path(tempfile.gettempdir()) / f"mbnorm-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # what is in there will be run: it must be nobody else's
+        return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="mbnorm-"))
 
 
 def compiler() -> list[str]:
@@ -115,7 +123,7 @@ def _build(command: list[str], sources: list[Path], target: Path) -> Path:
         ]
         _run(*compilations)
         library = str(Path(folder) / target.name)
-        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
+        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu"]
         _run([*command, "-shared", *objects, f"-L{root / 'lib'}", *symbols, "-o", library])
         os.replace(library, target)
     return target

@@ -1,63 +1,44 @@
 """The operator and the memories as C++ kernels of this package's own, compiled at first use.
 
-Nothing is compiled, or even looked for, before `missing` is called; whoever gets None from it may call the
-rest.
+Nothing is compiled, or even looked for, before `missing` is called. Call the rest only if it returns None.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from mbnorm.blend import Variance, statistics_dtype
+from mbnorm.blend import VarianceRule, statistics_dtype
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
-        "cpu.cpp",
-        "cpu_autograd.cpp",
+        "cpu_blend.h",
         "cpu_kernels.cpp",
         "cpu_kernels.h",
         "cpu_memory.cpp",
-        "cpu_memory.h",
         "cpu_operator.cpp",
         "cpu_operator.h",
         "cpu_parallel.h",
+        "cpu_tensors.h",
+        "cpu_vectors.h",
     )
 )
+RECORD_ROWS = 7
 
 _library: Any = None
 _forward: Any = None
 _backward: Any = None
-forward_with_average: Any = None
-"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, filled, last, measured, history_weight,
-running_mean, running_var, batches, skipped, log, log_counters, slot, store, blended, unbiased, new_weight,
-new_pooled, early) -> (y, record)``: read a `mbnorm.memory.MovingAverage`, or a `MeasuredAverage` where there
-are ``last`` and ``measured``, for which ``history_weight`` is the values to be matched, normalize, and
-``store`` or not; differentiable.
-
-``blended`` to ``early`` are a `mbnorm.averages.InferenceUpdate`. Rows of ``record`` are the batch's mean
-and variance, the blended ones, the past ones that were read, and the weight of the batch; each backward pass
-raises its version. The state before goes into a `mbnorm.layers.undo.UndoLog`, if there is one."""
-forward_with_ring: Any = None
-"""``(x, weight, bias, pooled, eps, memory_mean, memory_var, counts, position, limit, decay, running_mean,
-...)``: the same with a `mbnorm.memory.RecentBatches`."""
-awaits_backward: Any = None
-"""``(record) -> bool``: whether the backward pass that runs now comes through the forward of a record."""
-differentiable_gradients: Any = None
-"""How the kernels' gradients are had where they must be differentiable; `mbnorm.functional` sets it, since
-backends do not know one another."""
-commit_to_average: Any = None
-"""``(sums, pooled, memory_mean, memory_var, filled, last, measured, history_weight, running_mean,
-running_var, batches, skipped, blended, unbiased, new_weight, new_pooled, early)``: read such an average,
-blend with it the batch whose ranks' messages add up to ``sums`` (see `mbnorm.distributed`), and commit."""
-commit_to_ring: Any = None
-"""``(sums, pooled, memory_mean, memory_var, counts, position, limit, decay, running_mean, ...)``: the same
-with a `mbnorm.memory.RecentBatches`."""
+_forward_with_average: Any = None
+_forward_with_ring: Any = None
+_commit_to_average: Any = None
+_commit_to_ring: Any = None
 
 
 @cache
@@ -74,40 +55,30 @@ def missing() -> str | None:
 
 
 def _bind() -> None:
-    operators = torch.ops.mbnorm_cpu
     global _library
     _library = torch.library.Library("mbnorm_cpu", "IMPL")  # type: ignore[no-untyped-call]
     register_fake: Any = torch.library.register_fake
     for name, shapes in (
-        ("_forward", _forward_shapes),
-        ("_backward", _backward_shapes),
-        ("_backward_recorded", _backward_shapes),
-        ("forward_with_average", _remembering_shapes),
-        ("forward_with_ring", _remembering_shapes),
+        ("forward", _forward_shapes),
+        ("backward", _backward_shapes),
+        ("forward_with_average", _forward_shapes),
+        ("forward_with_ring", _forward_shapes),
         ("commit_to_average", _nothing),
         ("commit_to_ring", _nothing),
     ):
-        operator = name.lstrip("_")
-        globals()[name] = getattr(operators, operator).default
-        register_fake(f"mbnorm_cpu::{operator}", shapes)
-        if shapes is not _remembering_shapes:
-            # their gradients are functional's, and torch's stand-in for missing ones is slow
-            _library.impl(operator, torch.library.fallthrough_kernel, "AutogradCPU")
-    globals()["awaits_backward"] = operators.awaits_backward.default
-    _library.impl("backward_differentiably", _backward_differentiably, "CompositeImplicitAutograd")
+        globals()[f"_{name}"] = getattr(torch.ops.mbnorm_cpu, name).default
+        register_fake(f"mbnorm_cpu::{name}", shapes)
+        # `mbnorm.functional` has the gradients, and torch's stand-in for missing ones is slow
+        _library.impl(name, torch.library.fallthrough_kernel, "AutogradCPU")
 
 
 def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), _per_channel(x, 4)
+    return torch.empty_like(x), _per_channel(x, RECORD_ROWS)
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     need_dx = others[-1]
     return torch.empty_like(x) if need_dx else x.new_empty(0), _per_channel(x), _per_channel(x)
-
-
-def _remembering_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), _per_channel(x, 7)
 
 
 def _nothing(*_: Any) -> None:
@@ -118,24 +89,6 @@ def _per_channel(x: Tensor, *rows: int) -> Tensor:
     return x.new_empty((*rows, x.shape[1]), dtype=statistics_dtype(x.dtype))
 
 
-def _backward_differentiably(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    record: Tensor,
-    pooled: bool,
-    eps: float,
-    *needs: bool,
-) -> list[Tensor]:
-    variance: Variance = "pooled" if pooled else "averaged"
-    # a copy: the next backward pass raises the record's version, and the graph made here may outlive that
-    past_mean, past_var, batch_weight = record[4:].clone()
-    past = past_mean, past_var, batch_weight[0]
-    gradients: list[Tensor] = differentiable_gradients(dy, x, weight, bias, *past, variance, eps, needs)
-    return gradients
-
-
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -143,24 +96,117 @@ def forward(
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
-    y, statistics = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
-    return y, statistics
+    """Return ``y`` and the record of the forward.
+
+    Its rows, each with a number per channel, are the batch's mean and variance, the blended ones, the past
+    ones, and the weight of the batch.
+    """
+    y, record = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance_rule == "pooled", eps)
+    return y, record
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    batch_weight: Tensor,
-    statistics: Tensor,
-    variance: Variance,
+    record: Tensor,
+    variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the statistics that `forward` returned."""
-    dx, dw, db = _backward(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
+    """Return ``(dx, dw, db)`` for the record of a forward."""
+    dx, dw, db = _backward(dy, x, weight, record, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db
+
+
+def forward_with_average(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
+    pooled: bool,
+    eps: float,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """Read a moving average, normalize, and ``store`` or not; return ``y`` and the record of the forward.
+
+    Args:
+        x: input.
+        weight: scale, or None.
+        bias: shift, or None.
+        memory: mean, var, filled and the history weight; or mean, var, filled, last and measured, as
+            `mbnorm.memories.measured_average.MeasuredAverage` has them.
+        averages: `mbnorm.averages.InferenceAverages`.
+        read: nothing; or the number of values to be matched, and whether by what is measured.
+        update: `mbnorm.memories.memory.InferenceUpdate`.
+        pooled: whether the variance rule is "pooled".
+        eps: added to the variance.
+        store: whether to write ``memory`` and ``averages``.
+    """
+    y, record = _forward_with_average(x, weight, bias, memory, averages, read, update, pooled, eps, store)
+    if store:
+        # the dispatcher raises no versions: graphs that saved what was here before have to notice
+        increment_version((*_written(memory), *averages))
+    return y, record
+
+
+def forward_with_ring(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
+    pooled: bool,
+    eps: float,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do as `forward_with_average` with a `mbnorm.memories.recent_batches.RecentBatches`.
+
+    ``memory`` is its mean, var, counts and ages; ``read`` the greatest age that is read, and the decay.
+    """
+    y, record = _forward_with_ring(x, weight, bias, memory, averages, read, update, pooled, eps, store)
+    if store:
+        increment_version((*memory, *averages))
+    return y, record
+
+
+def commit_to_average(
+    sums: Tensor,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
+    pooled: bool,
+) -> None:
+    """Store a batch in a moving average: the one whose ranks' messages add up to ``sums``.
+
+    `mbnorm.distributed` has the messages.
+    """
+    _commit_to_average(sums, memory, averages, read, update, pooled)
+    increment_version((*_written(memory), *averages))
+
+
+def commit_to_ring(
+    sums: Tensor,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
+    pooled: bool,
+) -> None:
+    """Do as `commit_to_average` with a ring."""
+    _commit_to_ring(sums, memory, averages, read, update, pooled)
+    increment_version((*memory, *averages))
+
+
+def _written(average: Sequence[Tensor]) -> Sequence[Tensor]:
+    # the fourth of four is a history weight, which is only read
+    return average[:3] if len(average) == 4 else average

@@ -1,220 +1,24 @@
-// The passes over the values of a tensor, vectorized by hand; compiled apart from torch's slow headers.
+// The passes over the values of a tensor, vectorized by hand.
 
 #include "cpu_kernels.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
-#if defined(__AVX__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "cpu_vectors.h"
 
 namespace mbnorm {
 namespace {
 
-using c10::BFloat16;
-using c10::Half;
 using std::integral_constant;
-
-// ---- vectors of L lanes; a single lane is a plain number ----
-
-template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-constexpr int LANES = 32 / sizeof(Accumulator<T>);
-
-template <class A, int L>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(L * sizeof(A))));
-};
-template <class A>
-struct VectorOf<A, 1> {
-  using type = A;
-};
-
-// Sixteen bfloat16 as two vectors, of those with even and odd indices: what they take apart and put together
-// without a shuffle, for uses that do not care about the order of lanes.
-struct Pair {
-  using Half = VectorOf<float, 8>::type;
-  Half even, odd;
-
-  friend Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
-  friend Pair operator+(Pair a, float b) { return {a.even + b, a.odd + b}; }
-  friend Pair operator-(Pair a, float b) { return {a.even - b, a.odd - b}; }
-  friend Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
-  friend Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
-  friend Pair operator*(Pair a, float b) { return {a.even * b, a.odd * b}; }
-  friend Pair operator*(float a, Pair b) { return b * a; }
-  Pair& operator+=(Pair b) { return *this = *this + b; }
-};
-template <>
-struct VectorOf<float, 16> {
-  using type = Pair;
-};
-
-template <class T, int L>
-using Vector = typename VectorOf<Accumulator<T>, L>::type;
-
-typedef uint16_t Bits16 __attribute__((vector_size(16)));
-typedef uint32_t Bits32 __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef int64_t Longs __attribute__((vector_size(32)));
-
-template <class V>
-inline V read(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T, int L>
-inline Vector<T, L> load(const T* p) {
-  if constexpr (L == 1) {
-    return *p;
-  } else if constexpr (L == 16) {
-    const Bits32 bits = read<Bits32>(p);
-    return {(Pair::Half)(bits << 16), (Pair::Half)(bits & 0xffff0000)};
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-#ifdef __AVX2__
-    return (Vector<T, L>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
-#else
-    return (Vector<T, L>)(__builtin_convertvector(read<Bits16>(p), Bits32) << 16);
-#endif
-  } else if constexpr (std::is_same_v<T, Half>) {
-#ifdef __F16C__
-    return (Vector<T, L>)_mm256_cvtph_ps(read<__m128i>(p));
-#else
-    Vector<T, L> v;
-    for (int i = 0; i < L; ++i) v[i] = p[i];
-    return v;
-#endif
-  } else {
-    return read<Vector<T, L>>(p);
-  }
-}
-
-// Float bits whose upper halves are the nearest bfloat16, ties to even; a NaN must be quieted.
-inline Bits32 rounded(Pair::Half v) {
-  const Bits32 bits = (Bits32)v;
-  return bits + 0x7fff + ((bits >> 16) & 1);
-}
-
-// A factor or summand for values of type T: one NaN for all, since `rounded` turns some others into numbers, and
-// there are fewer factors than values.
-template <class T, class V>
-inline V quieted(V v) {
-  if constexpr (!std::is_same_v<T, BFloat16>) {
-    return v;
-  } else if constexpr (std::is_same_v<V, Pair>) {
-    return {quieted<T>(v.even), quieted<T>(v.odd)};
-  } else {
-    return v == v ? v : V{} + __builtin_nanf("");
-  }
-}
-
-// Write a vector; past the caches, if it is FAR, which spares reading what is overwritten.
-template <bool FAR, class V>
-inline void write(void* p, V v) {
-#ifdef __AVX__
-  if constexpr (FAR && sizeof v == 32) {
-    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
-      _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-      return;
-    }
-  }
-#endif
-  std::memcpy(p, &v, sizeof v);
-}
-
-// After the last write: other threads are to see all of them.
-template <bool FAR>
-inline void finish_writing() {
-#ifdef __AVX__
-  if constexpr (FAR) _mm_sfence();
-#endif
-}
-
-template <class T, int L, bool FAR>
-inline void store(T* p, Vector<T, L> v) {
-  if constexpr (L == 1) {
-    *p = v;
-  } else if constexpr (L == 16) {
-    write<FAR>(p, Bits32((rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000)));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const Bits32 bits = rounded(v) >> 16;
-#ifdef __AVX2__
-    const __m256i wide = (__m256i)bits;
-    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-#else
-    const Bits16 half = __builtin_convertvector(bits, Bits16);
-#endif
-    std::memcpy(p, &half, sizeof half);
-  } else if constexpr (std::is_same_v<T, Half>) {
-#ifdef __F16C__
-    const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(p, &half, sizeof half);
-#else
-    for (int i = 0; i < L; ++i) p[i] = v[i];
-#endif
-  } else {
-    write<FAR>(p, v);
-  }
-}
-
-// L numbers of one per channel, and back.
-template <int L, class A>
-inline typename VectorOf<A, L>::type gathered(const A* p) {
-  if constexpr (L == 16) {
-    const auto low = read<Pair::Half>(p), high = read<Pair::Half>(p + 8);
-    return {__builtin_shuffle(low, high, (Ints){0, 2, 4, 6, 8, 10, 12, 14}),
-            __builtin_shuffle(low, high, (Ints){1, 3, 5, 7, 9, 11, 13, 15})};
-  } else {
-    return read<typename VectorOf<A, L>::type>(p);
-  }
-}
-template <class V, class A>
-inline void scatter(A* p, const V& v) {
-  std::memcpy(p, &v, sizeof v);
-}
-inline void scatter(float* p, const Pair& v) {
-  scatter(p, __builtin_shuffle(v.even, v.odd, (Ints){0, 8, 1, 9, 2, 10, 3, 11}));
-  scatter(p + 8, __builtin_shuffle(v.even, v.odd, (Ints){4, 12, 5, 13, 6, 14, 7, 15}));
-}
-
-typedef double Doubles __attribute__((vector_size(32)));
-
-inline double total(double v) { return v; }
-inline double total(Doubles v) {
-  const Doubles pairs = v + __builtin_shuffle(v, (Longs){2, 3, 0, 1});
-  return pairs[0] + pairs[1];
-}
-inline double total(Pair::Half v) {
-  typedef float Quarter __attribute__((vector_size(16)));
-  Quarter halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  return total(__builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles));
-}
-inline double total(Pair v) { return total(v.even + v.odd); }
-
-template <class V>
-inline double total(const V (&v)[4]) {
-  return total(V((v[0] + v[1]) + (v[2] + v[3])));
-}
-
-// ---- walking through a tensor ----
 
 // Values of one channel that are summed in the precision of the statistics before double takes over.
 constexpr int64_t TILE = 512;
 constexpr int64_t TILE_CHANNELS = 256;  // channels last: a tile has up to twice as many
 
-// Channels last: rows that are walked side by side, so that what belongs to a channel stays in registers; but one
-// by one where the values come from beyond the level-2 cache and need no conversion: prefetchers follow the order
-// of memory, if the rows are long enough.
+// Channels last: rows that are walked side by side, so that what belongs to a channel stays in registers; but
+// one by one where the values come from beyond the level-2 cache and need no conversion: prefetchers follow
+// the order of memory, if the rows are long enough.
 template <class T>
 inline int64_t block_rows(const Layout& at) {
   constexpr int64_t SHORT = 64, MANY = 256 << 10;
@@ -295,8 +99,6 @@ inline void tiles(const Range& in, F f) {
     c = end;
   }
 }
-
-// ---- the passes ----
 
 template <class T, int L>
 struct First {
@@ -403,8 +205,8 @@ struct Last {
   static constexpr int VECTORS = 2 * TILE_CHANNELS / L;
   static constexpr int WIDE = L == 16 ? 2 : 4;  // vectors of channels whose sums fit in registers
 
-  // Call f(channel, seen, vector) for the vectors of a tile, in the order of blocks; lanes below `seen` are of
-  // channels of the one before.
+  // Call f(channel, seen, vector) for the vectors of a tile, in the order of blocks; lanes below `seen` are
+  // of channels of the one before.
   template <class F>
   static void each_vector(const Range& tile, F f) {
     for (int64_t c = tile.c0, vector = 0; c < tile.c1; c += L, ++vector) {
@@ -515,7 +317,8 @@ struct Last {
       }
       for (int64_t k = 0; k < rows; ++k, xs += at.channels, ys += at.channels)
 #pragma GCC unroll 4
-        for (int j = 0; j < W; ++j) store<T, L, FAR>(ys + j * L, (load<T, L>(xs + j * L) - m[j]) * s[j] + b[j]);
+        for (int j = 0; j < W; ++j)
+          store<T, L, FAR>(ys + j * L, (load<T, L>(xs + j * L) - m[j]) * s[j] + b[j]);
     });
     finish_writing<FAR>();
   }
@@ -549,9 +352,8 @@ struct Last {
 };
 
 template <class Passes, bool FAR>
-constexpr Kernels<typename Passes::A> table = {Passes::moments, Passes::products,
-                                               Passes::template normalize<FAR>,
-                                               Passes::template differentiate<FAR>};
+constexpr Kernels<typename Passes::A> table = {
+    Passes::moments, Passes::products, Passes::template normalize<FAR>, Passes::template differentiate<FAR>};
 
 // An output of so many bytes is out of the caches before it is complete, whoever reads it next.
 constexpr int64_t FAR_BYTES = 16 << 20;

@@ -1,4 +1,4 @@
-// What the operator (cpu.cpp) and its kernels (cpu_kernels.cpp) share.
+// The passes over the values of a tensor, for each type and layout.
 
 #pragma once
 

@@ -1,26 +1,32 @@
-#include "cpu_memory.h"
+// The operators that read a memory of past statistics, normalize, and store: the memories of mbnorm/memories
+// and the averages of mbnorm/averages.py. What takes dozens of tensor operations there is one pass here.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu_blend.h"
+#include "cpu_operator.h"
 #include "cpu_parallel.h"
+#include "cpu_tensors.h"
 
 namespace mbnorm {
 namespace {
 
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<double>;
+
 constexpr int64_t BLOCK = 256;       // channels whose sums stay in L1
 constexpr int64_t GRAIN = 32 << 10;  // fewest values worth a thread
-
-constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, SEEDED = 400, MOST_IF_ALIKE = 4;  // those of mbnorm/measures.py
 
 template <class A>
 void copy(A* to, const A* from, int64_t number) {
   std::memcpy(to, from, number * sizeof(A));
 }
-
-}  // namespace
 
 template <class A>
 bool all_finite(const A* values, int64_t number) {
@@ -34,147 +40,319 @@ bool all_finite(const A* values, int64_t number) {
   return std::all_of(sums, sums + LANES, [](A sum) { return sum == 0; });
 }
 
+// What an average has measured, in the order of its tensor. There was no batch before where `samples` is
+// negative; where there are statistics all the same, it is minus the number of batches that they stand for.
 template <class A>
-double Average<A>::read(double history_weight, int64_t n, A* past_mean, A* past_var) const {
-  copy(past_mean, mean, channels);
-  copy(past_var, var, channels);
-  if (!*filled) return 1;
-  return 1 - (measured ? measured_weight(history_weight, n) : history_weight);
-}
+struct Measured {
+  A ratio, error, last_values, samples;
+};
 
+// The blended statistics of the batch before. It is measured where `last` and `measured` are not null.
 template <class A>
-double Average<A>::measured_weight(double matched_values, int64_t n) const {
-  const bool known = measured->samples > 0;
-  const double ratio = known ? std::max(1.0, double(measured->ratio)) : 1,
-               error = std::max(0.0, double(measured->error)),
-               noise = known ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1,
-               inverse = noise * std::min(MOST_IF_ALIKE, ratio) * matched_values,
-               matched = (inverse - 1) / (inverse + 1);
-  return std::max(0.0, std::min(noise / (noise + error), matched));
-}
+struct Average {
+  A *mean, *var, *filled, *last = nullptr;
+  Measured<A>* measured = nullptr;
+  const A* given_weight = nullptr;  // of the history, where nothing is measured
+  double matched_values = 0;
+  bool by_measures = false;
+  int64_t channels;
 
-template <class A>
-void Average<A>::measure(const A* batch_mean, const A* blended_var, int64_t n) const {
-  const Measured<A> then = *measured;
-  Measured<A> now{0, 1, A(n), 0};
-  if (then.samples < 0) {
-    if (*filled) now = {A(n), 0, A(n), A(SEEDED)};
-  } else {
-    double step = 0, distance = 0;
-    int64_t live = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!(blended_var[c] > 0)) continue;
-      const double away = double(batch_mean[c]) - last[c], off = double(batch_mean[c]) - mean[c];
-      step += away * away / blended_var[c];
-      distance += off * off / blended_var[c];
-      ++live;
+  // `memory` is mean, var, filled and the history weight, and `read` empty; or `memory` mean, var, filled,
+  // last and measured, and `read` how many values are matched and whether by what is measured.
+  Average(const Tensors& memory, const Numbers& read, int64_t channels) : channels(channels) {
+    const bool measures = memory.size() == 5;
+    STD_TORCH_CHECK((measures || memory.size() == 4) && read.size() == (measures ? 2 : 0),
+                    "expected an average of 4 tensors and no numbers, or of 5 and 2, got ", memory.size(),
+                    " and ", read.size());
+    mean = state<A>(memory[0], channels);
+    var = state<A>(memory[1], channels);
+    filled = state<A>(memory[2], 1);
+    if (!measures) {
+      given_weight = state<A>(memory[3], 1);
+      return;
     }
-    const double channels_live = std::max<int64_t>(live, 1),
-                 ratio = step / channels_live / (1.0 / n + 1 / std::max(1.0, double(then.last_values))),
-                 weight = std::max(MEASURED_WEIGHT, EARLY / (then.samples + EARLY));
-    now.samples = then.samples + 1;
-    now.ratio = then.ratio + weight * (ratio - then.ratio);
-    now.error = then.error + weight * (distance / channels_live - ratio / n - then.error);
+    last = state<A>(memory[3], channels);
+    measured = reinterpret_cast<Measured<A>*>(state<A>(memory[4], sizeof(Measured<A>) / sizeof(A)));
+    matched_values = read[0];
+    by_measures = read[1] != 0;
   }
-  // statistics may be finite whose distances are not
-  if (std::isfinite(now.ratio) && std::isfinite(now.error)) *measured = now;
-  copy(last, batch_mean, channels);
-}
 
-template <class A>
-void Average<A>::copy_more(A* to) const {
-  if (!measured) return;
-  copy(to, last, channels);
-  std::memcpy(to + channels, measured, sizeof *measured);
-}
-
-template <class A>
-void Average<A>::store(const A* blended_mean, const A* blended_var) const {
-  copy(mean, blended_mean, channels);
-  copy(var, blended_var, channels);
-  *filled = 1;
-}
-
-template <class A>
-double Ring<A>::read(int64_t n, int64_t limit, double decay, bool pooled, A* past_mean, A* past_var) const {
-  struct Entry {
-    double share;
-    const A *means, *vars;
-  };
-  std::vector<Entry> entries;
-  entries.reserve(size);
-  double total = 0;
-  for (int64_t slot = 0; slot < size; ++slot) {
-    const int64_t back = (*position - 1 - slot) % size, age = (back < 0 ? back + size : back) + 1;
-    if (age > limit || counts[slot] == 0) continue;
-    // a seeded entry counts as many values as the batch
-    const double count = counts[slot] < 0 ? double(n) : double(counts[slot]);
-    const double weight = decay == 1 ? count : count * std::pow(decay, double(age));
-    entries.push_back({weight, mean + slot * channels, var + slot * channels});
-    total += weight;
+  // After how many batches the averages for inference are; `batches` is their counter.
+  double batches_seen(int64_t batches) const {
+    if (!measured) return batches;
+    const double samples = measured->samples;
+    return samples < 0 && *filled > 0 ? -samples : samples + 1;
   }
-  for (Entry& entry : entries) entry.share /= total;
-  const int64_t grain = std::max<int64_t>(BLOCK, GRAIN / std::max<size_t>(1, entries.size()));
-  parallel_for(0, channels, grain, [&](int64_t c0, int64_t c1) {
-    for (int64_t b = c0; b < c1; b += BLOCK) {
-      const int64_t length = std::min(BLOCK, c1 - b);
-      double m[BLOCK] = {}, v[BLOCK] = {};
-      // about the first entry's mean, so that one pass gives the variance between them without cancellation
-      const A* origin = entries.empty() ? mean : entries[0].means;
-      const double between = pooled;
-      for (const auto& [share, means, vars] : entries)
+
+  double history_weight(int64_t n) const {
+    if (!measured) return *given_weight;
+    if (!by_measures) return std::max(0.0, (matched_values - n) / (matched_values + n));
+    const bool known = measured->samples > 0;
+    const double ratio = known ? std::max(1.0, double(measured->ratio)) : 1,
+                 error = std::max(0.0, double(measured->error)),
+                 noise = known ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1,
+                 inverse = noise * std::min(MOST_IF_ALIKE, ratio) * matched_values,
+                 matched = (inverse - 1) / (inverse + 1);
+    return std::max(0.0, std::min(noise / (noise + error), matched));
+  }
+
+  // Write the past for a batch of n values per channel, and the weight of the batch.
+  void read(int64_t n, bool, const Record<A>& to) const {
+    copy(to.past_mean, mean, channels);
+    copy(to.past_var, var, channels);
+    std::fill_n(to.weight, channels, A(*filled > 0 ? 1 - history_weight(n) : 1));
+  }
+
+  void store(const Record<A>& batch, int64_t n) const {
+    if (measured) measure(batch, n);
+    copy(mean, batch.mean, channels);
+    copy(var, batch.var, channels);
+    *filled = 1;
+  }
+
+  void measure(const Record<A>& batch, int64_t n) const {
+    const Measured<A> then = *measured;
+    Measured<A> now{0, 1, A(n), 0};
+    if (then.samples < 0) {
+      if (*filled > 0) now = {A(n), 0, A(n), -then.samples};
+    } else {
+      double step = 0, distance = 0;
+      int64_t live = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        if (!(batch.var[c] > 0)) continue;
+        const double away = double(batch.batch_mean[c]) - last[c],
+                     off = double(batch.batch_mean[c]) - mean[c];
+        step += away * away / batch.var[c];
+        distance += off * off / batch.var[c];
+        ++live;
+      }
+      const double channels_live = std::max<int64_t>(live, 1),
+                   ratio = step / channels_live / (1.0 / n + 1 / std::max(1.0, double(then.last_values))),
+                   weight = std::max(MEASURED_WEIGHT, EARLY / (then.samples + EARLY));
+      now.samples = then.samples + 1;
+      now.ratio = then.ratio + weight * (ratio - then.ratio);
+      now.error = then.error + weight * (distance / channels_live - ratio / n - then.error);
+    }
+    // statistics may be finite whose distances are not
+    if (std::isfinite(now.ratio) && std::isfinite(now.error)) *measured = now;
+    copy(last, batch.batch_mean, channels);
+  }
+};
+
+// The statistics of the last batches: `size` slots, each with the mean and variance of the channels, a count
+// of values per channel, and an age: 0 where it is empty, 1 for the newest.
+template <class A>
+struct Ring {
+  A *mean, *var, *counts, *ages;
+  int64_t size, channels;
+  double limit, decay;
+
+  // `memory` is mean, var, counts and ages; `read` the greatest age that is read, and the decay.
+  Ring(const Tensors& memory, const Numbers& read, int64_t channels) : channels(channels) {
+    STD_TORCH_CHECK(memory.size() == 4 && read.size() == 2,
+                    "expected a ring of 4 tensors and 2 numbers, got ", memory.size(), " and ", read.size());
+    size = memory[2].numel();
+    STD_TORCH_CHECK(size > 0, "expected a ring of at least one slot");
+    mean = state<A>(memory[0], size * channels);
+    var = state<A>(memory[1], size * channels);
+    counts = state<A>(memory[2], size);
+    ages = state<A>(memory[3], size);
+    limit = read[0];
+    decay = read[1];
+  }
+
+  double batches_seen(int64_t batches) const { return batches; }
+
+  // Write the past for a batch of n values per channel, and the weight of the batch.
+  void read(int64_t n, bool pooled, const Record<A>& to) const {
+    struct Entry {
+      double share;
+      const A *means, *vars;
+    };
+    std::vector<Entry> entries;
+    entries.reserve(size);
+    double total = 0;
+    for (int64_t slot = 0; slot < size; ++slot) {
+      if (!(ages[slot] > 0 && ages[slot] <= limit)) continue;
+      // an entry that was seeded counts as many values as the batch
+      const double count = counts[slot] < 0 ? double(n) : double(counts[slot]);
+      const double weight = decay == 1 ? count : count * std::pow(decay, double(ages[slot]));
+      if (weight == 0) continue;
+      entries.push_back({weight, mean + slot * channels, var + slot * channels});
+      total += weight;
+    }
+    for (Entry& entry : entries) entry.share /= total;
+    const int64_t grain = std::max<int64_t>(BLOCK, GRAIN / std::max<size_t>(1, entries.size()));
+    parallel_for(0, channels, grain, [&](int64_t c0, int64_t c1) {
+      for (int64_t b = c0; b < c1; b += BLOCK) {
+        const int64_t length = std::min(BLOCK, c1 - b);
+        double m[BLOCK] = {}, v[BLOCK] = {};
+        // about the first entry's mean, so that one pass gives the variance between them without cancellation
+        const A* origin = entries.empty() ? mean : entries[0].means;
+        const double between = pooled;
+        for (const auto& [share, means, vars] : entries)
+          for (int64_t c = 0; c < length; ++c) {
+            const double distance = double(means[b + c]) - origin[b + c], weighted = share * distance;
+            m[c] += weighted;
+            v[c] += share * vars[b + c] + between * weighted * distance;
+          }
         for (int64_t c = 0; c < length; ++c) {
-          const double distance = double(means[b + c]) - origin[b + c], weighted = share * distance;
-          m[c] += weighted;
-          v[c] += share * vars[b + c] + between * weighted * distance;
+          const double variance = v[c] - between * m[c] * m[c];
+          to.past_mean[b + c] = m[c] + (entries.empty() ? 0 : origin[b + c]);
+          to.past_var[b + c] = variance < 0 ? 0 : variance;
         }
-      for (int64_t c = 0; c < length; ++c) {
-        const double var = v[c] - between * m[c] * m[c];
-        past_mean[b + c] = m[c] + (entries.empty() ? 0 : origin[b + c]);
-        past_var[b + c] = var < 0 ? 0 : var;
+      }
+    });
+    std::fill_n(to.weight, channels, A(n / (n + total)));
+  }
+
+  // Take the slot after the newest entry's, which is empty or the oldest's.
+  void store(const Record<A>& batch, int64_t n) const {
+    int64_t newest = -1;
+    for (int64_t slot = 0; slot < size; ++slot) {
+      if (ages[slot] == 1) newest = slot;
+      if (ages[slot] > 0) ++ages[slot];
+    }
+    const int64_t slot = (newest + 1) % size;
+    copy(mean + slot * channels, batch.batch_mean, channels);
+    copy(var + slot * channels, batch.batch_var, channels);
+    counts[slot] = n;
+    ages[slot] = 1;
+  }
+};
+
+// InferenceUpdate: what goes into the averages for inference, with which weight and rule.
+struct Update {
+  double weight, early;
+  bool cumulative, blended, unbiased, pooled;
+
+  explicit Update(const Numbers& numbers) {
+    STD_TORCH_CHECK(numbers.size() == 6, "expected an update of 6 numbers, got ", numbers.size());
+    weight = numbers[0], early = numbers[1], cumulative = numbers[2] != 0;
+    blended = numbers[3] != 0, unbiased = numbers[4] != 0, pooled = numbers[5] != 0;
+  }
+};
+
+// InferenceAverages: the statistics of eval mode, and counters of the batches in them and of those left out.
+template <class A>
+struct Averages {
+  A *mean, *var;
+  int64_t *batches, *skipped, channels;
+
+  Averages(const Tensors& averages, int64_t channels) : channels(channels) {
+    STD_TORCH_CHECK(averages.size() == 4, "expected averages of 4 tensors, got ", averages.size());
+    mean = state<A>(averages[0], channels);
+    var = state<A>(averages[1], channels);
+    batches = counter(averages[2]);
+    skipped = counter(averages[3]);
+  }
+
+  // Write the averages as they are once a batch of n values per channel is in; return whether they are
+  // finite.
+  bool after(const Record<A>& batch, int64_t n, const Update& update, double batches_seen, A* next_mean,
+             A* next_var) const {
+    const A *new_mean = update.blended ? batch.mean : batch.batch_mean,
+            *new_var = update.blended ? batch.var : batch.batch_var;
+    const double correction = update.unbiased && n > 1 ? double(n) / double(n - 1) : 1;
+    if (update.weight == 1) {
+      // also where the averages held so far are not finite
+      copy(next_mean, new_mean, channels);
+      for (int64_t c = 0; c < channels; ++c) next_var[c] = new_var[c] * correction;
+    } else {
+      const Blend blend(weight(update, batches_seen), update.pooled);
+      for (int64_t c = 0; c < channels; ++c) {
+        next_mean[c] = blend.mean(new_mean[c], mean[c]);
+        next_var[c] = blend.var(new_mean[c], new_var[c] * correction, mean[c], var[c]);
       }
     }
-  });
-  return n / (n + total);
-}
-
-template <class A>
-void Ring<A>::store(const A* batch_mean, const A* batch_var, int64_t n) const {
-  const int64_t slot = (*position % size + size) % size;
-  copy(mean + slot * channels, batch_mean, channels);
-  copy(var + slot * channels, batch_var, channels);
-  counts[slot] = n;
-  ++*position;
-}
-
-template <class A>
-bool Averages<A>::after(const A* new_mean, const A* new_var, int64_t n, const Update& update, A* next_mean,
-                        A* next_var) const {
-  const double early = update.early > 0 ? update.early / (*batches + update.early) : 0,
-               a = std::max(update.weight, early), b = 1 - a,
-               between = update.pooled ? a * b : 0,
-               correction = update.unbiased && n > 1 ? double(n) / double(n - 1) : 1;
-  if (a == 1) {
-    // also where the averages held so far are not finite
-    copy(next_mean, new_mean, channels);
-    for (int64_t c = 0; c < channels; ++c) next_var[c] = new_var[c] * correction;
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      const double distance = double(new_mean[c]) - mean[c];
-      next_mean[c] = a * new_mean[c] + b * mean[c];
-      next_var[c] = a * correction * new_var[c] + b * var[c] + between * distance * distance;
-    }
+    return all_finite(next_mean, channels) && all_finite(next_var, channels);
   }
-  return all_finite(next_mean, channels) && all_finite(next_var, channels);
+
+  double weight(const Update& update, double batches_seen) const {
+    if (update.cumulative) return 1.0 / (*batches + 1);
+    return update.early > 0 ? std::max(update.weight, update.early / (batches_seen + update.early))
+                            : update.weight;
+  }
+};
+
+// Store a batch of n values per channel in a memory and in the averages, if all that is stored is finite.
+template <class A, class Memory>
+void commit(const Memory& memory, const Averages<A>& averages, const Record<A>& batch, int64_t n,
+            const Update& update) {
+  const int64_t C = averages.channels;
+  std::unique_ptr<A[]> next(new A[2 * C]);
+  A *next_mean = next.get(), *next_var = next_mean + C;
+  const double seen = memory.batches_seen(*averages.batches);
+  if (!averages.after(batch, n, update, seen, next_mean, next_var) || !all_finite(batch.mean, C) ||
+      !all_finite(batch.var, C)) {
+    ++*averages.skipped;
+    return;
+  }
+  memory.store(batch, n);
+  copy(averages.mean, next_mean, C);
+  copy(averages.var, next_var, C);
+  ++*averages.batches;
 }
 
-template struct Average<float>;
-template struct Average<double>;
-template struct Ring<float>;
-template struct Ring<double>;
-template struct Averages<float>;
-template struct Averages<double>;
-template bool all_finite(const float*, int64_t);
-template bool all_finite(const double*, int64_t);
+// Read a memory, normalize, and store or not.
+template <template <class> class Memory>
+std::tuple<Tensor, Tensor> forward_with(const Tensor& x, const Optional& weight, const Optional& bias,
+                                        const Tensors& memory, const Tensors& averages, const Numbers& read,
+                                        const Numbers& update, bool pooled, double eps, bool store) {
+  const Tensor source = walkable(x), y = like(source);
+  const Layout at = layout_of(source);
+  const int64_t C = at.channels, n = at.rows();
+  STD_TORCH_CHECK(!averages.empty(), "expected averages, got none");
+  const Tensor record = matrix(Record<float>::ROWS, C, averages[0]);
+  dispatch(source, [&]<class A>(A, Type type) {
+    const Values<A> w(weight, C), b(bias, C);
+    const Memory<A> past(memory, read, C);
+    const Averages<A> running(averages, C);
+    const Record<A> rows(data<A>(record), C);
+    past.read(n, pooled, rows);
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, pooled, eps, rows);
+    if (store) commit(past, running, rows, n, Update(update));
+  });
+  return {restored(y, source, x), record};
+}
+
+// Store a batch that is given by the sums that blend_sums() takes.
+template <template <class> class Memory>
+void commit_to(const Tensor& sums, const Tensors& memory, const Tensors& averages, const Numbers& read,
+               const Numbers& update, bool pooled) {
+  STD_TORCH_CHECK(!averages.empty(), "expected averages, got none");
+  dispatch(averages[0], [&]<class A>(A, Type) {
+    const int64_t C = averages[0].numel();
+    const double* given = state<double>(sums, 2 * C + 2);
+    const int64_t n = std::llround(given[2 * C]);
+    const Memory<A> past(memory, read, C);
+    const Averages<A> running(averages, C);
+    std::unique_ptr<A[]> values(new A[Record<A>::ROWS * C]);
+    const Record<A> rows(values.get(), C);
+    past.read(n, pooled, rows);
+    blend_sums(given, pooled, rows);
+    commit(past, running, rows, n, Update(update));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
+  for (const std::string kind : {"average", "ring"}) {
+    const std::string arguments =
+        "Tensor(a!)[] memory, Tensor(b!)[] averages, float[] read, float[] update, bool pooled";
+    m.def(("forward_with_" + kind + "(Tensor x, Tensor? weight, Tensor? bias, " + arguments +
+           ", float eps, bool store) -> (Tensor y, Tensor record)")
+              .c_str());
+    m.def(("commit_to_" + kind + "(Tensor sums, " + arguments + ") -> ()").c_str());
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
+  m.impl("forward_with_average", TORCH_BOX(&forward_with<Average>));
+  m.impl("forward_with_ring", TORCH_BOX(&forward_with<Ring>));
+  m.impl("commit_to_average", TORCH_BOX(&commit_to<Average>));
+  m.impl("commit_to_ring", TORCH_BOX(&commit_to<Ring>));
+}
 
 }  // namespace mbnorm

@@ -2,16 +2,19 @@
 //
 // Channels first: a chunk of channels at a time, so that the second pass over it finds it in cache.
 // Channels last: fixed chunks of rows, whose partial sums are combined in order; of few rows, chunks of
-// channels. How the work is cut depends on sizes alone, never on the number
-// of threads, so neither do the results.
+// channels. How the work is cut depends on sizes alone, so the results do not depend on the number of
+// threads.
 
 #include "cpu_operator.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <tuple>
 
+#include "cpu_blend.h"
 #include "cpu_parallel.h"
+#include "cpu_tensors.h"
 
 namespace mbnorm {
 namespace {
@@ -21,6 +24,13 @@ constexpr int64_t LAST_CHUNK = 128;              // channels last: channels of a
 constexpr int64_t FEW_ROWS = TILE_ROWS;          // channels last: up to so many rows are not cut
 constexpr int64_t ROW_CHUNK_VALUES = 64 << 10;   // channels last: values of a chunk of whole rows
 constexpr int64_t GRAIN = 16 << 10;              // fewest values worth a thread
+
+// Before a loop of which no iteration reads what another has written.
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 // Call f(first, last) on chunks of `size` out of [0, n), in parallel; what is left of n joins the last one if
 // it is shorter than `least`.
@@ -55,8 +65,9 @@ void two_passes(const Layout& at, int64_t value_bytes, const Sum& sum, const Fin
   const int64_t chunks = ceil_div(rows, chunk), numbers_each = Sums::NUMBERS * channels;
   std::unique_ptr<double[]> numbers(new double[chunks * numbers_each]);
   const auto sums_of = [&](int64_t r0) { return Sums(numbers.get() + r0 / chunk * numbers_each, channels); };
-  parallel_chunks(rows, chunk, 1, channels,
-                  [&](int64_t r0, int64_t r1) { sum({0, channels, r0, r1}, sums_of(r0)); });
+  parallel_chunks(rows, chunk, 1, channels, [&](int64_t r0, int64_t r1) {
+    sum({0, channels, r0, r1}, sums_of(r0));
+  });
   const Sums sums = sums_of(0);
   for (int64_t r0 = chunk; r0 < rows; r0 += chunk) {
     const Sums more = sums_of(r0);
@@ -74,66 +85,57 @@ const Kernels<A>& kernels(Type type, const Layout& at) {
     return float_kernels(type, at);
 }
 
-// The law of mixing. Its numbers are copies: a loop that reads them from elsewhere is not vectorized.
-struct Blend {
-  double a, between;
-
-  explicit Blend(const Rule& rule)
-      : a(rule.batch_weight), between(rule.pooled ? rule.batch_weight * (1 - rule.batch_weight) : 0) {}
-
-  template <class A>
-  void operator()(int64_t c, double batch_mean, double batch_var, const Past<A>& past,
-                  const Statistics<A>& out) const {
-    const double distance = batch_mean - past.mean[c];
-    out.batch_mean[c] = batch_mean;
-    out.batch_var[c] = batch_var;
-    out.mean[c] = a * batch_mean + (1 - a) * past.mean[c];
-    out.var[c] = a * batch_var + (1 - a) * past.var[c] + between * distance * distance;
-  }
-};
-
-int64_t bytes(Type type) {
-  return type == Type::Double ? 8 : type == Type::Float ? 4 : 2;
+template <class A>
+inline void write_blended(int64_t c, double batch_mean, double batch_var, const Blend& blend,
+                          const Record<A>& out) {
+  out.batch_mean[c] = batch_mean;
+  out.batch_var[c] = batch_var;
+  out.mean[c] = blend.mean(batch_mean, out.past_mean[c]);
+  out.var[c] = blend.var(batch_mean, batch_var, out.past_mean[c], out.past_var[c]);
 }
+
+int64_t bytes(Type type) { return type == Type::Double ? 8 : type == Type::Float ? 4 : 2; }
 
 }  // namespace
 
+// Not inlined into the operators: g++ does not vectorize its loops there.
 template <class A>
-void forward(const Layout& at, Type type, const void* x, void* y, const Affine<A>& affine,
-             const Past<A>& past, const Rule& rule, const Statistics<A>& out) {
+[[gnu::noinline]] void forward(const Layout& at, Type type, const void* x, void* y, const A* weight,
+                               const A* bias, bool pooled, double eps, const Record<A>& record) {
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[2 * at.channels]);
-  A *scale = coefficients.get(), *bias = scale + at.channels;
+  A *scale = coefficients.get(), *shift = scale + at.channels;
   const double n = at.rows();
-  const Blend blend(rule);
+  const Blend blend(*record.weight, pooled);
   two_passes<Moments>(
       at, bytes(type), [&](const Range& range, const Moments& sums) { run.moments(at, range, x, sums); },
       [&](int64_t c0, int64_t c1, const Moments& sums) {
-#pragma GCC ivdep
+        INDEPENDENT
         for (int64_t c = c0; c < c1; ++c) {
           const double offset = sums.sum[c] / n, rest = sums.square[c] / n - offset * offset;
-          blend(c, sums.shift[c] + offset, rest < 0 ? 0 : rest, past, out);
-          scale[c] = (affine.weight ? affine.weight[c] : 1) / std::sqrt(out.var[c] + rule.eps);
-          bias[c] = affine.bias ? affine.bias[c] : 0;
+          write_blended(c, sums.shift[c] + offset, rest < 0 ? 0 : rest, blend, record);
+          scale[c] = (weight ? weight[c] : 1) / std::sqrt(record.var[c] + eps);
+          shift[c] = bias ? bias[c] : 0;
         }
       },
-      [&](const Range& range) { run.normalize(at, range, x, y, out.mean, scale, bias); });
+      [&](const Range& range) { run.normalize(at, range, x, y, record.mean, scale, shift); });
 }
 
 template <class A>
-void backward(const Layout& at, Type type, const void* g, const void* x, void* dx, const A* weight,
-              const Statistics<A>& saved, const Rule& rule, A* dw, A* db) {
+[[gnu::noinline]] void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx,
+                                const A* weight, const Record<A>& record, bool pooled, double eps, A* dw,
+                                A* db) {
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[3 * at.channels]);
   A *scale = coefficients.get(), *slope = scale + at.channels, *offset = slope + at.channels;
-  const double share = rule.batch_weight / at.rows();
+  const double share = *record.weight / double(at.rows());
   two_passes<Products>(
       at, bytes(type),
-      [&](const Range& range, const Products& sums) { run.products(at, range, g, x, saved.mean, sums); },
+      [&](const Range& range, const Products& sums) { run.products(at, range, dy, x, record.mean, sums); },
       [&](int64_t c0, int64_t c1, const Products& sums) {
-#pragma GCC ivdep
+        INDEPENDENT
         for (int64_t c = c0; c < c1; ++c) {
-          const double rstd = 1 / std::sqrt(saved.var[c] + rule.eps);
+          const double rstd = 1 / std::sqrt(record.var[c] + eps);
           dw[c] = sums.product[c] * rstd;
           db[c] = sums.sum[c];
           scale[c] = (weight ? weight[c] : 1) * rstd;
@@ -142,31 +144,82 @@ void backward(const Layout& at, Type type, const void* g, const void* x, void* d
         }
       },
       [&](const Range& range) {
-        const A* center = rule.pooled ? saved.mean : saved.batch_mean;
-        if (dx) run.differentiate(at, range, g, x, dx, center, scale, slope, offset);
+        const A* center = pooled ? record.mean : record.batch_mean;
+        if (dx) run.differentiate(at, range, dy, x, dx, center, scale, slope, offset);
       });
 }
 
 template <class A>
-void pool(const double* sums, int64_t channels, const Past<A>& past, const Rule& rule, const Statistics<A>& out) {
+void blend_sums(const double* sums, bool pooled, const Record<A>& record) {
+  const int64_t channels = record.channels;
   const double n = sums[2 * channels];
-  const Blend blend(rule);
+  const Blend blend(*record.weight, pooled);
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = sums[c] / n, var = sums[channels + c] / n - mean * mean;
     // a comparison that is false for NaN
-    blend(c, mean, var < 0 ? 0 : var, past, out);
+    write_blended(c, mean, var < 0 ? 0 : var, blend, record);
   }
 }
 
-template void pool(const double*, int64_t, const Past<float>&, const Rule&, const Statistics<float>&);
-template void pool(const double*, int64_t, const Past<double>&, const Rule&, const Statistics<double>&);
-template void forward(const Layout&, Type, const void*, void*, const Affine<float>&, const Past<float>&,
-                      const Rule&, const Statistics<float>&);
-template void forward(const Layout&, Type, const void*, void*, const Affine<double>&, const Past<double>&,
-                      const Rule&, const Statistics<double>&);
-template void backward(const Layout&, Type, const void*, const void*, void*, const float*,
-                       const Statistics<float>&, const Rule&, float*, float*);
-template void backward(const Layout&, Type, const void*, const void*, void*, const double*,
-                       const Statistics<double>&, const Rule&, double*, double*);
+template void forward(const Layout&, Type, const void*, void*, const float*, const float*, bool, double,
+                      const Record<float>&);
+template void forward(const Layout&, Type, const void*, void*, const double*, const double*, bool, double,
+                      const Record<double>&);
+template void blend_sums(const double*, bool, const Record<float>&);
+template void blend_sums(const double*, bool, const Record<double>&);
+
+namespace {
+
+// Copy a past given by tensors into a record, blend the batch with it, and normalize.
+std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Optional& weight, const Optional& bias,
+                                      const Tensor& past_mean, const Tensor& past_var,
+                                      const Tensor& batch_weight, bool pooled, double eps) {
+  const Tensor source = walkable(x), y = like(source);
+  const Layout at = layout_of(source);
+  const int64_t C = at.channels;
+  const Tensor record = matrix(Record<float>::ROWS, C, past_mean);
+  dispatch(source, [&]<class A>(A, Type type) {
+    const Values<A> w(weight, C), b(bias, C), mean(past_mean, C), var(past_var, C), a(batch_weight, 1);
+    const Record<A> rows(data<A>(record), C);
+    std::copy_n(mean.p, C, rows.past_mean);
+    std::copy_n(var.p, C, rows.past_var);
+    std::fill_n(rows.weight, C, *a.p);
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, pooled, eps, rows);
+  });
+  return {restored(y, source, x), record};
+}
+
+// dx is empty if it is not needed.
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Optional& weight,
+                                               const Tensor& record, bool pooled, double eps, bool need_dx) {
+  STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
+  const Tensor source = walkable(x), g = arranged(dy, source), dx = need_dx ? like(source) : vector(0, x);
+  const Layout at = layout_of(source);
+  const int64_t C = at.channels;
+  const Tensor dw = vector(C, record), db = vector(C, record);
+  dispatch(source, [&]<class A>(A, Type type) {
+    const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C);
+    const Record<A> rows(data<A>(*saved.held), C);
+    backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p, rows,
+                pooled, eps, data<A>(dw), data<A>(db));
+  });
+  return {need_dx ? restored(dx, source, x) : dx, dw, db};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
+  m.def(
+      "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, "
+      "Tensor batch_weight, bool pooled, float eps) -> (Tensor y, Tensor record)");
+  m.def(
+      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, bool need_dx) "
+      "-> (Tensor dx, Tensor dw, Tensor db)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward_op));
+  m.impl("backward", TORCH_BOX(&backward_op));
+}
 
 }  // namespace mbnorm

@@ -6,39 +6,39 @@
 
 namespace mbnorm {
 
-// How the batch is blended with the past.
-struct Rule {
-  double batch_weight, eps;
-  bool pooled;
+// What a forward leaves behind: seven rows of a number per channel. `weight` is that of the batch, in every
+// column.
+template <class A>
+struct Record {
+  static constexpr int64_t ROWS = 7;
+
+  A *batch_mean, *batch_var, *mean, *var, *past_mean, *past_var, *weight;
+  int64_t channels;
+
+  Record(A* p, int64_t channels)
+      : batch_mean(p),
+        batch_var(p + channels),
+        mean(p + 2 * channels),
+        var(p + 3 * channels),
+        past_mean(p + 4 * channels),
+        past_var(p + 5 * channels),
+        weight(p + 6 * channels),
+        channels(channels) {}
 };
 
-// Weight and bias may be null.
+// Normalize with the past that the record has, and write the statistics into it. Weight and bias may be null.
 template <class A>
-struct Affine {
-  const A *weight, *bias;
-};
-
-template <class A>
-struct Past {
-  const A *mean, *var;
-};
-
-template <class A>
-struct Statistics {
-  A *batch_mean, *batch_var, *mean, *var;
-};
-
-template <class A>
-void forward(const Layout& at, Type type, const void* x, void* y, const Affine<A>& affine,
-             const Past<A>& past, const Rule& rule, const Statistics<A>& out);
-
-// Blend the statistics of a batch that `sums` holds: per channel n mean and n (var + mean^2), then n.
-template <class A>
-void pool(const double* sums, int64_t channels, const Past<A>& past, const Rule& rule, const Statistics<A>& out);
+void forward(const Layout& at, Type type, const void* x, void* y, const A* weight, const A* bias, bool pooled,
+             double eps, const Record<A>& record);
 
 // dx may be null.
 template <class A>
-void backward(const Layout& at, Type type, const void* g, const void* x, void* dx, const A* weight,
-              const Statistics<A>& saved, const Rule& rule, A* dw, A* db);
+void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx, const A* weight,
+              const Record<A>& record, bool pooled, double eps, A* dw, A* db);
+
+// Write the statistics of a batch that is given by sums, and their blend with the past, into the record: per
+// channel n mean and n (var + mean^2), then n.
+template <class A>
+void blend_sums(const double* sums, bool pooled, const Record<A>& record);
 
 }  // namespace mbnorm

@@ -15,8 +15,11 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     if (begin < end) f(begin, end);
     return;
   }
-  const auto call = [](int64_t first, int64_t last, void* held) { (*static_cast<const F*>(held))(first, last); };
-  if (torch_parallel_for(begin, end, grain, call, const_cast<void*>(static_cast<const void*>(&f)))) f(begin, end);
+  const auto call = [](int64_t first, int64_t last, void* held) {
+    (*static_cast<const F*>(held))(first, last);
+  };
+  if (torch_parallel_for(begin, end, grain, call, const_cast<void*>(static_cast<const void*>(&f))))
+    f(begin, end);
 }
 
 }  // namespace mbnorm

@@ -6,20 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.blend import Variance, blend, statistics_dtype
+from mbnorm.blend import VarianceRule, blend, statistics_dtype
 
 
-def blended_batch_norm(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(y, batch_mean, batch_var, mean, var)``; all of them carry gradients."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return ``y``, which carries gradients, and the rows of a `mbnorm.functional.Record`, which do not."""
     values = x.to(statistics_dtype(x.dtype))
     dims = [d for d in range(x.dim()) if d != 1]
     per_channel = [1, -1] + [1] * (x.dim() - 2)
@@ -27,7 +27,7 @@ def blended_batch_norm(
     # the variance's derivative has this mean, and a compiled backward sums again for any other
     batch_mean = values.mean(dims, keepdim=True).view(-1)
     batch_mean = batch_mean + (precise_mean - batch_mean).detach()
-    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance)
+    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
@@ -37,7 +37,8 @@ def blended_batch_norm(
     if bias is not None:
         shift = shift + bias
     y = (values - center.view(per_channel)) * scale.view(per_channel) + shift.view(per_channel)
-    return y.to(x.dtype), batch_mean, batch_var, mean, var
+    statistics = (s.detach() for s in (batch_mean, batch_var, mean, var))
+    return y.to(x.dtype), (*statistics, past_mean, past_var, batch_weight)
 
 
 def differentiable_gradients(
@@ -48,7 +49,7 @@ def differentiable_gradients(
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -56,6 +57,6 @@ def differentiable_gradients(
     # views: where the input depends on the weight, that path is for the graph outside
     views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
     past = past_mean, past_var, batch_weight
-    y = blended_batch_norm(views[0], views[1], views[2], *past, variance, eps)[0]
+    y, _ = forward(views[0], views[1], views[2], *past, variance_rule, eps)
     wanted = [t for t, need in zip(views, needs, strict=True) if need]
     return list(torch.autograd.grad(y, wanted, dy, create_graph=True))

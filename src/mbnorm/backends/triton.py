@@ -1,9 +1,11 @@
-"""The operator as Triton kernels, for CUDA and ROCm.
+"""The operator and the memories as Triton kernels, for CUDA and ROCm.
 
 Triton is neither imported nor looked for before `missing` is called; whoever gets None from it may call the
-rest.
+rest. What these functions take and return is what `mbnorm.backends.cpu` says, but they are not
+differentiable, and what they read of a memory stays on the device.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,16 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mbnorm.blend import Variance
+from mbnorm.blend import VarianceRule
 
 # torch calls ROCm's devices cuda, too
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-STATES_OF_A_LAYER = 6
-"""Tensors beside the memory that a forward may write: running statistics, counters and log."""
 
-_launch: Any = None
-_remember: Any = None
+_forward: Any = None
+_backward: Any = None
+_memory: Any = None
 _operators: Any = None
 
 
@@ -30,15 +31,16 @@ def missing() -> str | None:
     """Return why these kernels cannot be used here, in one line, or None; the first call imports Triton."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    global _launch, _remember, _operators
-    from mbnorm.backends import triton_launch, triton_remember
+    global _forward, _backward, _memory, _operators
+    from mbnorm.backends import triton_backward, triton_forward, triton_memory
 
-    _launch, _remember, _operators = triton_launch, triton_remember, torch.ops.mbnorm_triton
+    _forward, _backward, _memory = triton_forward, triton_backward, triton_memory
+    _operators = torch.ops.mbnorm_triton
     return None
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether torch's dispatcher, which takes longer than a launch, would do no more than call a function."""
+    """Whether torch's dispatcher, which takes longer than a launch, can be bypassed."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -55,77 +57,81 @@ def forward(
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    variance: Variance,
+    variance_rule: VarianceRule,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y`` and the rows ``(batch_mean, batch_var, mean, var)``."""
-    run = _launch.forward if is_plain(x, weight, bias) else _operators.forward.default
-    y, statistics = run(x, weight, bias, past_mean, past_var, batch_weight, variance == "pooled", eps)
-    return y, statistics
+    """Return ``y`` and the record.
+
+    Its rows are mean and variance of the batch, blended mean and variance, past mean and variance, and the
+    weight of the batch.
+    """
+    run = _forward.forward if is_plain(x, weight, bias) else _operators.forward.default
+    y, record = run(x, weight, bias, past_mean, past_var, batch_weight, variance_rule == "pooled", eps)
+    return y, record
 
 
 def forward_with_average(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
     pooled: bool,
     eps: float,
-    memory_mean: Tensor,
-    memory_var: Tensor,
-    filled: Tensor,
-    last: Tensor | None,
-    measured: Tensor | None,
-    history_weight: Tensor | float,
-    *rest: Any,
+    store: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Do as `mbnorm.backends.cpu.forward_with_average`, not differentiably.
-
-    A history weight on the device stays there.
-    """
-    given = history_weight if isinstance(history_weight, Tensor) else None
-    fixed = 0.0 if isinstance(history_weight, Tensor) else history_weight
-    memory = memory_mean, memory_var, filled, last, measured
-    arguments = x, weight, bias, pooled, eps, *memory, given, fixed, *rest
-    result: tuple[Tensor, Tensor]
-    if not is_plain(x, weight, bias):
-        result = _operators.forward_with_average.default(*arguments)
-        return result
-    result = _remember.forward_with_average(*arguments)
-    _written(*memory, *rest[:STATES_OF_A_LAYER])
-    return result
+    """Read a moving average, normalize, and ``store`` or not; return ``y`` and the record."""
+    how = read, update, pooled, eps, store
+    return _with_memory("forward_with_average", x, weight, bias, memory, averages, *how)
 
 
 def forward_with_ring(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pooled: bool, eps: float, *rest: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    read: Sequence[float],
+    update: Sequence[float],
+    pooled: bool,
+    eps: float,
+    store: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Do as `mbnorm.backends.cpu.forward_with_ring`, not differentiably."""
-    result: tuple[Tensor, Tensor]
-    if not is_plain(x, weight, bias):
-        result = _operators.forward_with_ring.default(x, weight, bias, pooled, eps, *rest)
-        return result
-    result = _remember.forward_with_ring(x, weight, bias, pooled, eps, *rest)
-    memory, layer = rest[:4], rest[6:]
-    _written(*memory, *layer[:STATES_OF_A_LAYER])
-    return result
+    """Read a ring of recent batches, normalize, and ``store`` or not; return ``y`` and the record."""
+    how = read, update, pooled, eps, store
+    return _with_memory("forward_with_ring", x, weight, bias, memory, averages, *how)
 
 
-def _written(*states: Tensor | None) -> None:
-    """Tell autograd what the kernels wrote, as the dispatcher does."""
-    torch.autograd.graph.increment_version([s for s in states if s is not None])
+def _with_memory(
+    name: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    memory: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    *how: Any,
+) -> tuple[Tensor, Tensor]:
+    plain = is_plain(x, weight, bias)
+    run = getattr(_memory, name) if plain else getattr(_operators, name).default
+    y, record = run(x, weight, bias, memory, averages, *how)
+    if plain:
+        # tell autograd what the kernels wrote, as the dispatcher does
+        torch.autograd.graph.increment_version([*memory, *averages])
+    return y, record
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    batch_weight: Tensor | None,
-    statistics: Tensor,
-    variance: Variance,
+    record: Tensor,
+    variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the statistics that `forward` returned, or for a record."""
-    run = _launch.backward if is_plain(dy, x, weight) else _operators.backward.default
-    dx, parameters = run(dy, x, weight, batch_weight, statistics, variance == "pooled", eps, need_dx)
-    dw, db = parameters.unbind(0)
+    """Return ``(dx, dw, db)`` for the record that a forward returned."""
+    run = _backward.backward if is_plain(dy, x, weight) else _operators.backward.default
+    dx, dw, db = run(dy, x, weight, record, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

@@ -1,17 +1,24 @@
-"""The backward as Triton kernels: one for short channels, three for long ones."""
+"""The backward by Triton kernels: one launch for short channels, three for long ones."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mbnorm.backends.triton_tiles import my_channels, my_tiles, tile
+from mbnorm.backends.triton_cut import parts_cut
+from mbnorm.backends.triton_launch import contiguous, empty_like, kind_of, launch, on_device_of, register
+from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_range
+from mbnorm.blend import statistics_dtype
 
 
 @triton.jit
 def _sums(
-    dy,
-    x,
+    dy_ptr,
+    x_ptr,
     mean,
-    channel,
+    offs_c,
     begin,
     end,
     channels,
@@ -27,9 +34,9 @@ def _sums(
     product = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     plain = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     for step in range(begin, end):
-        offsets, mask, _ = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
-        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(STATE)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
+        offs, mask, _ = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+        gradient = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(STATE)
+        values = tl.load(x_ptr + offs, mask=mask, other=0.0).to(STATE)
         # a value that is not there has no gradient, whatever the mean
         product += tl.where(mask, gradient * (values - mean[:, None]), 0.0)
         plain += gradient
@@ -38,15 +45,14 @@ def _sums(
 
 @triton.jit
 def _input_gradient(
-    dy,
-    x,
-    dx,
-    weight,
-    batch_weight,
-    record,
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    weight_ptr,
+    record_ptr,
     dw,
     db,
-    channel,
+    offs_c,
     begin,
     end,
     channels,
@@ -54,49 +60,47 @@ def _input_gradient(
     inner,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    there = channel < channels
-    rstd = tl.rsqrt(tl.load(record + 3 * channels + channel, mask=there, other=1.0) + EPS)
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
+    channel_mask = offs_c < channels
+    rstd = tl.rsqrt(tl.load(record_ptr + 3 * channels + offs_c, mask=channel_mask, other=1.0) + EPS)
     scale = rstd
-    if weight is not None:
-        scale *= tl.load(weight + channel, mask=there, other=0.0)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + offs_c, mask=channel_mask, other=0.0)
     # of the pooled variance the gradient is about the blended mean, of the averaged about the batch's
-    centre = tl.load(record + (2 * channels if POOLED else 0) + channel, mask=there, other=0.0)
-    if batch_weight is None:
-        batch_weight = record + 6 * channels
-    share = tl.load(batch_weight) / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
+    centre = tl.load(record_ptr + (2 * channels if POOLED else 0) + offs_c, mask=channel_mask, other=0.0)
+    batch_weight = tl.load(record_ptr + 6 * channels)
+    share = batch_weight / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw
     for back in range(begin, end):
         step = begin + end - 1 - back
-        offsets, mask, _ = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
-        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(STATE)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
-        away = values - centre[:, None]
-        result = scale[:, None] * (gradient - level[:, None] - slope[:, None] * away)
-        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
+        offs, mask, _ = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+        gradient = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(STATE)
+        values = tl.load(x_ptr + offs, mask=mask, other=0.0).to(STATE)
+        distance = values - centre[:, None]
+        result = scale[:, None] * (gradient - level[:, None] - slope[:, None] * distance)
+        tl.store(dx_ptr + offs, result.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def backward_whole(
-    dy,
-    x,
-    dx,
-    weight,
-    batch_weight,
-    record,
-    parameters,
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    weight_ptr,
+    record_ptr,
+    dw_ptr,
+    db_ptr,
     channels,
     outer,
     units,
     per_split,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -104,29 +108,42 @@ def backward_whole(
     BLOCK_I: tl.constexpr,
 ):
     """All of a backward, for channels that one program can go through twice; without ``dx`` once."""
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
     inner = units * UNIT
-    channel = my_channels(BLOCK_C)
-    there = channel < channels
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    mean = tl.load(record + 2 * channels + channel, mask=there, other=0.0)
-    var = tl.load(record + 3 * channels + channel, mask=there, other=1.0)
+    offs_c = channel_offsets(BLOCK_C)
+    mask = offs_c < channels
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    mean = tl.load(record_ptr + 2 * channels + offs_c, mask=mask, other=0.0)
+    var = tl.load(record_ptr + 3 * channels + offs_c, mask=mask, other=1.0)
     product, db = _sums(
-        dy, x, mean, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
+        dy_ptr,
+        x_ptr,
+        mean,
+        offs_c,
+        begin,
+        end,
+        channels,
+        outer,
+        inner,
+        STATE,
+        ROWS,
+        BLOCK_C,
+        BLOCK_O,
+        BLOCK_I,
     )
     dw = product * tl.rsqrt(var + EPS)
-    tl.store(parameters + channel, dw, mask=there)
-    tl.store(parameters + channels + channel, db, mask=there)
-    if dx is not None:
+    tl.store(dw_ptr + offs_c, dw, mask=mask)
+    tl.store(db_ptr + offs_c, db, mask=mask)
+    if dx_ptr is not None:
         _input_gradient(
-            dy,
-            x,
-            dx,
-            weight,
-            batch_weight,
-            record,
+            dy_ptr,
+            x_ptr,
+            dx_ptr,
+            weight_ptr,
+            record_ptr,
             dw,
             db,
-            channel,
+            offs_c,
             begin,
             end,
             channels,
@@ -134,7 +151,6 @@ def backward_whole(
             inner,
             EPS,
             POOLED,
-            STATE,
             ROWS,
             BLOCK_O,
             BLOCK_I,
@@ -143,15 +159,14 @@ def backward_whole(
 
 @triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def sums_part(
-    dy,
-    x,
-    record,
-    parts,
+    dy_ptr,
+    x_ptr,
+    record_ptr,
+    parts_ptr,
     channels,
     outer,
     units,
     per_split,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -159,59 +174,74 @@ def sums_part(
     BLOCK_I: tl.constexpr,
 ):
     """The sums of dy (x - mean) and of dy over a part of the values: rows of ``parts``, (2, splits, C)."""
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
     inner = units * UNIT
-    channel = my_channels(BLOCK_C)
-    there = channel < channels
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
-    mean = tl.load(record + 2 * channels + channel, mask=there, other=0.0)
+    offs_c = channel_offsets(BLOCK_C)
+    mask = offs_c < channels
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    mean = tl.load(record_ptr + 2 * channels + offs_c, mask=mask, other=0.0)
     product, plain = _sums(
-        dy, x, mean, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
+        dy_ptr,
+        x_ptr,
+        mean,
+        offs_c,
+        begin,
+        end,
+        channels,
+        outer,
+        inner,
+        STATE,
+        ROWS,
+        BLOCK_C,
+        BLOCK_O,
+        BLOCK_I,
     )
-    row = tl.program_id(1).to(tl.int64) * channels + channel
-    tl.store(parts + row, product, mask=there)
-    tl.store(parts + tl.num_programs(1).to(tl.int64) * channels + row, plain, mask=there)
+    offs = tl.program_id(1).to(tl.int64) * channels + offs_c
+    tl.store(parts_ptr + offs, product, mask=mask)
+    tl.store(parts_ptr + tl.num_programs(1).to(tl.int64) * channels + offs, plain, mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def add_parts(
-    parts,
-    record,
-    parameters,
+    parts_ptr,
+    record_ptr,
+    dw_ptr,
+    db_ptr,
     channels,
     splits,
     EPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradients of weight and bias, rows of ``parameters``, of all parts together."""
-    channel = my_channels(BLOCK_C)
-    there = channel < channels
-    split = tl.arange(0, BLOCK_S)
-    mask = (split < splits)[:, None] & there[None, :]
-    place = parts + split.to(tl.int64)[:, None] * channels + channel[None, :]
-    product = tl.sum(tl.load(place, mask=mask, other=0.0), 0)
-    plain = tl.sum(tl.load(place + tl.cast(splits, tl.int64) * channels, mask=mask, other=0.0), 0)
-    var = tl.load(record + 3 * channels + channel, mask=there, other=1.0)
-    tl.store(parameters + channel, product * tl.rsqrt(var + EPS), mask=there)
-    tl.store(parameters + channels + channel, plain, mask=there)
+    """The gradients of weight and bias, of all parts together."""
+    offs_c = channel_offsets(BLOCK_C)
+    channel_mask = offs_c < channels
+    offs_s = tl.arange(0, BLOCK_S)
+    mask = (offs_s < splits)[:, None] & channel_mask[None, :]
+    offs = offs_s.to(tl.int64)[:, None] * channels + offs_c[None, :]
+    row = tl.cast(splits, tl.int64) * channels
+    product = tl.sum(tl.load(parts_ptr + offs, mask=mask, other=0.0), 0)
+    plain = tl.sum(tl.load(parts_ptr + row + offs, mask=mask, other=0.0), 0)
+    var = tl.load(record_ptr + 3 * channels + offs_c, mask=channel_mask, other=1.0)
+    tl.store(dw_ptr + offs_c, product * tl.rsqrt(var + EPS), mask=channel_mask)
+    tl.store(db_ptr + offs_c, plain, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def input_gradient_part(
-    dy,
-    x,
-    dx,
-    weight,
-    batch_weight,
-    record,
-    parameters,
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    weight_ptr,
+    record_ptr,
+    dw_ptr,
+    db_ptr,
     channels,
     outer,
     units,
     per_split,
     EPS: tl.constexpr,
     POOLED: tl.constexpr,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -220,21 +250,20 @@ def input_gradient_part(
 ):
     """The gradient of the input for a part of the values."""
     inner = units * UNIT
-    channel = my_channels(BLOCK_C, True)
-    there = channel < channels
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
-    dw = tl.load(parameters + channel, mask=there, other=0.0)
-    db = tl.load(parameters + channels + channel, mask=there, other=0.0)
+    offs_c = channel_offsets(BLOCK_C, True)
+    mask = offs_c < channels
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
+    dw = tl.load(dw_ptr + offs_c, mask=mask, other=0.0)
+    db = tl.load(db_ptr + offs_c, mask=mask, other=0.0)
     _input_gradient(
-        dy,
-        x,
-        dx,
-        weight,
-        batch_weight,
-        record,
+        dy_ptr,
+        x_ptr,
+        dx_ptr,
+        weight_ptr,
+        record_ptr,
         dw,
         db,
-        channel,
+        offs_c,
         begin,
         end,
         channels,
@@ -242,8 +271,57 @@ def input_gradient_part(
         inner,
         EPS,
         POOLED,
-        STATE,
         ROWS,
         BLOCK_O,
         BLOCK_I,
     )
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    record: Tensor,
+    pooled: bool,
+    eps: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``dx``, empty if it is not needed, ``dw`` and ``db``."""
+    kind = kind_of(x)
+    x = x if kind.dense else x.contiguous()
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
+    dx = torch.empty_like(x) if need_dx else None
+    made, channels = kind.cut, kind.channels
+    dw, db = (x.new_empty(channels, dtype=kind.state) for _ in range(2))
+    grid, warps = (made.blocks, made.splits), made.warps
+    weight, record = contiguous(weight), record.contiguous()
+    values = dy, x, dx, weight, record, dw, db
+    key: Any = kind.number, weight is None, need_dx, pooled, eps
+    rules = *kind.sizes, eps, pooled, *kind.layout
+    with on_device_of(x):
+        if made.splits == 1:
+            launch(backward_whole, grid, key, *values, *rules, warps=warps)
+        else:
+            parts = x.new_empty((2, made.splits, channels), dtype=kind.state)
+            s, c, blocks = parts_cut(made.splits, channels)
+            launch(sums_part, grid, key, dy, x, record, parts, *kind.sizes, *kind.layout, warps=warps)
+            numbers = channels, made.splits, eps, s, c
+            launch(add_parts, (blocks, 1), (key, s, c), parts, record, dw, db, *numbers)
+            if need_dx:
+                launch(input_gradient_part, grid, key, *values, *rules, warps=warps)
+    return x.new_empty(0) if dx is None else dx, dw, db
+
+
+def _shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx = others[-1]
+    dw, db = (x.new_empty(x.shape[1], dtype=statistics_dtype(x.dtype)) for _ in range(2))
+    return empty_like(x) if need_dx else x.new_empty(0), dw, db
+
+
+register(
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor)",
+    backward,
+    _shapes,
+)

@@ -1,10 +1,25 @@
-"""The forward as Triton kernels: one for short channels, three for long ones."""
+"""The forward by Triton kernels: one launch for short channels, three for long ones."""
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mbnorm.backends.triton_average import batch_weight_of_average
-from mbnorm.backends.triton_tiles import my_channels, my_tiles, tile
+from mbnorm.backends.triton_cut import parts_cut
+from mbnorm.backends.triton_launch import (
+    ROWS,
+    Kind,
+    contiguous,
+    forward_shapes,
+    kind_of,
+    launch,
+    on_device_of,
+    register,
+)
+from mbnorm.backends.triton_statistics import blend, matched_history_weight
+from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_range
 
 
 @triton.jit
@@ -24,8 +39,8 @@ def _pool(count, mean, rest, m2, AXIS: tl.constexpr):
 
 @triton.jit
 def _moments(
-    x,
-    channel,
+    x_ptr,
+    offs_c,
     begin,
     end,
     channels,
@@ -42,77 +57,84 @@ def _moments(
     mean = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     m2 = tl.zeros((BLOCK_C, BLOCK_O * BLOCK_I), STATE)
     # the mean of some values: those from near it are exact, and so are sums of them, to rounding
-    offsets, mask, valid = tile(0, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
-    first = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
-    centre = tl.sum(first, 1) / tl.sum(valid.to(STATE), 0)
+    offs, mask, lane_mask = tile_offsets(0, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+    first = tl.load(x_ptr + offs, mask=mask, other=0.0).to(STATE)
+    centre = tl.sum(first, 1) / tl.sum(lane_mask.to(STATE), 0)
     for step in range(begin, end):
-        offsets, mask, valid = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE) - centre[:, None]
+        offs, mask, lane_mask = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+        values = tl.load(x_ptr + offs, mask=mask, other=0.0).to(STATE) - centre[:, None]
         delta = tl.where(mask, values - mean, 0.0)
         # every lane that is still there has seen as many values
         mean += delta * (1.0 / tl.cast(step - begin + 1, STATE))
         m2 += delta * (values - mean)
-        count += valid.to(STATE)[None, :]
+        count += lane_mask.to(STATE)[None, :]
     total, mean, rest, m2 = _pool(count, mean, 0.0, m2, 1)
     return total, mean, rest, m2, centre
+
+
+@triton.jit
+def _batch_weight(filled_ptr, history_weight_ptr, measured_ptr, matched_values, n, MEASURED: tl.constexpr):
+    """Return what a batch weighs beside a moving average."""
+    if measured_ptr is None:
+        history_weight = tl.load(history_weight_ptr)
+    else:
+        history_weight = matched_history_weight(measured_ptr, matched_values, n, MEASURED)
+    return 1.0 - tl.where(tl.load(filled_ptr) > 0, history_weight, 0.0)
 
 
 @triton.jit
 def _blend(
     batch_mean,
     batch_var,
-    past_mean,
-    past_var,
-    batch_weight,
-    filled,
-    history,
-    fixed_weight,
-    measured,
+    past_mean_ptr,
+    past_var_ptr,
+    batch_weight_ptr,
+    filled_ptr,
+    history_weight_ptr,
+    measured_ptr,
+    matched_values,
     n,
-    record,
-    channel,
+    record_ptr,
+    offs_c,
     channels,
+    MEASURED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
-    """Return the blended mean and variance; write them and the batch's.
-
-    The past is that of ``past_mean`` and ``past_var``, or else what the record has of it. The batch weighs
-    ``batch_weight``, or else what follows from an average that is ``filled`` or not, or what the record has.
-    """
-    there = channel < channels
-    if past_mean is None:
-        past_mean = record + 4 * channels
-        past_var = record + 5 * channels
-        batch_weight = record + 6 * channels
-    old_mean = tl.load(past_mean + channel, mask=there, other=0.0)
-    old_var = tl.load(past_var + channel, mask=there, other=1.0)
-    if batch_weight is None:
-        STATE: tl.constexpr = record.dtype.element_ty
-        weight = batch_weight_of_average(filled, history, fixed_weight, measured, n, STATE)
+    """Return the blended mean and variance, and write the record; see `Past`."""
+    mask = offs_c < channels
+    if past_mean_ptr is None:
+        past_mean = tl.load(record_ptr + 4 * channels + offs_c, mask=mask, other=0.0)
+        past_var = tl.load(record_ptr + 5 * channels + offs_c, mask=mask, other=1.0)
+        batch_weight = tl.load(record_ptr + 6 * channels)
     else:
-        weight = tl.load(batch_weight)
-    rest = 1.0 - weight
-    mean = weight * batch_mean + rest * old_mean
-    var = weight * batch_var + rest * old_var
-    if POOLED:
-        away = batch_mean - old_mean
-        var += weight * rest * away * away
-    tl.store(record + channel, batch_mean, mask=there)
-    tl.store(record + channels + channel, batch_var, mask=there)
-    tl.store(record + 2 * channels + channel, mean, mask=there)
-    tl.store(record + 3 * channels + channel, var, mask=there)
+        past_mean = tl.load(past_mean_ptr + offs_c, mask=mask, other=0.0)
+        past_var = tl.load(past_var_ptr + offs_c, mask=mask, other=1.0)
+        if batch_weight_ptr is None:
+            batch_weight = _batch_weight(
+                filled_ptr, history_weight_ptr, measured_ptr, matched_values, n, MEASURED
+            )
+        else:
+            batch_weight = tl.load(batch_weight_ptr)
+        tl.store(record_ptr + 4 * channels + offs_c, past_mean, mask=mask)
+        tl.store(record_ptr + 5 * channels + offs_c, past_var, mask=mask)
+        tl.store(record_ptr + 6 * channels + offs_c, tl.zeros_like(past_mean) + batch_weight, mask=mask)
+    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, POOLED)
+    tl.store(record_ptr + offs_c, batch_mean, mask=mask)
+    tl.store(record_ptr + channels + offs_c, batch_var, mask=mask)
+    tl.store(record_ptr + 2 * channels + offs_c, mean, mask=mask)
+    tl.store(record_ptr + 3 * channels + offs_c, var, mask=mask)
     return mean, var
 
 
 @triton.jit
 def _normalize(
-    x,
-    y,
-    weight,
-    bias,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
     mean,
     var,
-    channel,
+    offs_c,
     begin,
     end,
     channels,
@@ -125,41 +147,41 @@ def _normalize(
     BLOCK_I: tl.constexpr,
 ):
     scale = tl.rsqrt(var + EPS)
-    if weight is not None:
-        scale *= tl.load(weight + channel, mask=channel < channels, other=0.0)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + offs_c, mask=offs_c < channels, other=0.0)
     shift = tl.zeros_like(scale)
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=channel < channels, other=0.0)
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + offs_c, mask=offs_c < channels, other=0.0)
     for back in range(begin, end):
         step = begin + end - 1 - back
-        offsets, mask, _ = tile(step, channel, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(STATE)
+        offs, mask, _ = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
+        values = tl.load(x_ptr + offs, mask=mask, other=0.0).to(STATE)
         result = (values - mean[:, None]) * scale[:, None] + shift[:, None]
-        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offs, result.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "outer", "units", "per_split"])
 def forward_whole(
-    x,
-    y,
-    weight,
-    bias,
-    past_mean,
-    past_var,
-    batch_weight,
-    filled,
-    history,
-    fixed_weight: tl.float64,
-    measured,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    past_mean_ptr,
+    past_var_ptr,
+    batch_weight_ptr,
+    filled_ptr,
+    history_weight_ptr,
+    measured_ptr,
+    matched_values: tl.float64,
     n,
-    record,
+    record_ptr,
     channels,
     outer,
     units,
     per_split,
     EPS: tl.constexpr,
+    MEASURED: tl.constexpr,
     POOLED: tl.constexpr,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -167,38 +189,40 @@ def forward_whole(
     BLOCK_I: tl.constexpr,
 ):
     """All of a forward, for channels that one program can go through twice."""
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
     inner = units * UNIT
-    channel = my_channels(BLOCK_C)
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    offs_c = channel_offsets(BLOCK_C)
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I)
     total, mean, rest, m2, centre = _moments(
-        x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
+        x_ptr, offs_c, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
     # where an outlier has pulled the centre away, the first sum cancels, and the rest counts
     mean = centre + mean + rest
     mean, var = _blend(
         mean,
         m2 / total,
-        past_mean,
-        past_var,
-        batch_weight,
-        filled,
-        history,
-        fixed_weight,
-        measured,
+        past_mean_ptr,
+        past_var_ptr,
+        batch_weight_ptr,
+        filled_ptr,
+        history_weight_ptr,
+        measured_ptr,
+        matched_values,
         n,
-        record,
-        channel,
+        record_ptr,
+        offs_c,
         channels,
+        MEASURED,
         POOLED,
     )
     _normalize(
-        x,
-        y,
-        weight,
-        bias,
+        x_ptr,
+        y_ptr,
+        weight_ptr,
+        bias_ptr,
         mean,
         var,
-        channel,
+        offs_c,
         begin,
         end,
         channels,
@@ -214,13 +238,12 @@ def forward_whole(
 
 @triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def moments_part(
-    x,
-    parts,
+    x_ptr,
+    parts_ptr,
     channels,
     outer,
     units,
     per_split,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -228,85 +251,87 @@ def moments_part(
     BLOCK_I: tl.constexpr,
 ):
     """What `_moments` finds in a part of the values: rows of ``parts``, (5, splits, C)."""
+    STATE: tl.constexpr = parts_ptr.dtype.element_ty
     inner = units * UNIT
-    channel = my_channels(BLOCK_C)
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I)
+    offs_c = channel_offsets(BLOCK_C)
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I)
     total, mean, rest, m2, centre = _moments(
-        x, channel, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
+        x_ptr, offs_c, begin, end, channels, outer, inner, STATE, ROWS, BLOCK_C, BLOCK_O, BLOCK_I
     )
-    there = channel < channels
-    row = tl.program_id(1).to(tl.int64) * channels + channel
-    rows = tl.num_programs(1).to(tl.int64) * channels
-    tl.store(parts + row, tl.zeros_like(mean) + total, mask=there)
-    tl.store(parts + rows + row, mean, mask=there)
-    tl.store(parts + 2 * rows + row, rest, mask=there)
-    tl.store(parts + 3 * rows + row, m2, mask=there)
-    tl.store(parts + 4 * rows + row, centre, mask=there)
+    mask = offs_c < channels
+    offs = tl.program_id(1).to(tl.int64) * channels + offs_c
+    row = tl.num_programs(1).to(tl.int64) * channels
+    tl.store(parts_ptr + offs, tl.zeros_like(mean) + total, mask=mask)
+    tl.store(parts_ptr + row + offs, mean, mask=mask)
+    tl.store(parts_ptr + 2 * row + offs, rest, mask=mask)
+    tl.store(parts_ptr + 3 * row + offs, m2, mask=mask)
+    tl.store(parts_ptr + 4 * row + offs, centre, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def blend_parts(
-    parts,
-    past_mean,
-    past_var,
-    batch_weight,
-    filled,
-    history,
-    fixed_weight: tl.float64,
-    measured,
+    parts_ptr,
+    past_mean_ptr,
+    past_var_ptr,
+    batch_weight_ptr,
+    filled_ptr,
+    history_weight_ptr,
+    measured_ptr,
+    matched_values: tl.float64,
     n,
-    record,
+    record_ptr,
     channels,
     splits,
+    MEASURED: tl.constexpr,
     POOLED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The statistics, of all parts together."""
-    channel = my_channels(BLOCK_C)
-    split = tl.arange(0, BLOCK_S)
-    mask = (split < splits)[:, None] & (channel < channels)[None, :]
-    place = parts + split.to(tl.int64)[:, None] * channels + channel[None, :]
-    rows = tl.cast(splits, tl.int64) * channels
-    count = tl.load(place, mask=mask, other=0.0)
-    mean = tl.load(place + rows, mask=mask, other=0.0)
-    rest = tl.load(place + 2 * rows, mask=mask, other=0.0)
-    m2 = tl.load(place + 3 * rows, mask=mask, other=0.0)
+    """The record, of all parts together."""
+    offs_c = channel_offsets(BLOCK_C)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask = (offs_s < splits)[:, None] & (offs_c < channels)[None, :]
+    offs = offs_s.to(tl.int64)[:, None] * channels + offs_c[None, :]
+    row = tl.cast(splits, tl.int64) * channels
+    count = tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    mean = tl.load(parts_ptr + row + offs, mask=mask, other=0.0)
+    rest = tl.load(parts_ptr + 2 * row + offs, mask=mask, other=0.0)
+    m2 = tl.load(parts_ptr + 3 * row + offs, mask=mask, other=0.0)
     total, mean, rest, m2 = _pool(count, mean, rest, m2, 0)
     # all parts have the same centre
-    centre = tl.load(parts + 4 * rows + channel, mask=channel < channels, other=0.0)
+    centre = tl.load(parts_ptr + 4 * row + offs_c, mask=offs_c < channels, other=0.0)
     mean = centre + mean + rest
     _blend(
         mean,
         m2 / total,
-        past_mean,
-        past_var,
-        batch_weight,
-        filled,
-        history,
-        fixed_weight,
-        measured,
+        past_mean_ptr,
+        past_var_ptr,
+        batch_weight_ptr,
+        filled_ptr,
+        history_weight_ptr,
+        measured_ptr,
+        matched_values,
         n,
-        record,
-        channel,
+        record_ptr,
+        offs_c,
         channels,
+        MEASURED,
         POOLED,
     )
 
 
 @triton.jit(do_not_specialize=["outer", "units", "per_split"])
 def normalize_part(
-    x,
-    y,
-    weight,
-    bias,
-    record,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    record_ptr,
     channels,
     outer,
     units,
     per_split,
     EPS: tl.constexpr,
-    STATE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -314,19 +339,20 @@ def normalize_part(
     BLOCK_I: tl.constexpr,
 ):
     """The output for a part of the values."""
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
     inner = units * UNIT
-    channel = my_channels(BLOCK_C, True)
-    begin, end = my_tiles(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
-    mean = tl.load(record + 2 * channels + channel, mask=channel < channels, other=0.0)
-    var = tl.load(record + 3 * channels + channel, mask=channel < channels, other=1.0)
+    offs_c = channel_offsets(BLOCK_C, True)
+    begin, end = tile_range(outer, inner, per_split, BLOCK_O, BLOCK_I, True)
+    mean = tl.load(record_ptr + 2 * channels + offs_c, mask=offs_c < channels, other=0.0)
+    var = tl.load(record_ptr + 3 * channels + offs_c, mask=offs_c < channels, other=1.0)
     _normalize(
-        x,
-        y,
-        weight,
-        bias,
+        x_ptr,
+        y_ptr,
+        weight_ptr,
+        bias_ptr,
         mean,
         var,
-        channel,
+        offs_c,
         begin,
         end,
         channels,
@@ -338,3 +364,85 @@ def normalize_part(
         BLOCK_O,
         BLOCK_I,
     )
+
+
+class Past(NamedTuple):
+    """What a batch is blended with, as the kernels take it; without ``mean`` the record has it.
+
+    The batch weighs ``batch_weight``, or what a moving average leaves to it: one that is ``filled`` weighs
+    ``history_weight``, or what matches ``matched_values`` for ``n`` values per channel.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batch_weight: Tensor | None = None
+    filled: Tensor | None = None
+    history_weight: Tensor | None = None
+    measured: Tensor | None = None
+    matched_values: float = 0.0
+    n: int = 1
+
+
+IN_THE_RECORD = Past()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past_mean: Tensor,
+    past_var: Tensor,
+    batch_weight: Tensor,
+    pooled: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y`` and the record."""
+    kind = kind_of(x)
+    record = x.new_empty((ROWS, kind.channels), dtype=kind.state)
+    past = Past(past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device))
+    with on_device_of(x):
+        return normalize(kind, x, weight, bias, past, False, record, pooled, eps), record
+
+
+def normalize(
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: Past,
+    measured: bool,
+    record: Tensor,
+    pooled: bool,
+    eps: float,
+) -> Tensor:
+    """Return ``y``, and write the record, on the current device.
+
+    ``measured`` lets an average that measures weigh what follows from its measures.
+    """
+    x = x if kind.dense else x.contiguous()
+    y = torch.empty_like(x)
+    made, channels = kind.cut, kind.channels
+    weight, bias = contiguous(weight), contiguous(bias)
+    grid, warps = (made.blocks, made.splits), made.warps
+    given = past.mean is None, past.filled is None, past.measured is None, measured
+    key: Any = kind.number, weight is None, bias is None, given, pooled, eps
+    values = x, y, weight, bias
+    if made.splits == 1:
+        rules = eps, measured, pooled, *kind.layout
+        launch(forward_whole, grid, key, *values, *past, record, *kind.sizes, *rules, warps=warps)
+        return y
+    parts = x.new_empty((5, made.splits, channels), dtype=kind.state)
+    s, c, blocks = parts_cut(made.splits, channels)
+    launch(moments_part, grid, key, x, parts, *kind.sizes, *kind.layout, warps=warps)
+    numbers = channels, made.splits, measured, pooled, s, c
+    launch(blend_parts, (blocks, 1), (key, s, c), parts, *past, record, *numbers)
+    launch(normalize_part, grid, key, *values, record, *kind.sizes, eps, *kind.layout, warps=warps)
+    return y
+
+
+register(
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, Tensor batch_weight, "
+    "bool pooled, float eps) -> (Tensor, Tensor)",
+    forward,
+    forward_shapes,
+)

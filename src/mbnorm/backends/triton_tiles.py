@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def my_channels(BLOCK_C: tl.constexpr, LAST_FIRST: tl.constexpr = False):
+def channel_offsets(BLOCK_C: tl.constexpr, LAST_FIRST: tl.constexpr = False):
     """Return the channels of this program; the last ones may not be there."""
     block = tl.program_id(0)
     if LAST_FIRST:
@@ -24,7 +24,7 @@ def my_channels(BLOCK_C: tl.constexpr, LAST_FIRST: tl.constexpr = False):
 
 
 @triton.jit
-def my_tiles(
+def tile_range(
     outer,
     inner,
     per_split,
@@ -42,9 +42,9 @@ def my_tiles(
 
 
 @triton.jit
-def tile(
+def tile_offsets(
     step,
-    channel,
+    offs_c,
     channels,
     outer,
     inner,
@@ -52,14 +52,14 @@ def tile(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Return the offsets of a tile, which of them are there, and which lanes."""
+    """Return the offsets of a tile, the mask of those that are there, and that of the lanes."""
     runs = tl.cdiv(outer, BLOCK_O)
     lane = tl.arange(0, BLOCK_O * BLOCK_I)
-    o = tl.cast(step % runs, tl.int64) * BLOCK_O + lane // BLOCK_I
-    i = tl.cast(step // runs, tl.int64) * BLOCK_I + lane % BLOCK_I
-    valid = (o < outer) & (i < inner)
+    offs_o = tl.cast(step % runs, tl.int64) * BLOCK_O + lane // BLOCK_I
+    offs_i = tl.cast(step // runs, tl.int64) * BLOCK_I + lane % BLOCK_I
+    lane_mask = (offs_o < outer) & (offs_i < inner)
     if ROWS:
-        offsets = channel[:, None] + (i * channels)[None, :]
+        offs = offs_c[:, None] + (offs_i * channels)[None, :]
     else:
-        offsets = (channel * inner)[:, None] + (o * channels * inner + i)[None, :]
-    return offsets, (channel < channels)[:, None] & valid[None, :], valid
+        offs = (offs_c * inner)[:, None] + (offs_o * channels * inner + offs_i)[None, :]
+    return offs, (offs_c < channels)[:, None] & lane_mask[None, :], lane_mask

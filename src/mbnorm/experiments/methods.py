@@ -164,9 +164,9 @@ def set_method(model: nn.Module, method: Method, batch_size: int, shape: torch.S
         case "matched-plain-32":
             convert(model, "matched", measured=False)
         case "momentum-pooled":
-            convert(model, "momentum", batch_size=batch_size, variance="pooled")
+            convert(model, "momentum", batch_size=batch_size, variance_rule="pooled")
         case "memorized-averaged":
-            convert(model, "memorized", batch_size=batch_size, variance="averaged")
+            convert(model, "memorized", batch_size=batch_size, variance_rule="averaged")
         case "memorized" | "memorized+df":
             convert(model, "memorized", batch_size=batch_size)
         case "matched" | "matched+df":

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm import DoubleForward, no_update
-from mbnorm.experiments.data import Data, Parts, load
+from mbnorm.experiments.data import Parts, load
+from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import (
     DOUBLE_FORWARD,

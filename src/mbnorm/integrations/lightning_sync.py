@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.distributed import Sync
-from mbnorm.layers.synced import SyncedBatchNorm
+from mbnorm.layers import HistoryBatchNorm
 
 try:
     from lightning.pytorch.plugins import TorchSyncBatchNorm
@@ -20,16 +20,16 @@ class MemorySyncBatchNorm(TorchSyncBatchNorm):
     `torch.nn.SyncBatchNorm`, as without the plugin.
 
     Args:
-        sync: as in `mbnorm.MomentumBatchNorm2d`.
+        sync: as in `mbnorm.MatchedBatchNorm2d`.
     """
 
     def __init__(self, sync: Sync = True) -> None:
         self.sync: Sync = sync
-        self._shared: list[SyncedBatchNorm] = []
+        self._shared: list[HistoryBatchNorm] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Give the layers in ``model`` the world as process group."""
-        if isinstance(model, SyncedBatchNorm):
+        if isinstance(model, HistoryBatchNorm):
             if model.has_memory and model.process_group is None:
                 model.share_with("world", self.sync)
                 self._shared.append(model)

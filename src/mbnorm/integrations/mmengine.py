@@ -60,14 +60,13 @@ class BatchNormMemoryHook(Hook):
 
 
 def register() -> None:
-    """Add the layers as "MomentumBN" and "MemorizedBN", for 1d and 3d with these endings, and the hook.
+    """Add the layers as "MatchedBN", "MomentumBN" and "MemorizedBN", with "1d" or "3d" behind, and the hook.
 
-    Then ``norm_cfg=dict(type="MomentumBN", matched_values=32, measured=True, early_weight=8)`` or
-    ``dict(type="MemorizedBN", memory_size=64)``, and
+    Then ``norm_cfg=dict(type="MatchedBN")`` or ``dict(type="MemorizedBN", memory_size=64)``, and
     ``custom_hooks=[dict(type="BatchNormMemoryHook", double_forward=True)]``. Norms are called bn1, bn2 as
     torch's are, so that pretrained weights find them. May be called again.
     """
-    for kind in ("Momentum", "Memorized"):
+    for kind in ("Matched", "Momentum", "Memorized"):
         for ending, dim in (("", "2d"), ("1d", "1d"), ("2d", "2d"), ("3d", "3d")):
             layer = getattr(mbnorm, f"{kind}BatchNorm{dim}")
             layer._abbr_ = "bn"

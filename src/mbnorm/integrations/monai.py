@@ -1,10 +1,11 @@
 """MONAI: the layers as norms of its factory."""
 
-from functools import partial
 from typing import Any
 
-from mbnorm.convert import MATCHED
 from mbnorm.layers import (
+    MatchedBatchNorm1d,
+    MatchedBatchNorm2d,
+    MatchedBatchNorm3d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     MemorizedBatchNorm3d,
@@ -13,6 +14,7 @@ from mbnorm.layers import (
     MomentumBatchNorm3d,
 )
 
+MATCHED = (MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d)
 MOMENTUM = (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d)
 MEMORIZED = (MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d)
 
@@ -21,8 +23,7 @@ def register() -> None:
     """Add the norms "momentum", "memorized" and "matched" to MONAI's factory.
 
     Then ``UNet(..., norm="matched")`` or ``UNet(..., norm=("memorized", {"memory_size": 64}))``, with the
-    options of the layers; "matched" is "momentum" with ``matched_values=32``, ``measured=True`` and
-    ``early_weight=8``. May be called again.
+    options of the layers. May be called again.
 
     Raises:
         ImportError: MONAI is not installed.
@@ -41,8 +42,8 @@ def register() -> None:
         return MEMORIZED[dim - 1]
 
     def matched(dim: int) -> Any:
-        """Noise-matched Momentum batch normalization in ``dim`` dimensions."""
-        return partial(MOMENTUM[dim - 1], **MATCHED)
+        """Matched batch normalization in ``dim`` dimensions."""
+        return MATCHED[dim - 1]
 
     for function in (momentum, memorized, matched):
         if function.__name__.upper() not in Norm.names:

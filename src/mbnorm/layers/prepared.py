@@ -1,30 +1,25 @@
 """A layer's forward by fused kernels, prepared once and run again for as long as nothing has changed.
 
-On small maps the Python around the kernels takes longer than they do: it finds out what kind of call this is,
-and puts the same arguments together.
+On small maps Python's dispatch costs more than the kernels: this puts the arguments together once.
 """
 
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mbnorm.backends import cpu
 from mbnorm.blend import statistics_dtype
-from mbnorm.functional import RecordedForward, normalize_by_kernels
-from mbnorm.recompute import CpuCall, RecordedCall, backward_runs
+from mbnorm.functional import FusedRun, run_differentiably
+from mbnorm.recompute import Call, backward_runs
 
 if TYPE_CHECKING:
-    from mbnorm.layers.base import HistoryBatchNorm
+    from mbnorm.layers.layer import HistoryBatchNorm
 
 _dtype_of = attrgetter("dtype")
-
-Remembered: TypeAlias = tuple[Tensor, Tensor]
-"""Output and record of kernels that read a memory; see `mbnorm.backends.cpu`."""
 
 
 class PreparedForward:
@@ -35,18 +30,15 @@ class PreparedForward:
         kernels: the backend.
         input: of the shape to come, such as the kernels take.
         n: values per channel of ``input``.
-        logs: whether the state before a forward is noted for `HistoryBatchNorm.undo`.
         stores: whether a forward is stored.
     """
 
     __slots__ = (
-        "_after",
-        "_before",
+        "_arguments",
         "_buffers",
         "_dtype",
         "_kernels",
         "_kind",
-        "_log",
         "_n",
         "_of_that_dtype",
         "_operator",
@@ -54,44 +46,46 @@ class PreparedForward:
         "_rules",
         "_settings",
         "_settings_of",
-        "_undo",
     )
 
     def __init__(
-        self,
-        layer: "HistoryBatchNorm",
-        kernels: ModuleType,
-        input: Tensor,
-        n: int,
-        *,
-        logs: bool,
-        stores: bool,
+        self, layer: "HistoryBatchNorm", kernels: ModuleType, input: Tensor, n: int, *, stores: bool
     ) -> None:
         self._settings_of = itemgetter(*layer.settings)
         self._settings = self._settings_of(layer.__dict__)
         self._buffers = tuple(layer._buffers.values())
         self._kind = (input.shape, input.dtype, input.device)
         self._n = n
-        self._parameters = layer._parameters_for(input)
+        self._parameters = layer.parameters_for(input)
         self._kernels = kernels
-        self._operator = layer._fused_operator(kernels)
-        self._rules = layer.variance, layer.eps
-        averages = layer._averages()
-        self._undo = layer._undo if logs else None
-        rows, counters = None, None
-        if self._undo is not None:
-            rows, counters, _ = self._undo.to_write(averages.mean, layer._more_numbers())
-        self._before = (layer.variance == "pooled", layer.eps, *layer._as_kernels_take(layer._memory()))
-        self._log = (*averages, rows, counters)
-        self._after = (stores, *layer._fused_update(input.shape[0]))
+        memory, averages = layer.memory, layer.averages
+        self._operator = getattr(kernels, f"forward_with_{memory.kernels}")
+        self._rules = memory.variance_rule, layer.eps
+        update = [float(number) for number in layer.update_for(input.shape[0], layer.momentum)]
+        rules = memory.variance_rule == "pooled", layer.eps
+        self._arguments = (
+            list(layer.state),
+            list(averages),
+            memory.read_numbers(n),
+            update,
+            *rules,
+            stores,
+        )
         self._dtype = statistics_dtype(input.dtype)
         own = (averages.mean, *self._parameters)
         self._of_that_dtype = tuple(t for t in own if t is not None)
 
-    @property
-    def lasts(self) -> bool:
-        """Whether it may be kept: parameters with a history, as functional_call gives, are of one forward."""
-        return all(p is None or p.is_leaf for p in self._parameters)
+    def lasts(self, layer: "HistoryBatchNorm") -> bool:
+        """Return whether it may be kept.
+
+        Parameters with a history, as functional_call gives, and casts of the layer's own are of one forward.
+        """
+        own = tuple(layer._parameters.values())
+        return (
+            len(own) == 2
+            and all(map(is_, own, self._parameters))
+            and all(p is None or p.is_leaf for p in own)
+        )
 
     def fits(self, layer: "HistoryBatchNorm", input: Tensor) -> bool:
         """Return whether a forward of ``input`` now is the one that was prepared."""
@@ -115,24 +109,17 @@ class PreparedForward:
             and not torch._C._len_torch_dispatch_stack()
         )
 
-    def run(self, layer: "HistoryBatchNorm", input: Tensor) -> Remembered:
+    def run(self, layer: "HistoryBatchNorm", input: Tensor) -> Tensor:
         """Read the memory, normalize, and store or not."""
-        calls, undo, n = layer._calls, self._undo, self._n
+        y, _ = self.run_recorded(layer, input)
+        return y
+
+    def run_recorded(self, layer: "HistoryBatchNorm", input: Tensor) -> tuple[Tensor, Tensor]:
+        """Do as `run`; return the record, too."""
+        calls = layer._calls
         calls.drop_done()
-        slot = 0 if undo is None else undo.slot
-        how = layer._how_read(n)
-        arguments = *self._before, *how, *self._log, slot, *self._after
-        call: RecordedCall
-        if self._kernels is cpu:
-            # differentiable itself, and counts its backward passes
-            y, record = self._operator(input, *self._parameters, *arguments)
-            call, node = CpuCall(n, record), None
-        else:
-            forward = RecordedForward(self._kernels, *self._rules, self._operator, arguments)
-            y = normalize_by_kernels(forward, input, *self._parameters)
-            record = forward.statistics
-            call, node = RecordedCall(n, record), y.grad_fn
-        if undo is not None:
-            undo.add_written()
-        calls.remember(call, node)
-        return y, record
+        layer.seal.behind = True
+        run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules)
+        y = run_differentiably(run, input, *self._parameters)
+        calls.remember(Call(self._n, run.rows), y.grad_fn)
+        return y, run.rows

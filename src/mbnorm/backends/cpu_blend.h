@@ -1,0 +1,24 @@
+// The law of mixing two sets of statistics (mbnorm/blend.py), and the constants of what an average measures
+// (mbnorm/measures.py).
+
+#pragma once
+
+namespace mbnorm {
+
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, MOST_IF_ALIKE = 4;
+
+// New statistics weigh `a`.
+struct Blend {
+  double a, between;
+
+  Blend(double new_weight, bool pooled)
+      : a(new_weight), between(pooled ? new_weight * (1 - new_weight) : 0) {}
+
+  double mean(double new_mean, double old_mean) const { return a * new_mean + (1 - a) * old_mean; }
+  double var(double new_mean, double new_var, double old_mean, double old_var) const {
+    const double distance = new_mean - old_mean;
+    return a * new_var + (1 - a) * old_var + between * distance * distance;
+  }
+};
+
+}  // namespace mbnorm

@@ -1,0 +1,118 @@
+"""Matched batch normalization: layers find the history weight themselves."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mbnorm.distributed import ProcessGroup, Sync
+from mbnorm.functional import Backend
+from mbnorm.layers.layer import HistoryBatchNorm
+from mbnorm.memories.measured_average import MeasuredAverage
+from mbnorm.memories.memory import option
+
+
+class _MatchedBatchNorm(HistoryBatchNorm):
+    memory_type = MeasuredAverage
+    memory: MeasuredAverage
+    matched_values = option("matched_values")
+    measured = option("measured")
+    early_weight = option("early_weight")
+    memory_measured: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        matched_values: int = 32,
+        measured: bool = True,
+        early_weight: float = 8.0,
+        backend: Backend = "auto",
+        process_group: ProcessGroup = None,
+        sync: Sync = True,
+    ) -> None:
+        memory = MeasuredAverage(matched_values, measured, early_weight)
+        torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        super().__init__(*torchs, memory, backend, process_group, sync)
+
+
+class MatchedBatchNorm1d(_MatchedBatchNorm, nn.BatchNorm1d):
+    r"""Matched batch normalization of (N, C) or (N, C, L) inputs; see `MatchedBatchNorm2d`.
+
+    >>> import torch
+    >>> from mbnorm import MatchedBatchNorm1d
+    >>> MatchedBatchNorm1d(4)(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+
+class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
+    r"""Normalize (N, C, H, W) inputs with statistics as accurate as those of N independent values.
+
+    .. math::
+        \mathrm{mean} = (1-\lambda)\,m_B + \lambda\,M, \qquad
+        \mathrm{var} = (1-\lambda)\,v_B + \lambda\,V + \lambda(1-\lambda)(m_B-M)^2, \qquad
+        M, V \leftarrow \mathrm{mean}, \mathrm{var}
+
+    .. math::
+        \lambda = \max\Bigl(0, \min\Bigl(\frac{r/n}{r/n+e}, \frac{N'-n/r}{N'+n/r}\Bigr)\Bigr), \qquad
+        N' = N \min(r, 4)
+
+    Each layer measures, while it trains, the effective sample size n/r of a batch of n values per channel,
+    and the squared error e of M. A layer with enough independent values is plain batch normalization. A
+    drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the
+    memory's; there is nothing to set.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        momentum: weight of 32 samples in running_mean and running_var; that of m samples is
+            1 - (1 - momentum)^(m/32). 0 stores nothing at all, None and 1.0 store raw batch statistics, as
+            torch's tools expect.
+        affine: whether there are weight and bias, shape (C,).
+        track_running_stats: False is plain batch normalization without a memory.
+        device: where parameters and state live.
+        dtype: of the parameters; the state is never below float32.
+        bias: False leaves the bias out.
+        matched_values: N, at least 1; up to four times as many count where values are correlated.
+        measured: False takes r = 1 and e = 0: :math:`\lambda = \max(0, (N-n)/(N+n))`.
+        early_weight: a new batch weighs at least as much as so many before it in running_mean and
+            running_var, so that these cover the last part of however few steps there were. 0 leaves that to
+            ``momentum``.
+        backend: as in `mbnorm.functional.blended_batch_norm`.
+        process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
+            a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
+        sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
+            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
+            whole batch's enter the memory at the next forward, for which no rank waits.
+
+    Raises:
+        TypeError: ``process_group`` is none.
+        ValueError: an option out of range.
+
+    Source: ours, from the noise analysis of Yong et al., ECCV 2020; the first term of :math:`\lambda` is
+    that of a Kalman filter. ``early_weight`` is the polynomial-decay averaging of Shamir and Zhang, ICML
+    2013.
+
+    >>> import torch
+    >>> from mbnorm import MatchedBatchNorm2d
+    >>> layer = MatchedBatchNorm2d(8)
+    >>> layer(torch.randn(2, 8, 4, 4)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+
+
+class MatchedBatchNorm3d(_MatchedBatchNorm, nn.BatchNorm3d):
+    r"""Matched batch normalization of (N, C, D, H, W) inputs; see `MatchedBatchNorm2d`.
+
+    >>> import torch
+    >>> from mbnorm import MatchedBatchNorm3d
+    >>> MatchedBatchNorm3d(4)(torch.randn(1, 4, 2, 2, 2)).shape
+    torch.Size([1, 4, 2, 2, 2])
+    """

@@ -1,0 +1,175 @@
+"""The memory of Matched BN: a moving average that measures what its batches and it itself are worth."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, MOST_IF_ALIKE, SEEDED
+from mbnorm.memories.memory import (
+    InferenceUpdate,
+    State,
+    Statistics,
+    all_finite,
+    moments_update,
+    plain,
+    write,
+)
+from mbnorm.memories.moving_average import Average
+
+
+class MeasuredAverage(Average):
+    r"""A moving average that measures how noisy its batches are and how wrong it is itself.
+
+    A batch of n values per channel, with mean :math:`m` after one of n' values with mean :math:`m'`, adds a
+    sample to two averages over the last 50 batches or so, the means over channels of
+
+    .. math::
+        r: \ \frac{(m - m')^2}{(1/n + 1/n')\,\mathrm{var}}, \qquad
+        e: \ \frac{(m - M)^2}{\mathrm{var}} - \frac{(m - m')^2}{(1 + n/n')\,\mathrm{var}}
+
+    with the variance that normalizes the batch. A batch thus has the effective sample size :math:`n/r`, and
+    the remembered mean's squared error is e variances. Half of what the truth moves in a step is in r, too.
+
+    The state has two more tensors: ``memory_last``, shape (C,), is :math:`m'`; ``memory_measured``, shape
+    (4,), is r, e, n' and the number of samples. That is negative where there is no batch before: -1 in an
+    empty memory, else minus the number of batches that the seeded statistics stand for.
+
+    Args:
+        matched_values: N, as many independent values as the normalizing statistics are to be worth.
+        measured: weigh the past by r and e; False takes n for the effective sample size.
+        early_weight: the averages for inference weigh a new batch as much as so many before, at least.
+    """
+
+    buffers = ("memory_mean", "memory_var", "memory_filled", "memory_last", "memory_measured")
+    options = ("matched_values", "measured", "early_weight")
+    written = ("matched_values", "measured")
+
+    def __init__(self, matched_values: int = 32, measured: bool = True, early_weight: float = 8.0) -> None:
+        if not matched_values >= 1:
+            raise ValueError(f"matched_values must be at least 1, got {matched_values}")
+        if not 0 <= early_weight < math.inf:
+            raise ValueError(f"early_weight must be 0 or more, and finite, got {early_weight}")
+        self.matched_values: int = plain(matched_values)
+        self.measured = bool(measured)
+        self.early_weight = float(early_weight)
+
+    def new(self, like: Tensor) -> State:
+        """Return an empty state for as many channels as ``like``, on its device and in its dtype."""
+        average = torch.empty_like(like), torch.empty_like(like), like.new_empty(())
+        state = *average, torch.empty_like(like), like.new_empty(MEASURES)
+        self.clear(state)
+        return state
+
+    def clear(self, state: State) -> None:
+        """Forget everything."""
+        super().clear(state)
+        *_, last, measured = state
+        last.zero_()
+        measured.zero_()
+        measured.narrow(0, 3, 1).fill_(-1.0)
+
+    def seed(self, state: State, mean: Tensor, var: Tensor, batches: Tensor | float = 0) -> None:
+        """Start from known statistics, which are taken to be right until the batches say more."""
+        self.clear(state)
+        super().seed(state, mean, var)
+        known = torch.as_tensor(batches, dtype=mean.dtype, device=mean.device)
+        state[4].narrow(0, 3, 1).copy_(-known.clamp_min(SEEDED))
+
+    def weight_of_history(self, state: State, n: int) -> Tensor:
+        r"""Return the weight of the past for a batch of n values per channel.
+
+        .. math::
+            \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N' - n/r}{N' + n/r}\bigr)\bigr),
+            \qquad N' = N \min(r, 4)
+
+        The first is what leaves the least error; the second what matches the noise of N' values. A batch is
+        worth one value at least, of which nothing else is known before there are samples, and n at most: the
+        same batch again and again has no noise, and would be left to itself.
+        """
+        if not self.measured:
+            return state[0].new_full((), max(0.0, (self.matched_values - n) / (self.matched_values + n)))
+        ratio, error, _, samples = state[4].unbind()
+        ratio = torch.where(samples > 0, ratio.clamp_min(1.0), 1.0)
+        noise = torch.where(samples > 0, ratio / max(n, 1), 1.0).clamp_max(1.0)
+        inverse = noise * ratio.clamp_max(MOST_IF_ALIKE) * self.matched_values
+        matched = ((inverse - 1) / (inverse + 1)).clamp_min(0.0)
+        return torch.minimum(noise / (noise + error.clamp_min(0.0)), matched)
+
+    def commit(self, state: State, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
+        """Measure a forward, and replace the averages with its blended statistics."""
+        own_mean, own_var, filled, last, measured = state
+        mean, var = batch[0].to(own_mean.dtype), blended[1].to(own_var.dtype)
+        ratio, error, last_n, samples = measured.unbind()
+        live = var > 0
+        step, distance = (
+            torch.where(live, (mean - past).square() / torch.where(live, var, 1.0), 0.0).sum()
+            / live.sum().clamp_min(1)
+            for past in (last, own_mean)
+        )
+        per_value = step / (1 / n + 1 / last_n.clamp_min(1.0))
+        weight = (EARLY / (samples + EARLY)).clamp_min(MEASURED_WEIGHT)
+        first, seeded = samples < 0, filled > 0
+        # what was seeded is right, and batches are worth one value, as if that had long been measured;
+        # an empty memory becomes this batch, and is as wrong as that
+        new_ratio = torch.where(first, torch.where(seeded, n, 0.0), ratio + weight * (per_value - ratio))
+        new_error = torch.where(
+            first,
+            torch.where(seeded, 0.0, 1.0),
+            error + weight * (distance - per_value / n - error),
+        )
+        new_samples = self.batches_seen(state, samples)
+        # one of four in each place: what is stacked torch.compile would store and read again
+        place = torch.arange(MEASURES, device=measured.device)
+        found = torch.where(
+            place < 2,
+            torch.where(place < 1, new_ratio, new_error),
+            torch.where(place < 3, n, new_samples),
+        )
+        # statistics may be finite whose distances are not
+        write(measured, found, finite & all_finite(new_ratio, new_error))
+        write(last, mean, finite)
+        super().commit(state, finite, batch, blended, n)
+
+    def update(self, momentum: float, m: int) -> InferenceUpdate:
+        """Return the update of averages of moments."""
+        return moments_update(momentum, m, self.early_weight)
+
+    def describe(self) -> str:
+        """Return the options as a layer's `repr` shows them."""
+        measured = "" if self.measured else ", measured=False"
+        return f"matched_values={self.matched_values}{measured}, early_weight={self.early_weight:g}"
+
+    def read_numbers(self, n: int) -> list[float]:
+        """Return N, and whether to weigh by what was measured."""
+        return [float(self.matched_values), float(self.measured)]
+
+    def weighs_past(self, state: State) -> bool:
+        """Return whether a batch of one value would be blended with the past, if there is one."""
+        return self.matched_values > 1
+
+    def batches_seen(self, state: State, batches: Tensor) -> Tensor:
+        """Return after how many batches the averages are: as many as the memory has seen."""
+        _, _, filled, _, measured = state
+        samples = measured.narrow(0, 3, 1).view(())
+        return torch.where((samples < 0) & (filled > 0), -samples, samples + 1)
+
+    def pooled_batches(self, state: State, n: int) -> float:
+        """Return how many batches' noise is averaged out, of independent values before any are measured."""
+        if self.measured and state[4][3] <= 0:
+            history = max(0.0, (self.matched_values - n) / (self.matched_values + n))
+            return (1 + history) / (1 - history)
+        return super().pooled_batches(state, n)
+
+    def is_valid(self, state: State) -> Tensor:
+        """Return whether this can be a state: not a mean of full and empty ones."""
+        *_, last, measured = state
+        found, counts = measured.view(2, 2).unbind()
+        known = all_finite(found) & ~counts.isnan().any()
+        return super().is_valid(state) & all_finite(last) & known
+
+    def round(self, state: State) -> None:
+        """Make whole what is a whole number but for the rounding of a mean."""
+        super().round(state)
+        # a large count is infinite in float16
+        state[4].nan_to_num_()
