@@ -131,6 +131,7 @@ def test_where_builds_are_kept(monkeypatch):
     assert build.cache_folder() == Path.home() / ".cache" / "mbnorm"
 
 
+@pytest.mark.contract("SH-21")
 def test_a_user_without_a_home_builds_in_a_temporary_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("MBNORM_CACHE", "XDG_CACHE_HOME"):

@@ -63,8 +63,8 @@ def test_the_first_training_forward_normalizes_nearly_as_eval_mode_does(method, 
     x = data_of_b(1)
     wanted = copy.deepcopy(plain).eval()(x)
     off, torchs = ((net(x) - wanted).square().mean().sqrt() for net in (model, plain))
-    # the largest of the twenty is 0.72: momentum's, with a weight of 0.7 whatever the batch
-    assert off < 0.8 * torchs
+    # of all, with three seeds, at most 0.33: momentum's, whose weight is 0.7 whatever the batch
+    assert off < 0.5 * torchs
 
 
 @pytest.mark.contract("SH-2")

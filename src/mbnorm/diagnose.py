@@ -231,13 +231,17 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
         if stale:
             reason += f"; {off}"
         return "matched", ideal_batch_size, helps, reason
+    are_same = any(_are_same(layer.noise) for layer in layers)
     if helps:
-        return "recalibrate", None, True, f"recommended: mbnorm.recalibrate(model, batches): {off}"
+        reason = f"recommended: mbnorm.recalibrate(model, batches): {off}"
+        if are_same:
+            reason += "; the batches are the same, so that they show no noise"
+        return "recalibrate", None, True, reason
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = (
         "recommended: no other normalization: enough effective values normalize the batches of every layer"
     )
-    if any(_are_same(layer.noise) for layer in layers):
+    if are_same:
         reason = (
             "not known: the batches are the same, so that they show no noise. Give different ones, of the "
             "size that the model is trained with"

@@ -56,6 +56,8 @@ def _has_trained_on(layer: "HistoryBatchNorm", saved: dict[str, Any], own: list[
     aliases = all(
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
+        and has_values(a)
+        and has_values(b)
         and a.shape == b.shape
         and a.data_ptr() == b.data_ptr()
         for a, b in pairs
