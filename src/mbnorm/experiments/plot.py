@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mbnorm.experiments.grid import Setting
 from mbnorm.experiments.methods import OURS, Method
@@ -19,6 +20,7 @@ MOST_COLUMNS = 3
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
 LEGEND = "test accuracy, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
+LEGEND_COLUMNS = 3
 
 
 def draw(tables: Tables, path: Path) -> None:
@@ -48,13 +50,15 @@ def panel_svg(rows: Sequence[Row]) -> str:
 def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
     """Return the figure of settings that differ in the batch size alone: a line a method."""
     with _plain_text():
-        figure = Figure(figsize=(4.8, 4.6), layout="constrained")
-        panel = figure.subplots()
         methods: dict[Method, list[tuple[int, float]]] = {}
         for batch_size, rows in series.items():
             for row in rows:
                 if row.reference is None and row.accuracy is not None:
                     methods.setdefault(row.method, []).append((batch_size, _error(row.accuracy.mean)))
+        # the panel keeps its height, however many lines the legend has
+        lines_of_legend = -(-len(methods) // LEGEND_COLUMNS)
+        figure = Figure(figsize=(4.8, 3.4 + 0.17 * lines_of_legend), layout="constrained")
+        panel = figure.subplots()
         colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
         for number, (method, points) in enumerate(sorted(methods.items())):
             style = "-" if method in OURS else "--"
@@ -76,7 +80,7 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
         panel.set_ylabel("mean test accuracy, %, spaced by the error", fontsize=9)
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
         return as_svg(figure)
 
 
@@ -92,6 +96,8 @@ def ranks_svg(tables: Tables) -> str:
             panel.scatter(found, [y] * len(found), s=24, color=color, alpha=0.4)
             panel.scatter([mean], [y], s=150, marker="|", color=color, linewidth=2)
         panel.set_xlim(0.5, len(ranks) + 0.5)
+        # "20.0" at the right end would be cut
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("rank (dots: settings, bar: their mean)", fontsize=9)
         _name_lines(panel, [(method, _color(method)) for method, *_ in ranks])
         return as_svg(figure)
