@@ -466,3 +466,22 @@ def test_a_net_that_is_moved_buffer_by_buffer_keeps_its_memory(method):
     for name, tensor in list(model[0]._buffers.items()):
         model[0]._buffers[name] = tensor.clone()
     assert_memory(model, expected)
+
+
+@pytest.mark.contract("SH-6")
+@on_every_method
+def test_other_statistics_are_told_apart_where_the_first_channels_are_dead(method):
+    def partly_dead(net):
+        for tensor in (net[0].running_mean, net[0].running_var):
+            tensor[:8].zero_()
+        return net
+
+    channels = 64
+    own, other = (nn.Sequential(nn.BatchNorm2d(channels)) for _ in range(2))
+    own[0].running_mean.fill_(3.0)
+    other[0].running_mean.fill_(-6.0)
+    model = ours(method, partly_dead(own))
+    merged = model.state_dict()
+    merged.update(partly_dead(other).state_dict())
+    model.load_state_dict(merged)
+    assert_memory(model, memory_of(ours(method, other)))

@@ -1,8 +1,8 @@
 """Whether a memory belongs to the running statistics, after others had a layer's buffers in their hands.
 
 Many loaders set buffers one by one, leave out what a checkpoint lacks, or merge dictionaries. So a state
-that leaves a layer carries a *seal*, the first numbers of the running statistics and of the memory. Where
-it comes back, the layer compares: a memory whose seal does not fit starts anew from the running statistics.
+that leaves a layer carries a *seal*, some numbers of the running statistics and of the memory. Where it
+comes back, the layer compares: a memory whose seal does not fit starts anew from the running statistics.
 In the layer the seal is all zeros.
 """
 
@@ -58,8 +58,13 @@ class Seal:
 def sample_of(memory: Memory, buffers: Mapping[str, Any]) -> Tensor:
     """Return the seal of such a state."""
     names = ("running_mean", "running_var", *_carried(memory))
-    values = (buffers[name].detach().reshape(-1) for name in names)
-    return torch.cat([v.narrow(0, 0, min(SAMPLES, v.numel())) for v in values])
+    return torch.cat([_samples(buffers[name].detach().reshape(-1)) for name in names])
+
+
+def _samples(values: Tensor) -> Tensor:
+    # spread over all: the first channels may be dead, and so those of every net
+    step = max(1, values.numel() // SAMPLES)
+    return values[: step * SAMPLES : step]
 
 
 def settle(layer: "HistoryBatchNorm") -> None:
