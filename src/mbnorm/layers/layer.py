@@ -548,8 +548,6 @@ class HistoryBatchNorm(_BatchNorm):
         state = self._buffers["running_mean"]
         if self.memory.kernels is None or state is None or state.dtype != statistics_dtype(input.dtype):
             return None
-        if not all(tensor.is_contiguous() for tensor in (state, *self.state)):
-            return None
         return FUSED.get(backend)
 
     def prepare(self, kernels: ModuleType, input: Tensor, n: int, *, stores: bool) -> PreparedForward:
