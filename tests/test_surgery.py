@@ -365,3 +365,14 @@ def test_a_batch_size_of_numpy_leaves_plain_numbers():
     model = stock()
     convert(model, "momentum", batch_size=np.int64(2))
     assert (type(model[0].momentum), type(model[0].memory.history_weight)) == (float, float)
+
+
+@pytest.mark.contract("SH-14")
+@on_every_method
+def test_a_counter_that_was_taken_away_is_replaced(method):
+    model, plain = trained(ours(method), data_of_a), trained(stock(), data_of_a)
+    for net in (model, plain):
+        net[0].num_batches_tracked = None
+        net(data_of_a(2))
+    assert int(model[0].num_batches_tracked) == 1
+    assert bool(model[0].memory.holds_anything(model[0].state))
