@@ -22,7 +22,14 @@ from hands import (
 )
 from torch import nn
 
-from mbnorm import MatchedBatchNorm2d, MemorizedBatchNorm2d, MomentumBatchNorm2d, convert, revert
+from mbnorm import (
+    DoubleForward,
+    MatchedBatchNorm2d,
+    MemorizedBatchNorm2d,
+    MomentumBatchNorm2d,
+    convert,
+    revert,
+)
 
 KEPT = torch.tensor([0, 2, 3, 7])
 RUNNING = ("running_mean", "running_var")
@@ -111,6 +118,19 @@ def test_a_pruned_layer_trains_saves_copies_and_reverts(method, cut, number):
     y = model.eval()(x)
     revert(model)
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.contract("SH-14")
+@on_every_method
+def test_double_forward_takes_back_the_first_forward_of_a_pruned_layer(method):
+    model = trained(ours(method), data_of_a)
+    by_data(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = int(model[0].num_batches_tracked)
+    with DoubleForward(model, optimizer):
+        model(data_of_a(2)[:, KEPT]).square().mean().backward()
+        optimizer.step()
+    assert int(model[0].num_batches_tracked) == before + 1
 
 
 @pytest.mark.contract("SH-14")

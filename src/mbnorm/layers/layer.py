@@ -231,6 +231,8 @@ class HistoryBatchNorm(_BatchNorm):
     def snapshot(self) -> Snapshot:
         """Return the state of this layer, for `rewind`."""
         self.settle()
+        # others may have cut its channels: what is taken now must be what the forward will change
+        self._settle_buffers()
         return Snapshot(self._resets, self.averages.snapshot(), self.memory.snapshot(self.state))
 
     def is_void(self, snapshot: Snapshot) -> bool:
