@@ -16,9 +16,10 @@ from evidence import suite
 from evidence.claim import Claim, Table, Tell, mean_and_spread
 from evidence.trained import of_setting, where
 from mbnorm import convert, recalibrate, revert
+from mbnorm.experiments.data import load
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
-from mbnorm.experiments.training import eval_mode_loss, fit
+from mbnorm.experiments.training import eval_mode_loss, fit, initial_model
 
 EARLY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 NAMES = tuple(f"{c:g}" for c in EARLY_WEIGHTS)
@@ -83,12 +84,10 @@ def _follower(layer: nn.Module, early_weight: float) -> nn.Module:
 
 def losses(setting: Setting, seed: int) -> dict[str, float]:
     """Train once, and return the eval-mode loss on the training images with each set of statistics."""
-    layers: list[Averages] = []
-
-    def watch(model: nn.Module) -> None:
-        layers.extend(Averages(m) for m in model.modules() if isinstance(m, _BatchNorm))
-
-    model, data, _ = fit(Run("matched-plain", setting, seed), "cpu", watch)
+    run, data = Run("matched-plain", setting, seed), load(setting.data)
+    model = initial_model(run)
+    layers = [Averages(m) for m in model.modules() if isinstance(m, _BatchNorm)]
+    fit(model, run, data)
     found = {}
     for name in (*NAMES, MEMORY):
         for layer in layers:

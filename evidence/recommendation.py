@@ -98,7 +98,9 @@ def _trained(candidate: str, setting: Setting, seed: int, before: Diagnosis) -> 
     """Train a candidate, diagnose it, and measure it on both halves, as trained and recalibrated."""
     start = time.perf_counter()
     run = Run("batch", setting, seed)
-    model, data, loss = fit(run, "cpu", lambda model: _convert(model, candidate, before))
+    model, data = initial_model(run), load(setting.data)
+    _convert(model, candidate, before)
+    loss = fit(model, run, data)
     # what else was trained is asked nothing
     after = {"stale": _told(model, setting, seed).stale} if candidate in (BATCH_NORM, AS_TOLD) else {}
     accuracy = [_accuracy_of_halves(model.eval(), data)]

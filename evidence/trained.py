@@ -26,8 +26,9 @@ def trained(runs: Sequence[Run], tell: Tell, known: Sequence[Row]) -> Iterator[R
 
 
 def of_setting(rows: Sequence[Row], setting: Setting) -> list[Row]:
-    """Return the rows of a setting."""
-    return where(rows, **asdict(setting))
+    """Return the rows of a setting; those written when there was one loss do not name it."""
+    sought = asdict(setting)
+    return [row for row in rows if sought.items() <= {"loss": "cross-entropy", **row}.items()]
 
 
 def where(rows: Sequence[Row], **values: Any) -> list[Row]:

@@ -1,4 +1,5 @@
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from mbnorm.experiments.methods import (
     batches_a_step,
     before_training,
     schedule_for,
+    set_method,
 )
 from mbnorm.experiments.peers.batch_renorm import BatchRenorm, RenormSchedule
 from mbnorm.experiments.peers.filters import Centered, Standardized
@@ -170,3 +172,40 @@ def test_peers_learn(method):
     outcome = train(Run(method, Setting("mlp", 8, "shuffled", 0.0125, 4), 0))
     assert outcome.status == "ok"
     assert outcome.accuracy > 85
+
+
+def trained_net():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, eps=1e-3), nn.ReLU(), nn.Flatten())
+    for _ in range(5):
+        net(torch.randn(4, 1, 8, 8) * 2 + 1)
+    with torch.no_grad():
+        net[1].weight.uniform_(0.5, 2)
+        net[1].bias.normal_()
+    return net
+
+
+@pytest.mark.parametrize("method", ["frozen", "renorm", "momentum", "memorized", "matched"])
+def test_a_trained_net_evaluates_as_before_with_what_keeps_its_statistics(method):
+    net, x = trained_net(), torch.randn(4, 1, 8, 8)
+    expected = net.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        set_method(net, method, 2, torch.Size([1, 8, 8]))
+    torch.testing.assert_close(net.eval()(x), expected)
+
+
+def test_a_frozen_trained_net_keeps_its_statistics():
+    net = trained_net()
+    mean = net[1].running_mean.clone()
+    set_method(net, "frozen", 2, torch.Size([1, 8, 8]))
+    before_training("frozen", net, torch.randn(100, 1, 8, 8))
+    net.train()(torch.randn(4, 1, 8, 8))
+    torch.testing.assert_close(net[1].layer.running_mean, mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["none", "group", "layer", "instance", "mabn", "online", "renorm"])
+def test_what_replaces_a_layer_takes_over_scale_and_shift(method):
+    net = trained_net()
+    bias = net[1].bias.clone()
+    set_method(net, method, 2, torch.Size([1, 8, 8]))
+    torch.testing.assert_close(net[1].bias, bias, rtol=0, atol=0)

@@ -1,10 +1,11 @@
 """What `compare` trains: settings, and the runs of a setting."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from mbnorm.experiments.data import load
+from mbnorm.experiments.losses import Loss
 from mbnorm.experiments.methods import DOUBLE_FORWARD, METHODS, OURS, REFERENCE_BATCH_SIZE, Method
 from mbnorm.experiments.sampling import Sampling
 
@@ -41,12 +42,14 @@ class Setting:
     lr: float
     epochs: int
     data: str = "digits"
+    loss: Loss = "cross-entropy"
 
     def __str__(self) -> str:
         batches = "batches" if self.sampling == "shuffled" else f"{self.sampling} batches"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         model = self.model if self.data == "digits" else f"{self.model} on {self.data}"
-        return f"{model}, {batches} of {self.batch_size}, lr {self.lr:g}, {epochs}"
+        loss = "" if self.loss == "cross-entropy" else f", {self.loss} loss"
+        return f"{model}, {batches} of {self.batch_size}, lr {self.lr:g}, {epochs}{loss}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def default_epochs(model: str) -> int:
 def reference_of(setting: Setting) -> Setting:
     """Return where batch norm is at ease: what it reaches there is what small batches can cost."""
     m = REFERENCE_BATCH_SIZE
-    return Setting(setting.model, m, "shuffled", linear_rate(m), setting.epochs, setting.data)
+    return replace(setting, batch_size=m, sampling="shuffled", lr=linear_rate(m))
 
 
 def suite_settings(suite: SuiteName) -> list[Setting]:
@@ -93,10 +96,11 @@ def grid_settings(
     rates: Sequence[float] | None,
     epochs: int | None,
     data: Sequence[str] = ("digits",),
+    loss: Loss = "cross-entropy",
 ) -> list[Setting]:
     """Return every combination; rates of None follow the batch size, epochs of None the model."""
     return [
-        Setting(model, m, sampling, lr, epochs or default_epochs(model), source)
+        Setting(model, m, sampling, lr, epochs or default_epochs(model), source, loss)
         for source in data
         for model in models
         for sampling in samplings

@@ -1,7 +1,7 @@
 """The normalization methods that are compared, each made from a net with torch's batch norms."""
 
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from mbnorm.experiments.peers.batch_renorm import BatchRenorm, RenormSchedule
 from mbnorm.experiments.peers.filters import center, standardize
 from mbnorm.experiments.peers.mabn import MABN
 from mbnorm.experiments.peers.online import OnlineNorm
+from mbnorm.values import is_trained
 
 Method: TypeAlias = Literal[
     "none",
@@ -118,10 +119,12 @@ class Instance(nn.Module):
 
 
 def set_method(model: nn.Module, method: Method, batch_size: int, shape: torch.Size) -> None:
-    """Turn the batch norms of ``model`` into ``method``, in place; no parameter changes its initial value.
+    """Turn the batch norms of ``model`` into ``method``, in place; no parameter changes its value.
+
+    Batch renormalization and what is mbnorm's take over the running statistics of a trained net.
 
     Args:
-        model: a net with torch's batch norms.
+        model: a net with torch's batch norms, untrained or trained.
         method: what they become.
         batch_size: samples of a batch.
         shape: that of one input.
@@ -137,7 +140,7 @@ def set_method(model: nn.Module, method: Method, batch_size: int, shape: torch.S
         case "frozen":
             _replace(model, Frozen)
         case "renorm":
-            _replace(model, lambda layer: BatchRenorm(layer.num_features))
+            _replace(model, _renorm)
         case "batch+centered":
             center(model, shape)
         case "mabn":
@@ -190,8 +193,8 @@ def batches_a_step(method: Method, batch_size: int) -> int:
 
 
 def before_training(method: Method, model: nn.Module, inputs: Tensor) -> None:
-    """Give frozen layers the statistics of the training data under the initial weights."""
-    if method == "frozen":
+    """Give frozen layers the statistics of the training data under the initial weights, if they have none."""
+    if method == "frozen" and not _has_statistics(model):
         recalibrate(model.eval(), in_random_order(inputs))
         model.train()
 
@@ -208,6 +211,24 @@ def in_random_order(inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.split(inputs[order.to(inputs.device)], INPUTS_AT_ONCE)
 
 
+def _has_statistics(model: nn.Module) -> bool:
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(_is_trained(layer) for layer in layers)
+
+
+def _is_trained(layer: _BatchNorm) -> bool:
+    mean, var = layer.running_mean, layer.running_var
+    return mean is not None and var is not None and is_trained(mean, var)
+
+
+def _renorm(layer: _BatchNorm) -> BatchRenorm:
+    made = BatchRenorm(layer.num_features, layer.eps)
+    if _is_trained(layer):
+        made.running_mean.copy_(cast(Tensor, layer.running_mean))
+        made.running_std.copy_((cast(Tensor, layer.running_var) + layer.eps).sqrt())
+    return made
+
+
 def _groups(layer: _BatchNorm) -> int:
     # a channel of an (N, C) input is one value, so its groups need more channels than those of a map
     channels, least = layer.num_features, 10 if isinstance(layer, nn.BatchNorm1d) else 4
@@ -217,6 +238,11 @@ def _groups(layer: _BatchNorm) -> int:
 def _replace(module: nn.Module, new: Callable[[_BatchNorm], nn.Module]) -> None:
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            setattr(module, name, new(child))
+            made = new(child)
+            for parameter in ("weight", "bias"):
+                own, theirs = getattr(made, parameter, None), getattr(child, parameter)
+                if own is not None and theirs is not None:
+                    own.data.copy_(theirs.data)
+            setattr(module, name, made)
         else:
             _replace(child, new)

@@ -54,9 +54,11 @@ class Results:
 def _parsed(record: Record) -> tuple[Run, Outcome]:
     # written when there were no other data
     record.setdefault("data", "digits")
+    # and no other loss
+    record.setdefault("loss", "cross-entropy")
     # and when accuracy was that of all test images alone
-    record.setdefault("even_accuracy", None)
-    record.setdefault("odd_accuracy", None)
+    for later in ("even_accuracy", "odd_accuracy", "dice", "test_error"):
+        record.setdefault(later, None)
     setting = Setting(*(record[field.name] for field in fields(Setting)))
     outcome = Outcome(**{field.name: record[field.name] for field in fields(Outcome)})
     numbers = (outcome.accuracy, outcome.train_loss, outcome.train_mode_loss, outcome.eval_mode_loss)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from mbnorm import DoubleForward
 from mbnorm.experiments.data import parts
+from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import (
     DOUBLE_FORWARD,
     OURS,
@@ -55,6 +55,7 @@ class Training:
     def __init__(self, plan: Plan, fabric: "Fabric", out: Path) -> None:
         run, setting = plan.run, plan.run.setting
         self.plan, self.fabric, self.path = plan, fabric, out / "checkpoint.pt"
+        self.loss_of = LOSSES[setting.loss]
         self.data = parts(setting.data)
         self.model = net_for(run, self.data)
         self.steps_of_epoch = self._order(0).shape[0]
@@ -114,7 +115,7 @@ class Training:
         for number, (inputs, targets) in enumerate(batches, 1):
             with self.fabric.no_backward_sync(self.net, enabled=number < len(batches)):
                 logits = self.net(inputs)
-                loss = F.cross_entropy(logits, targets)
+                loss = self.loss_of(logits, targets)
                 self.fabric.backward(loss / len(batches))
             self.sums += _sums(loss.detach(), logits.detach(), targets)
         self.stepper.step()
@@ -222,7 +223,7 @@ class Training:
             for batch in DataLoader(share, EVAL_BATCH, generator=torch.Generator()):
                 inputs, targets = self.fabric.to_device(batch)
                 logits = self.model(inputs)
-                sums += _sums(F.cross_entropy(logits, targets), logits, targets)
+                sums += _sums(self.loss_of(logits, targets), logits, targets)
         return sums
 
     def _zeros(self) -> Tensor:

@@ -4,21 +4,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config  # type: ignore[import-untyped]
 from joblib.externals.loky import get_reusable_executor  # type: ignore[import-untyped]
 
 from mbnorm.experiments.grid import Run, cost
+from mbnorm.experiments.models import SMALL
 from mbnorm.experiments.training import Outcome, train
 
 Scheduler: TypeAlias = Literal["local", "dask", "ray"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 PACKAGES: dict[Scheduler, str] = {"dask": "distributed", "ray": "ray"}
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 Crash: TypeAlias = str
 """What a run raised, in a line."""
@@ -54,15 +58,29 @@ def train_all(
         if scheduler == "ray":
             yield from _in_waves(tasks, jobs)
             return
-        # a batch of several runs would be handed back, and stored, only when all of them have ended
-        parallel = Parallel(return_as="generator_unordered", batch_size=1)
-        # ignored signals are inherited: Ctrl-C reaches every process, and only this one is to answer
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            finished = parallel(tasks)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        yield from finished
+        yield from _as_they_end(tasks)
+
+
+def in_processes(call: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Generator[Result]:
+    """Call a function once for each argument, in a process for each core, and yield results as they come.
+
+    What it raises is raised here. Leaving the iteration early ends the processes at once.
+    """
+    parent = os.getpid()
+    with _cluster("local", None) as backend, parallel_config(backend, n_jobs=-1):
+        yield from _as_they_end([delayed(_called)(call, argument, parent) for argument in arguments])
+
+
+def _as_they_end(tasks: Iterable[Any]) -> Iterator[Any]:
+    # a batch of several runs would be handed back, and stored, only when all of them have ended
+    parallel = Parallel(return_as="generator_unordered", batch_size=1)
+    # ignored signals are inherited: Ctrl-C reaches every process, and only this one is to answer
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        finished = parallel(tasks)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    yield from finished
 
 
 def _in_waves(tasks: Sequence[Any], jobs: int | None) -> Iterator[tuple[Run, Outcome | Crash]]:
@@ -73,22 +91,42 @@ def _in_waves(tasks: Sequence[Any], jobs: int | None) -> Iterator[tuple[Run, Out
 
 
 def _train(run: Run, accelerator: str, parent: int | None) -> tuple[Run, Outcome | Crash]:
+    with _on_one_core(parent), preparing(run.setting.model):
+        try:
+            return run, train(run, accelerator)
+        except Exception as error:
+            # some exceptions cannot be sent
+            return run, f"{type(error).__name__}: {error}"
+
+
+def _called(call: Callable[[Argument], Result], argument: Argument, parent: int) -> Result:
+    with _on_one_core(parent):
+        return call(argument)
+
+
+@contextmanager
+def _on_one_core(parent: int | None) -> Iterator[None]:
     # joblib does a single job at a time in the parent itself
     if parent not in (None, os.getpid()):
         _leave_with(parent)
-    threads, mkldnn = torch.get_num_threads(), torch.backends.mkldnn
-    prepares = mkldnn.enabled
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # its preparation costs more than it saves on nets this small
-    mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        return run, train(run, accelerator)
-    except Exception as error:
-        # some exceptions cannot be sent
-        return run, f"{type(error).__name__}: {error}"
+        yield
     finally:
         torch.set_num_threads(threads)
-        mkldnn.enabled = prepares
+
+
+@contextmanager
+def preparing(model: str) -> Iterator[None]:
+    """Have oneDNN compute the convolutions of a net, unless it is so small that preparing them costs more."""
+    mkldnn = torch.backends.mkldnn
+    enabled = mkldnn.enabled
+    mkldnn.enabled = enabled and model not in SMALL  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mkldnn.enabled = enabled
 
 
 @cache

@@ -34,6 +34,7 @@ from mbnorm.experiments.grid import (
     suite_runs,
     suite_settings,
 )
+from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import METHODS
 from mbnorm.experiments.models import MODELS, why_not
 from mbnorm.experiments.results import Results
@@ -106,6 +107,15 @@ def compare(
             help="Grid: learning rates, comma-separated.", metavar="LIST", show_default="0.1 m/64 at each m"
         ),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Grid: what is made small; dice is cross-entropy and the classes' overlaps, for classes of "
+            "few pixels.",
+            metavar="|".join(LOSSES),
+            show_default="cross-entropy",
+        ),
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -154,6 +164,7 @@ def compare(
         "--sampling": sampling,
         "--lr": lr,
         "--epochs": epochs,
+        "--loss": loss,
     }
     chosen = {option: str(value) for option, value in grid.items() if value is not None}
     if not chosen:
@@ -168,6 +179,7 @@ def compare(
             None if lr is None else numbers("--lr", lr, float),
             None if epochs is None else at_least_1("--epochs", epochs),
             data_sets("--data", "digits" if data is None else data),
+            "cross-entropy" if loss is None else choice("--loss", loss, list(LOSSES)),
         )
         _check_fit(settings)
         runs = runs_of(settings, chosen_methods, seeds)

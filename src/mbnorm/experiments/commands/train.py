@@ -19,6 +19,7 @@ from mbnorm.experiments.commands.options import (
 )
 from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS
 from mbnorm.experiments.grid import Run, Setting, default_epochs, linear_rate
+from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import METHODS, batches_a_step
 from mbnorm.experiments.models import MODELS
 from mbnorm.experiments.plan import RECIPES, Plan, Recipe
@@ -76,6 +77,14 @@ def train(
             show_default=",".join(map(str, RATE_DROPS)),
         ),
     ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What is made small; dice is cross-entropy and the classes' overlaps, for classes of few "
+            "pixels.",
+            metavar="|".join(LOSSES),
+        ),
+    ] = "cross-entropy",
     seed: Annotated[int, typer.Option(help="Decides weights and batches.", metavar="N")] = 0,
     precision: Annotated[
         str, typer.Option(help="Of Lightning Fabric.", metavar="|".join(PRECISIONS))
@@ -108,6 +117,7 @@ def train(
         linear_rate(batch_size * batches * ranks) if lr is None else above_0("--lr", lr),
         known.epochs if epochs is None else at_least_1("--epochs", epochs),
         data,
+        choice("--loss", loss, list(LOSSES)),
     )
     plan = Plan(
         Run(chosen_method, setting, seed),
