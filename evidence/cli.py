@@ -17,6 +17,7 @@ from evidence import (
     gap,
     noise,
     rates,
+    real_data,
     recommendation,
     sampling,
     staleness,
@@ -37,6 +38,7 @@ CLAIMS: dict[str, Claim] = {
     "suite": suite.CLAIM,
     "averages": averages.CLAIM,
     "recommendation": recommendation.CLAIM,
+    "real-data": real_data.CLAIM,
 }
 SEEDS = 5
 WIDTH = 79

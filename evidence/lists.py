@@ -1,0 +1,136 @@
+"""Which data and nets decide what the layers do, and which only confirm it.
+
+What is on the first list may be looked at as often as one likes, and constants are chosen on it. The second
+is run once for a rule; what was looked at before a later change of the rule counts as tuned.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mbnorm.experiments.data import Data, load
+from mbnorm.experiments.dataset import scaled
+from mbnorm.experiments.grid import Setting
+from mbnorm.experiments.losses import Loss
+from mbnorm.experiments.methods import Method
+from mbnorm.experiments.sampling import Sampling
+
+RATES = (0.03, 0.1, 0.3)
+"""Learning rates of a batch of 64 that each method is tried at; smaller batches have them in proportion."""
+EDGES = {0.03: 0.01, 0.3: 1.0}
+"""The rate that is tried, too, where the best of these is the first or the last."""
+
+Part: TypeAlias = Literal["choice", "report"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, a net, and how long it is trained.
+
+    Attributes:
+        name: what tables call it.
+        data: a data set's name, as `mbnorm compare` takes it.
+        model: a net's name, as well.
+        batch_size: of the methods that are compared.
+        epochs: of training, for all methods and batch sizes.
+        sampling: how batches are drawn.
+        loss: what is made small.
+        images: how many are trained on; None is all that are not for the choice of the rate.
+        held_out: how many of the training images choose the rate; no training sees them.
+        halvings: how often each side of the inputs is halved, for volumes take long.
+        note: what a reader must know of its place on a list.
+    """
+
+    name: str
+    data: str
+    model: str
+    batch_size: int
+    epochs: int
+    sampling: Sampling = "shuffled"
+    loss: Loss = "cross-entropy"
+    images: int | None = None
+    held_out: int = 200
+    halvings: int = 0
+    note: str = ""
+
+    def setting(self, rate: float, batch_size: int) -> Setting:
+        """Return how a net is trained at a rate of `RATES`; batches of another size are shuffled."""
+        sampling = self.sampling if batch_size == self.batch_size else "shuffled"
+        lr = rate * batch_size / 64
+        return Setting(self.model, batch_size, sampling, lr, self.epochs, self.data, self.loss)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method, and its batch size where that is not the task's."""
+
+    method: Method
+    batch_size: int | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.batch_size is None else f"{self.method} at {self.batch_size}"
+
+
+MLP = Task("MLP of six layers", "digits", "mlp6", 2, 6)
+CIFAR10 = Task("CIFAR-10, ResNet-8", "npz:data/cifar10.npz", "resnet8", 2, 4, images=2500, held_out=500)
+NUCLEI = Task(
+    *("nuclei, U-Net", "npz:data/nuclei.npz", "unet2d", 2, 6),
+    images=400,
+    held_out=100,
+    note="seen while the rule was found",
+)
+
+TUNED: tuple[Task, ...] = (
+    CIFAR10,
+    Task("CIFAR-10, ResNet-20", "npz:data/cifar10.npz", "resnet20", 2, 4, images=2500, held_out=500),
+    MLP,
+    Task("MLP of two layers", "digits", "mlp", 2, 3),
+    Task("CNN, one-class batches", "digits", "cnn", 4, 8, "one-class"),
+    Task("CNN, drifting batches", "digits", "cnn", 4, 8, "drifting"),
+    Task("CNN, long-tailed classes", "digits", "cnn", 4, 8, "long-tailed"),
+    Task("VGG with 1x1 maps", "digits", "vgg-small", 2, 3),
+    Task("CNN on photos", "photos", "cnn", 4, 6),
+    Task("segmentation of scenes", "segments", "segment", 2, 6, held_out=100),
+    NUCLEI,
+)
+CONFIRMED: tuple[Task, ...] = (
+    Task(
+        *("Fashion-MNIST, ResNet-8", "idx:/usr/share/datasets/fashion-mnist", "resnet8", 2, 4),
+        images=2500,
+        held_out=500,
+    ),
+    Task(
+        *("hippocampus in 3D, U-Net", "npz:data/hippocampus.npz", "unet3d", 2, 4),
+        loss="dice",
+        images=160,
+        held_out=40,
+        halvings=1,
+    ),
+)
+
+
+@cache
+def data_of(task: Task, part: Part) -> Data:
+    """Return what a run trains on and is measured on: held-out training images, or the test images."""
+    source = load(task.data)
+    order = torch.randperm(len(source.train_inputs), generator=torch.Generator().manual_seed(0))
+    chosen, rest = order[: task.held_out], order[task.held_out :]
+    kept = rest if task.images is None else rest[: task.images]
+    trained = source.train_inputs[kept], source.train_targets[kept]
+    tested = source.test_inputs, source.test_targets
+    if part == "choice":
+        tested = source.train_inputs[chosen], source.train_targets[chosen]
+    for _ in range(task.halvings):
+        trained, tested = _halved(*trained), _halved(*tested)
+    return scaled(Data(*trained, *tested, source.classes))
+
+
+def _halved(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Average inputs over pairs along each axis, and take the class of the first of a pair."""
+    pool = F.avg_pool3d if inputs.dim() == 5 else F.avg_pool2d
+    firsts = [slice(None, None, 2)] * (inputs.dim() - 2)
+    return pool(inputs, 2), targets[(slice(None), *firsts)]
