@@ -24,7 +24,7 @@ from evidence import (
     suite,
 )
 from evidence.claim import Claim, as_markdown, draw
-from mbnorm.experiments.records import append, read
+from mbnorm.experiments.records import append, check_versions, read
 
 CLAIMS: dict[str, Claim] = {
     "batch-size": batch_size.CLAIM,
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         known = read(data, dict)
         if not options.redraw:
-            _check_versions(known, data)
+            check_versions(data, known)
     except (OSError, ValueError) as error:
         parser.error(f"--out: {error}")
     try:
@@ -108,18 +108,6 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
     return int(text)
-
-
-def _check_versions(rows: Sequence[Row], path: Path) -> None:
-    """Refuse rows that another torch or mbnorm has measured, so that no table mixes them."""
-    here = _versions(machine())
-    for there in map(_versions, rows):
-        if there != here:
-            raise ValueError(f"{path} has rows of {there}, and this is {here}: give another folder")
-
-
-def _versions(row: Row) -> str:
-    return f"torch {row.get('torch')} and mbnorm {row.get('mbnorm')}"
 
 
 def _measured(claim: Claim, seeds: int, known: Sequence[Row], path: Path) -> list[Row]:

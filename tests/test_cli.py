@@ -200,6 +200,21 @@ def test_a_corrupt_line_gives_one_line_that_names_it(results):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("package", ["torch", "mbnorm"])
+def test_results_of_an_unknown_version_give_one_line_and_are_kept(package, results, no_training):
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    for record in records:
+        del record[package]
+    before = "".join(json.dumps(record) + "\n" for record in records)
+    results.write_text(before)
+    status, _, err = mbnorm_says("compare", *TINY, "--out", results.parent)
+    assert status == 2
+    assert f"--out: {results} has rows of" in err
+    assert f"an unknown {package}" in err
+    assert err.count("\n") == 1
+    assert results.read_text() == before
+
+
 def test_every_run_is_in_the_results(tiny):
     records = [json.loads(line) for line in (tiny[0] / "results.jsonl").read_text().splitlines()]
     assert sorted(r["method"] for r in records) == ["batch", "matched"]

@@ -295,6 +295,22 @@ def test_results_of_the_time_before_other_data_are_of_digits(tmp_path):
     assert list(Results(path).outcomes) == [Run("batch", SETTING, 0)]
 
 
+@pytest.mark.parametrize("version", ["0.0.1", None])
+@pytest.mark.parametrize("package", ["torch", "mbnorm"])
+def test_results_of_another_version_are_refused_and_named(package, version, tmp_path):
+    path = tmp_path / "results.jsonl"
+    for seed in (0, 1):
+        Results(path).add(Run("batch", SETTING, seed), DONE, "cpu")
+    first, second = map(json.loads, path.read_text().splitlines())
+    second[package] = version
+    before = f"{json.dumps(first)}\n{json.dumps(second)}\n"
+    path.write_text(before)
+    named = f"{package} 0.0.1" if version else f"an unknown {package}"
+    with pytest.raises(ValueError, match=f"has rows of .*{named}.* and this is .*: give another folder"):
+        Results(path)
+    assert path.read_text() == before
+
+
 def test_an_unfinished_last_line_is_dropped(tmp_path):
     path = tmp_path / "results.jsonl"
     Results(path).add(Run("batch", SETTING, 0), DONE, "cpu")

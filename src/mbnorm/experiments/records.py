@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import torch
+
+from mbnorm import __version__
+
 Record: TypeAlias = dict[str, Any]
 Parsed = TypeVar("Parsed")
 
@@ -54,6 +58,30 @@ def write(path: Path, records: Iterable[Record]) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     _write(unfinished, "w", records)
     os.replace(unfinished, path)
+
+
+def versions() -> Record:
+    """Return the versions of torch and mbnorm that run here, which each record of a measurement has."""
+    return {"torch": torch.__version__, "mbnorm": __version__}
+
+
+def check_versions(path: Path, records: Iterable[Record]) -> None:
+    """Refuse records that another torch or mbnorm has measured, so that no table mixes them.
+
+    Raises:
+        ValueError: a record in ``path`` has other versions, or none.
+    """
+    here = _named(versions())
+    for there in map(_named, records):
+        if there != here:
+            raise ValueError(f"{path} has rows of {there}, and this is {here}: give another folder")
+
+
+def _named(record: Record) -> str:
+    return " and ".join(
+        f"{package} {record[package]}" if record.get(package) else f"an unknown {package}"
+        for package in versions()
+    )
 
 
 def _write(path: Path, mode: str, records: Iterable[Record]) -> None:

@@ -4,14 +4,11 @@ import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-
-from mbnorm import __version__
 from mbnorm.experiments import training
 from mbnorm.experiments.data import load
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.models import WIDTHS
-from mbnorm.experiments.records import Record, append, read
+from mbnorm.experiments.records import Record, append, check_versions, read, versions
 from mbnorm.experiments.training import Outcome
 
 
@@ -24,12 +21,14 @@ class Results:
         path: the file; it need not exist.
 
     Raises:
-        ValueError: a line is not a result.
+        ValueError: a line is not a result, or is one of another torch or mbnorm.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.outcomes: dict[Run, Outcome] = dict(read(path, _parsed))
+        found = read(path, lambda record: (record, _parsed(record)))
+        check_versions(path, [record for record, _ in found])
+        self.outcomes: dict[Run, Outcome] = dict(parsed for _, parsed in found)
 
     def add(self, run: Run, outcome: Outcome, accelerator: str) -> None:
         """Append a finished run; it is on disk on return."""
@@ -44,8 +43,7 @@ class Results:
             "rate_drops": training.RATE_DROPS,
             "train_images": len(load(run.setting.data).train_targets),
             "accelerator": accelerator,
-            "mbnorm": __version__,
-            "torch": torch.__version__,
+            **versions(),
         }
         append(self.path, record)
         self.outcomes[run] = outcome
