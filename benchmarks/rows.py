@@ -4,30 +4,48 @@ import json
 import math
 import os
 import platform
+import subprocess
 import traceback
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mbnorm import __version__
+from mbnorm.experiments.records import versions
 
 Row = dict[str, Any]
+ROOT = Path(__file__).parent.parent
 LAST_CHARACTERS = 3000
 """What a row keeps of a traceback."""
 
 
 def machine() -> Row:
-    """Return what a row says of where it was measured."""
+    """Return what a row says of where it was measured, and of which code."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mbnorm": __version__,
+        **versions(),
+        "commit": commit(ROOT),
     }
+
+
+@cache
+def commit(root: Path) -> str | None:
+    """Return the short commit of the clone at ``root``, with "+" if its files have changed since.
+
+    It is None where there is no clone. The first call decides: the code that runs was loaded about then.
+    """
+    if not (root / ".git").exists():
+        return None
+    # without tags it describes the tree by its commit
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _processor() -> str:

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = as_markdown(claim, rows, command)
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw(claim, rows, folder / "plot.png")
-    print(f"{table}\n{len(rows) - len(known)} measured, {len(known)} were there: {data}")
+    print(f"{table}\n{len(rows) - len(known)} measured, {len(known)} were there{_origin(known)}: {data}")
     print(f"written: {folder / 'table.md'}, {folder / 'plot.png'}")
     return 0
 
@@ -108,6 +108,14 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
     return int(text)
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Return which commits have measured the rows, if there are any."""
+    commits = dict.fromkeys(row.get("commit") or "unknown" for row in rows)
+    if not commits:
+        return ""
+    return f", of {'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}"
 
 
 def _measured(claim: Claim, seeds: int, known: Sequence[Row], path: Path) -> list[Row]:

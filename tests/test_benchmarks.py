@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,37 @@ def test_a_run_that_dies_has_lost_no_row(tmp_path, monkeypatch):
         command.main(["steps", str(tmp_path)])
     (row,) = rows.read(tmp_path / "steps.jsonl")
     assert row["number"] == 1
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", folder, "-c", "user.name=n", "-c", "user.email=e@example.org", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_row_names_its_commit_and_whether_the_tree_has_changed(tmp_path):
+    (tmp_path / "code.py").touch()
+    git(tmp_path, "init")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "--message", "first")
+    git(tmp_path, "tag", "--annotate", "v1", "--message", "one")
+    short = git(tmp_path, "rev-parse", "--short", "HEAD")
+    # what is answered once is not asked again
+    assert rows.commit.__wrapped__(tmp_path) == short
+    (tmp_path / "code.py").write_text("1")
+    assert rows.commit.__wrapped__(tmp_path) == f"{short}+"
+
+
+def test_outside_a_clone_a_row_has_no_commit(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "unpacked").mkdir()
+    assert rows.commit(tmp_path / "unpacked") is None
+
+
+def test_without_git_a_row_has_no_commit(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", "")
+    assert rows.commit(tmp_path) is None
 
 
 def test_what_did_not_run_is_told_and_is_an_error(few, wrong, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from evidence.trained import accuracy_cell, of_setting, trained
 from mbnorm import __version__, convert
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import Run, Setting
-from mbnorm.experiments.records import read
+from mbnorm.experiments.records import read, versions
 from mbnorm.experiments.training import Outcome, initial_model
 
 ROOT = Path(__file__).parent.parent
@@ -297,7 +297,7 @@ def test_the_command_writes_data_table_and_plot_and_goes_on_from_them(tmp_path, 
     assert f"1 measured, 0 were there: {out / 'data.jsonl'}" in capsys.readouterr().out
     (row,) = map(json.loads, (out / "data.jsonl").read_text().splitlines())
     assert row["value"] == 0.5
-    assert {"processor", "torch", "mbnorm"} <= row.keys()
+    assert {"processor", "torch", "mbnorm", "commit"} <= row.keys()
     assert "Written by `python -m evidence gap --seeds 1`" in (out / "table.md").read_text()
     assert (out / "plot.png").exists()
     with (out / "data.jsonl").open("a") as file:
@@ -338,6 +338,13 @@ def test_rows_of_another_version_are_refused_and_named(package, tmp_path, known,
     assert f"{data} has rows of torch {row['torch']} and mbnorm {row['mbnorm']}" in capsys.readouterr().err
     assert read(data, dict) == [row]
     assert known == []
+
+
+def test_the_commits_of_the_rows_that_were_there_are_named(tmp_path, known, capsys):
+    rows = [{"value": 1.0, "commit": commit} for commit in ("abc", None, "def+", "abc")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row | versions()) + "\n" for row in rows))
+    assert main(["gap", "--out", str(tmp_path)]) == 0
+    assert "0 measured, 4 were there, of commits abc, unknown, def+: " in capsys.readouterr().out
 
 
 def test_rows_of_any_version_are_redrawn(tmp_path, known, capsys):
