@@ -295,6 +295,15 @@ def test_results_of_the_time_before_other_data_are_of_digits(tmp_path):
     assert list(Results(path).outcomes) == [Run("batch", SETTING, 0)]
 
 
+def test_results_of_the_time_before_test_errors_have_none(tmp_path):
+    path = tmp_path / "results.jsonl"
+    Results(path).add(Run("batch", SETTING, 0), replace(DONE, test_error=1.5), "cpu")
+    record = json.loads(path.read_text())
+    del record["test_error"]
+    path.write_text(json.dumps(record) + "\n")
+    assert [outcome.test_error for outcome in Results(path).outcomes.values()] == [None]
+
+
 @pytest.mark.parametrize("version", ["0.0.1", None])
 @pytest.mark.parametrize("package", ["torch", "mbnorm"])
 def test_results_of_another_version_are_refused_and_named(package, version, tmp_path):

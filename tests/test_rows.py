@@ -7,13 +7,13 @@ from report_pages import NASTY, hard_page, report_of
 from rich.console import Console
 from scipy import stats
 
-from mbnorm.experiments.estimates import estimate, paired_difference
+from mbnorm.experiments.estimates import INTERVAL, NO_DIFFERENCE, PERCENT, estimate, paired_difference
 from mbnorm.experiments.grid import Run, Setting, grid_settings, reference_of, runs_of
 from mbnorm.experiments.page import Figure, Page, Section, render
 from mbnorm.experiments.plot import as_svg, batch_size_series, draw, panel_svg
 from mbnorm.experiments.report import as_markdown, show
 from mbnorm.experiments.report_page import as_html
-from mbnorm.experiments.rows import Row, mean_ranks, notes, row_of, rows_of
+from mbnorm.experiments.rows import RANKS, Row, caption, mean_ranks, notes, row_of, rows_of
 from mbnorm.experiments.training import Outcome
 
 SETTING = Setting("mlp", 4, "shuffled", 0.025, 2)
@@ -44,12 +44,12 @@ def rows_for(accuracies, setting=SETTING):
     return rows_of(setting, list(outcomes), outcomes)
 
 
-@pytest.mark.parametrize("values", [[95.0, 97.0], [1.0, 2.0, 4.0], [90.1, 97.2, 96.3, 95.4, 91.5]])
+@pytest.mark.parametrize("values", [[95.0, 97.0, 97.5], [1.0, 2.0, 4.0, 5.0], [90.1, 97.2, 96.3, 95.4, 91.5]])
 def test_the_interval_is_students(values):
     mean, error = sum(values) / len(values), stats.sem(values)
     low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
     found = estimate(values)
-    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert (found.low, found.high) == pytest.approx((low, high))
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -58,9 +58,61 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.012)
 
 
-def test_a_single_value_has_no_interval_and_none_no_estimate():
-    assert str(estimate([97.0])) == "97.0"
+@pytest.mark.parametrize("values", [[97.0], [96.0, 98.0]])
+def test_fewer_than_three_values_have_no_interval(values):
+    found = estimate(values)
+    assert (found.half_width, found.low, found.high, str(found)) == (None, 97.0, 97.0, "97.0")
+
+
+def test_no_values_have_no_estimate():
     assert estimate([]) is None
+
+
+def test_an_interval_that_would_pass_a_bound_is_cut_there_and_shown_by_its_ends():
+    # 2.48 to both sides
+    high, low = (estimate(values, PERCENT) for values in ([98.0, 99.0, 100.0], [2.0, 1.0, 0.0]))
+    assert (high.high, low.low) == (100.0, 0.0)
+    assert [str(high), str(low)] == ["99.0 (96.5 to 100)", "1.0 (0 to 3.5)"]
+
+
+def test_an_interval_that_stays_within_its_bounds_is_shown_by_its_half_width():
+    assert str(estimate([96.0, 97.0, 98.0], PERCENT)) == "97.0 ± 2.5"
+
+
+@pytest.mark.parametrize("values", [[98.02, 98.06, 100.08], [97.95, 97.91, 99.99]])
+def test_what_is_shown_reads_as_within_the_bounds(values):
+    found = estimate(values, PERCENT)
+    mean, _, half_width = str(found).partition(" ± ")
+    assert "to 100)" in str(found) or float(mean) + float(half_width) <= 100
+
+
+def test_a_bound_that_rounding_hides_is_not_shown():
+    tiny = [1e-9, 2e-9, 9e-9]
+    assert estimate(tiny).low < 0
+    assert estimate(tiny, (0.0, 1.0)).text(2) == "0.00 ± 0.00"
+
+
+@pytest.mark.parametrize("digits", [0, 2, 4])
+def test_an_estimate_is_shown_with_the_digits_that_are_wanted(digits):
+    half_width = stats.t.ppf(0.975, 2) / 3**0.5
+    assert estimate([1.0, 2.0, 3.0]).text(digits) == f"{2:.{digits}f} ± {half_width:.{digits}f}"
+
+
+@pytest.mark.parametrize(
+    ("differences", "decided", "text"),
+    [
+        ([1.0, 2.0, 3.0], False, "(+2.0 ± 2.5)"),
+        ([-1.0, -2.0, -3.0], False, "(-2.0 ± 2.5)"),
+        ([2.0, 3.0, 4.0], True, "+3.0 ± 2.5"),
+        ([-2.0, -3.0, -4.0], True, "-3.0 ± 2.5"),
+        ([0.0, 0.0, 0.0], False, "(+0.0 ± 0.0)"),
+        ([-0.01, -0.02, 0.0], False, "(+0.0 ± 0.0)"),
+        ([7.0, 7.0], False, "(+7.0)"),
+    ],
+)
+def test_a_difference_whose_interval_includes_0_is_none_and_stands_in_parentheses(differences, decided, text):
+    found = estimate(differences)
+    assert (found.decided, found.signed()) == (decided, text)
 
 
 def test_differences_are_paired_by_seed():
@@ -83,13 +135,13 @@ def test_rows_are_sorted_by_accuracy_and_failures_come_last():
 
 
 def test_a_row_shows_estimate_difference_seeds_failures_and_both_losses():
-    rows = rows_for({"matched": [95.0, 97.0], "batch": [85.0, 87.0]})
-    half_width = f"{stats.t.ppf(0.975, 1):.1f}"
+    rows = rows_for({"matched": [95.0, 96.0, 97.0], "batch": [85.0, 86.0, 87.0]})
     assert rows[0].cells(rows[1]) == (
         "matched",
-        f"96.0 ± {half_width}",
+        "96.0 ± 2.5",
+        "-",
         "+10.0 ± 0.0",
-        "2",
+        "3",
         "0",
         "0.250",
         "0.125",
@@ -98,12 +150,41 @@ def test_a_row_shows_estimate_difference_seeds_failures_and_both_losses():
 
 def test_the_baseline_does_not_differ_from_itself():
     (only,) = rows_for({"batch": [85.0, 87.0]})
-    assert only.cells(only)[2] == "-"
+    assert only.cells(only)[3] == "-"
+
+
+def test_a_row_shows_what_other_test_samples_could_change():
+    found = row("matched", DONE, replace(DONE, test_error=1.0), replace(DONE, test_error=1.5), FAILED, None)
+    assert found.cells(None)[2] == "1.2"
+
+
+def test_a_difference_that_is_none_stands_in_parentheses_in_every_report(tmp_path):
+    tables = [(SETTING, rows_for({"matched": [96.0, 97.0, 98.0], "batch": [95.0, 97.0, 95.0]}))]
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(tables, "batch", console)
+    page = as_html(tables, [], "batch", "mbnorm compare")
+    for text in (as_markdown(tables, "batch"), console.export_text(), page):
+        assert "(+1.3 ± 3.8)" in text
+
+
+def test_the_caption_says_what_the_signs_mean():
+    assert INTERVAL in caption([], "batch")
+    assert NO_DIFFERENCE in caption([], "batch")
+    assert '"test set ±"' in caption([], "batch")
+
+
+def test_ranks_are_said_to_go_by_means_alone():
+    tables = [(s, rows_for({"batch": [95.0], "matched": [97.0]}, s)) for s in (SETTING, ONE_CLASS)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(tables, "batch", console)
+    page = as_html(tables, [], "batch", "mbnorm compare")
+    for text in (as_markdown(tables, "batch"), " ".join(console.export_text().split()), page):
+        assert RANKS in text
 
 
 def test_a_row_counts_failed_diverged_and_missing_runs():
     cells = row("none", DIVERGED, FAILED, DONE, None).cells(None)
-    assert cells[3:] == ("4", "1 failed, 1 diverged, 1 missing", "not finite", "0.125")
+    assert cells[4:] == ("4", "1 failed, 1 diverged, 1 missing", "not finite", "0.125")
 
 
 def test_a_diverged_run_counts_with_what_it_measured():
@@ -113,7 +194,7 @@ def test_a_diverged_run_counts_with_what_it_measured():
 def test_a_method_without_any_result_has_a_row():
     runs = runs_of([SETTING], ["matched", "batch"], 2)
     rows = rows_of(SETTING, runs, {runs[0]: DONE, runs[1]: DONE})
-    assert row_of("batch", rows).cells(None) == ("batch", "-", "-", "2", "2 missing", "-", "-")
+    assert row_of("batch", rows).cells(None) == ("batch", "-", "-", "-", "2", "2 missing", "-", "-")
 
 
 def test_the_reference_is_in_the_table_and_marked():
@@ -134,13 +215,31 @@ def test_the_baseline_is_not_the_reference():
     assert row_of("batch", rows_of(SETTING, list(outcomes), outcomes)) is None
 
 
-def test_the_table_says_where_our_layers_lose():
-    rows = rows_for({"none": [98.0], "matched": [97.0], "batch": [40.0]})
-    assert notes(SETTING, rows) == ["none does best here, before all of mbnorm's layers."]
+CLEAR = {"none": [98.0, 98.5, 98.2], "matched": [97.0, 97.4, 97.3], "batch": [40.0, 20.0, 60.0]}
+UNCLEAR = {"none": [98.0, 98.0, 98.0], "matched": [97.0, 98.5, 97.5], "batch": [40.0, 20.0, 60.0]}
 
 
-def test_the_table_says_nothing_where_our_layers_win():
-    assert notes(SETTING, rows_for({"none": [96.0], "matched": [97.0]})) == []
+def test_the_table_says_who_is_best_and_where_our_layers_lose():
+    said = ["none does best here.", "All of mbnorm's layers are behind none."]
+    assert notes(SETTING, rows_for(CLEAR)) == said
+
+
+def test_the_table_says_where_our_layers_win():
+    rows = rows_for({"none": [96.0, 96.5, 96.2], "matched": [97.0, 97.4, 97.3]})
+    assert notes(SETTING, rows) == ["matched does best here."]
+
+
+@pytest.mark.parametrize("accuracies", [UNCLEAR, {method: found[:2] for method, found in CLEAR.items()}])
+def test_the_table_names_both_where_the_first_does_not_differ_from_the_second(accuracies):
+    said = ["none and matched come first, with no difference between them."]
+    assert notes(SETTING, rows_for(accuracies)) == said
+
+
+def test_our_layers_lose_where_each_of_them_differs_from_the_first():
+    rows = rows_for({**UNCLEAR, "matched": UNCLEAR["none"], "memorized": [90.0, 91.0, 90.0]})
+    assert len(notes(SETTING, rows)) == 1
+    rows = rows_for({**UNCLEAR, "group": UNCLEAR["none"], "matched": [90.0, 91.0, 90.0]})
+    assert notes(SETTING, rows)[1:] == ["All of mbnorm's layers are behind none."]
 
 
 def test_the_table_says_why_runs_failed():
@@ -187,12 +286,13 @@ def test_settings_that_differ_in_the_batch_size_alone_are_a_series():
 def test_the_table_fits_into_80_columns(method):
     console = Console(width=80, record=True, file=io.StringIO())
     rows = [
-        row(method, *[replace(DONE, accuracy=a) for a in (30.0, 40.0, 60.0)]),
-        row("batch", DONE, DIVERGED),
+        row(method, *[replace(DONE, accuracy=a, test_error=2.4) for a in (80.0, 90.0, 99.0, 60.0)], FAILED),
+        row("batch", *[replace(DIVERGED, accuracy=a) for a in (94.0, 75.0, 99.0, 80.0)], None),
     ]
     show([(SETTING, rows)], "batch", console)
     text = console.export_text()
-    assert method in text
+    for words in (method, "(55.6 to 100)", "(-4.8 ± 24.8)", "diverged", "missing"):
+        assert words in text
     assert "…" not in text
 
 

@@ -135,9 +135,8 @@ def _fill(panel: Axes, rows: Sequence[Row]) -> None:
         fill = "none" if row.reference else color
         errors = [_error(value) for value in row.accuracies.values()]
         panel.scatter(errors, [y] * len(errors), s=24, facecolor=fill, edgecolor=color, alpha=0.6)
-        if accuracy.half_width is not None:
-            ends = (accuracy.mean - accuracy.half_width, accuracy.mean + accuracy.half_width)
-            panel.plot([_error(end) for end in ends], [y, y], color=color, linewidth=1.5)
+        ends = (accuracy.low, accuracy.high)
+        panel.plot([_error(end) for end in ends], [y, y], color=color, linewidth=1.5)
         panel.scatter([_error(accuracy.mean)], [y], s=150, marker="|", color=color, linewidth=2)
         diverged = any(o.status == "diverged" for o in row.finished)
         # beside the axis, where no dot can be

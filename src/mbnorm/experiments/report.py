@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mbnorm.experiments import markdown
 from mbnorm.experiments.methods import Method
-from mbnorm.experiments.rows import Tables, caption, columns, mean_ranks, notes, row_of
+from mbnorm.experiments.rows import RANKS, Tables, caption, columns, mean_ranks, notes, row_of
 
 
 def as_markdown(tables: Tables, baseline: Method) -> str:
@@ -26,6 +26,7 @@ def as_markdown(tables: Tables, baseline: Method) -> str:
         blocks += [
             f"**Mean rank over the {len(tables)} settings**",
             markdown.table(("method", "mean rank"), ranks),
+            RANKS,
         ]
     return "\n\n".join(blocks) + "\n"
 
@@ -35,15 +36,16 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
     for setting, rows in tables:
         table = _terminal_table(str(setting))
         names = columns(baseline)
-        unbroken = names[:3]
+        unbroken = names[:4]
         for column in names:
             # 80 columns must do
-            header = column.replace("-mode ", "\n").replace("against ", "against\n")
+            header = column.replace("-mode", "").replace(" ", "\n", 1)
             justify: Literal["left", "right"] = "left" if column == "method" else "right"
             table.add_column(header, justify=justify, no_wrap=column in unbroken)
         theirs = row_of(baseline, rows)
         for row in rows:
-            table.add_row(*row.cells(theirs), style="italic" if row.reference else None)
+            cells = [cell.replace(" (", "\n(").replace(", ", "\n") for cell in row.cells(theirs)]
+            table.add_row(*cells, style="italic" if row.reference else None)
         console.print(table)
         for note in notes(setting, rows):
             console.print(note, markup=False)
@@ -54,6 +56,7 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
         for method, mean, _ in mean_ranks(tables):
             table.add_row(method, f"{mean:.2f}")
         console.print(table)
+        console.print(RANKS, markup=False)
 
 
 def _terminal_table(title: str) -> Table:
@@ -63,5 +66,5 @@ def _terminal_table(title: str) -> Table:
         title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )

@@ -9,7 +9,7 @@ from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.page import Figure, Page, Section, Table, render
 from mbnorm.experiments.plot import batch_size_series, batch_size_svg, panel_svg, ranks_svg
-from mbnorm.experiments.rows import Row, Tables, caption, columns, mean_ranks, notes, row_of
+from mbnorm.experiments.rows import RANKS, Row, Tables, caption, columns, mean_ranks, notes, row_of
 
 
 def as_html(tables: Tables, missing: Sequence[Run], baseline: Method, command: str) -> str:
@@ -44,12 +44,9 @@ def _overview(tables: Tables, command: str) -> list[Section]:
     sections = []
     if len(tables) > 1:
         ranks = mean_ranks(tables)
-        header = ("method", "mean rank", "best", "worst")
+        header = ("method", "mean rank", "best rank", "worst rank")
         cells = [(m, f"{mean:.2f}", f"{min(found):g}", f"{max(found):g}") for m, mean, found in ranks]
-        text = (
-            f"Each method's rank by mean accuracy, averaged over the {len(tables)} settings. A method with "
-            "runs that have no accuracy is behind all with fewer of them."
-        )
+        text = f"Each method's rank, averaged over the {len(tables)} settings. {RANKS}"
         figure = Figure(ranks_svg(tables), "Mean ranks; lower is better.", command)
         sections.append(Section("Mean rank", [text], [figure], [Table(header, cells)]))
     series = batch_size_series(tables)

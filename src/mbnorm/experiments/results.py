@@ -59,8 +59,8 @@ def _parsed(record: Record) -> tuple[Run, Outcome]:
         record.setdefault(later, None)
     setting = Setting(*(record[field.name] for field in fields(Setting)))
     outcome = Outcome(**{field.name: record[field.name] for field in fields(Outcome)})
-    numbers = (outcome.accuracy, outcome.train_loss, outcome.train_mode_loss, outcome.eval_mode_loss)
-    for number in numbers:
+    losses = (outcome.train_loss, outcome.train_mode_loss, outcome.eval_mode_loss)
+    for number in (outcome.accuracy, outcome.test_error, *losses):
         if number is not None and not math.isfinite(number):
             raise ValueError(f"expected finite numbers, got {number}")
     return Run(record["method"], setting, record["seed"]), outcome

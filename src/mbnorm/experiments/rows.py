@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeAlias
 
-from mbnorm.experiments.estimates import Estimate, estimate, paired_difference
+from mbnorm.experiments.estimates import (
+    INTERVAL,
+    NO_DIFFERENCE,
+    PERCENT,
+    Estimate,
+    estimate,
+    paired_difference,
+)
 from mbnorm.experiments.grid import Run, Setting, reference_of
 from mbnorm.experiments.methods import OURS, Method
 from mbnorm.experiments.training import FIRST_FORWARD, Outcome
@@ -37,7 +44,13 @@ class Row:
     @property
     def accuracy(self) -> Estimate | None:
         """The mean over the runs that have an accuracy."""
-        return estimate(list(self.accuracies.values()))
+        return estimate(list(self.accuracies.values()), PERCENT)
+
+    @property
+    def test_error(self) -> float | None:
+        """The mean over the runs of what other test samples could change, where it is known."""
+        known = [o.test_error for o in self.finished if o.test_error is not None]
+        return fmean(known) if known else None
 
     @property
     def without_accuracy(self) -> int:
@@ -51,11 +64,12 @@ class Row:
 
     def cells(self, baseline: "Row | None") -> tuple[str, ...]:
         """Return the row's text, one for each of `columns`."""
-        accuracy = self.accuracy
+        accuracy, test_error = self.accuracy, self.test_error
         trained = [outcome for outcome in self.finished if outcome.status != "failed"]
         return (
             self.label,
             "-" if accuracy is None else str(accuracy),
+            "-" if test_error is None else f"{test_error:.1f}",
             self._difference(baseline),
             str(len(self.outcomes)),
             self._failures(),
@@ -82,15 +96,23 @@ def caption(tables: Tables, baseline: Method) -> str:
     """Return how the tables were made, and what stands in italics if anything does."""
     italics = "In italics: batch norm on shuffled batches of 64 at lr 0.1. "
     return (
-        "Test accuracy, mean over the seeds with its 95 % confidence interval (Student's t). From one seed "
-        "all methods start at the same weights and see the same batches, so each is compared with "
-        f"{baseline} seed by seed: the difference is the mean over the seeds for which both have an "
-        "accuracy, with its interval. A run that diverged is measured like any other and is part of the "
-        "means; one that failed has no accuracy, and is counted. The losses are those of the trained net on "
-        "its training data, with its layers in train mode and in eval mode. "
+        f"Test accuracy, mean over the seeds. {INTERVAL} The interval says what other seeds could change; "
+        '"test set ±" says what another test set of the same size could: the half width of the 95 % interval '
+        "over draws of its samples, as a mean over the runs. From one seed all methods start at the same "
+        f"weights and see the same batches, so each is compared with {baseline} seed by seed: the difference "
+        f"is the mean over the seeds for which both have an accuracy. {NO_DIFFERENCE} A run that diverged is "
+        "measured like any other and is part of the means; one that failed has no accuracy, and is counted. "
+        "The losses are those of the trained net on its training data, with its layers in train mode and in "
+        "eval mode. "
         f"{italics if any(row.reference for _, rows in tables for row in rows) else ''}"
         "Written by `mbnorm compare`."
     )
+
+
+RANKS = (
+    "Ranks go by mean accuracy alone, so a better rank need not be a difference. A method with runs that "
+    "have no accuracy is behind all with fewer of them."
+)
 
 
 def columns(baseline: Method) -> tuple[str, ...]:
@@ -98,6 +120,7 @@ def columns(baseline: Method) -> tuple[str, ...]:
     return (
         "method",
         "accuracy, %",
+        "test set ±",
         f"against {baseline}",
         "seeds",
         "failed",
@@ -146,15 +169,26 @@ def mean_ranks(tables: Tables) -> list[tuple[Method, float, list[float]]]:
 
 
 def notes(setting: Setting, rows: Sequence[Row]) -> list[str]:
-    """Return the sentences under a table: where mbnorm's layers lose, how they started, why runs failed."""
+    """Return the sentences under a table: who is first, where mbnorm's layers lose, why runs failed."""
     ranked = [row for row in rows if row.reference is None and row.accuracy is not None]
     ours = [row for row in ranked if row.method in OURS]
-    said = []
-    if ours and ours[0] is not ranked[0]:
-        said.append(f"{ranked[0].label} does best here, before all of mbnorm's layers.")
+    said = [_first(*ranked[:2])] if len(ranked) > 1 else []
+    if ours and all(_is_before(ranked[0], row) for row in ours):
+        said.append(f"All of mbnorm's layers are behind {ranked[0].label}.")
     if ours and setting.batch_size == 1:
         said.append(f"mbnorm's layers were given a memory by one forward of {FIRST_FORWARD} images.")
     return said + [f"{row.label} failed: {row.error}." for row in rows if row.error is not None]
+
+
+def _first(first: Row, second: Row) -> str:
+    if _is_before(first, second):
+        return f"{first.label} does best here."
+    return f"{first.label} and {second.label} come first, with no difference between them."
+
+
+def _is_before(row: Row, other: Row) -> bool:
+    difference = paired_difference(row.accuracies, other.accuracies)
+    return difference is not None and difference.decided and difference.mean > 0
 
 
 def _standing(row: Row) -> tuple[int, float]:
