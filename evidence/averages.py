@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.rows import Row
 from evidence import suite
-from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
 from evidence.trained import of_setting, where
 from mbnorm import convert, recalibrate, revert
 from mbnorm.experiments.data import load
+from mbnorm.experiments.estimates import NO_DIFFERENCE, NOT_NEGATIVE, estimate
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.training import eval_mode_loss, fit, initial_model
@@ -109,29 +110,39 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
             yield {**asdict(setting), "seed": seed, "losses": found}
 
 
-def above_exact(rows: Sequence[Row], setting: Setting, name: str) -> float:
-    """Return how far the loss is above that with exact statistics, as a mean over seeds."""
-    return fmean(row["losses"][name] - row["losses"][EXACT] for row in of_setting(rows, setting))
+def above_exact(rows: Sequence[Row], setting: Setting, name: str) -> dict[int, float]:
+    """Return how far the loss is above that with exact statistics, seed by seed."""
+    return {row["seed"]: row["losses"][name] - row["losses"][EXACT] for row in of_setting(rows, setting)}
+
+
+def _mean_above_exact(rows: Sequence[Row], name: str) -> list[float]:
+    """Return the same as a mean over the settings, seed by seed."""
+    gaps = [above_exact(rows, setting, name) for setting in SETTINGS]
+    return [fmean(gap[seed] for gap in gaps) for seed in gaps[0]]
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
     names = (*NAMES, MEMORY)
-    gaps = {setting: [above_exact(rows, setting, name) for name in names] for setting in SETTINGS}
+    gaps = {
+        setting: [list(above_exact(rows, setting, name).values()) for name in names] for setting in SETTINGS
+    }
     lines = []
     for setting, found in gaps.items():
-        exact = mean_and_spread([row["losses"][EXACT] for row in of_setting(rows, setting)], 3)
-        lines.append([str(setting), exact, *(f"{gap:+.3f}" for gap in found)])
-    columns = list(zip(*gaps.values(), strict=True))
-    lines.append(["mean", "", *(f"{fmean(column):+.3f}" for column in columns)])
-    lines.append(["largest", "", *(f"{max(column):+.3f}" for column in columns)])
+        exact = mean_cell([row["losses"][EXACT] for row in of_setting(rows, setting)], 3, NOT_NEGATIVE)
+        lines.append([str(setting), exact, *(difference_cell(estimate(gap), 3) for gap in found)])
+    overall = [estimate(_mean_above_exact(rows, name)) for name in names]
+    lines.append(["mean", "", *(difference_cell(found, 3) for found in overall)])
+    columns = zip(*gaps.values(), strict=True)
+    lines.append(["largest", "", *(f"{max(fmean(gap) for gap in column):+.3f}" for column in columns)])
     return [(["setting", "exact", *(f"c = {name}" for name in NAMES), MEMORY], lines)]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
     for setting in SETTINGS:
-        panel.plot(NAMES, [above_exact(rows, setting, name) for name in NAMES], "-", color="#bdbdbd")
-    means = [fmean(above_exact(rows, setting, name) for setting in SETTINGS) for name in NAMES]
+        gaps = [fmean(above_exact(rows, setting, name).values()) for name in NAMES]
+        panel.plot(NAMES, gaps, "-", color="#bdbdbd")
+    means = [fmean(_mean_above_exact(rows, name)) for name in NAMES]
     panel.plot(NAMES, means, "ko-", label="mean over the settings (grey)")
     panel.set_xlabel("early weight c")
     panel.set_ylabel("eval-mode loss above that with exact statistics")
@@ -141,10 +152,11 @@ CLAIM = Claim(
     sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
     measured=(
         "Loss of eval mode on the training images, of nets trained with the plain noise-matched rule: with "
-        "exact statistics, recalibrated on shuffled images (mean ± standard deviation over the seeds), and "
-        "how far above that it is with the averages of each early weight c and with the memory that training "
-        "reads. All columns are of the same trainings. Less than exact can be: training has normalized with "
-        "what these averages follow, and with long-tailed batches exact statistics are of other images."
+        "exact statistics, recalibrated on shuffled images, and how far above that it is with the averages "
+        "of each early weight c and with the memory that training reads. All columns are of the same "
+        f"trainings, so differences are taken seed by seed. {NO_DIFFERENCE} Largest: of the settings' "
+        "means. Less than exact can be: training has normalized with what these averages follow, "
+        "and with long-tailed batches exact statistics are of other images."
     ),
     rows=_rows,
     tables=_tables,

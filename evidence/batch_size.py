@@ -48,11 +48,9 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence="Batch norm loses accuracy as the batch shrinks; the methods with a memory keep it.",
     measured=(
-        f"Test accuracy in percent of the MLP on digits after {EPOCHS} epochs at learning rate 0.1 m/64; "
-        f"mean ± "
-        "standard deviation over the seeds. At m = 1 torch's batch norm refuses to train, and mbnorm's "
-        "layers were "
-        "given a memory by one forward of two images."
+        f"Test accuracy in percent of the MLP on digits after {EPOCHS} epochs at learning rate 0.1 m/64. At "
+        "m = 1 torch's batch norm refuses to train, and mbnorm's layers were given a memory by one forward "
+        "of two images."
     ),
     rows=_rows,
     tables=_tables,

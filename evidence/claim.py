@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.rows import Row
+from mbnorm.experiments.estimates import INTERVAL, Bounds, Estimate, estimate
 from mbnorm.experiments.markdown import table
 
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -42,9 +42,10 @@ class Claim:
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
-    """Return the claim, its tables and where they come from."""
+    """Return the claim, its tables, what ± is, and where they come from."""
     tables = [table(headings, lines) for headings, lines in claim.tables(rows)]
-    return "\n\n".join([claim.sentence, *tables, claim.measured, f"Written by `{command}`."]) + "\n"
+    measured = f"{claim.measured} {INTERVAL}"
+    return "\n\n".join([claim.sentence, *tables, measured, f"Written by `{command}`."]) + "\n"
 
 
 def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:
@@ -60,7 +61,12 @@ def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Return "mean ± standard deviation"."""
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+def mean_cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
+    """Return the text of a mean over seeds."""
+    found = estimate(values, bounds)
+    return "-" if found is None else found.text(digits)
+
+
+def difference_cell(difference: Estimate | None, digits: int) -> str:
+    """Return the text of a difference, in parentheses where it is none."""
+    return "-" if difference is None else difference.signed(digits)

@@ -54,9 +54,8 @@ CLAIM = Claim(
     ),
     measured=(
         f"Mean loss of the trained MLP on its training digits in both modes, after {EPOCHS} epochs at "
-        f"learning rate "
-        "0.8 m/64; mean ± standard deviation over the seeds. In train mode with batches as in training, and "
-        "memories read but not written."
+        "learning rate 0.8 m/64. In train mode with batches as in training, and memories read but not "
+        "written."
     ),
     rows=_rows,
     tables=_tables,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.claim import Claim, Table, Tell, mean_cell
 from evidence.trained import where
 from mbnorm import MemorizedBatchNorm1d, MomentumBatchNorm1d, recalibrate
 from mbnorm.experiments.data import digits
+from mbnorm.experiments.estimates import NOT_NEGATIVE
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.sampling import one_epoch
 from mbnorm.experiments.training import initial_model
@@ -164,8 +165,8 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
     for model, stage, layer, pixels in _layers(rows):
         line = [f"{model}, {stage}", str(layer), str(pixels)]
         found = {m: _of(rows, model, stage, layer, m) for m in BATCH_SIZES}
-        line += [mean_and_spread([_mean_ratio(r) for r in found[m]], 2) for m in BATCH_SIZES]
-        line += [mean_and_spread([_var_ratio(r) for r in found[m]], 2) for m in BATCH_SIZES]
+        line += [mean_cell([_mean_ratio(r) for r in found[m]], 2, NOT_NEGATIVE) for m in BATCH_SIZES]
+        line += [mean_cell([_var_ratio(r) for r in found[m]], 2, NOT_NEGATIVE) for m in BATCH_SIZES]
         lines.append(line)
     return [(headings, lines), _memory_table(rows)]
 
@@ -176,7 +177,7 @@ def _memory_table(rows: Sequence[Row]) -> Table:
         line = [f"{kind} = {value:g}"]
         for layer in (0, 1):
             found = where(rows, kind=kind, value=value, layer=layer)
-            line.append(mean_and_spread([row["left"] for row in found], 4))
+            line.append(mean_cell([row["left"] for row in found], 4, NOT_NEGATIVE))
         lines.append([*line, f"{theory_of_memory(kind, value):.4f}"])
     return ["noise of the mean left by", "layer 0", "layer 1", "theory"], lines
 
@@ -230,14 +231,10 @@ CLAIM = Claim(
         "2(n-1)/n², and a memory averages it away."
     ),
     measured=(
-        f"{BATCHES} batches of digits drawn with replacement, weights fixed, every layer normalized with "
-        f"the statistics "
-        f"of all images; untrained, and trained for {TRAINING_EPOCHS} epochs; means over channels, mean ± "
-        f"standard "
-        "deviation over the seeds. n is images times pixels: 1 means that pixels are as good as independent "
-        "values, "
-        "more that they are worth less. Second table: variance of the mean that normalizes batches of 2 "
-        "in the "
+        f"{BATCHES} batches of digits drawn with replacement, weights fixed, every layer normalized with the "
+        f"statistics of all images; untrained, and trained for {TRAINING_EPOCHS} epochs; means over "
+        "channels. n is images times pixels: 1 means that pixels are as good as independent values, more "
+        "that they are worth less. Second table: variance of the mean that normalizes batches of 2 in the "
         "trained MLP, in units of that of the batch's own."
     ),
     rows=_rows,

@@ -65,11 +65,8 @@ CLAIM = Claim(
         "learning rates that train."
     ),
     measured=(
-        f"Test accuracy in percent of the MLP on digits, batches of {BATCH_SIZE}, {EPOCHS} epoch(s); mean ± "
-        f"standard "
-        "deviation over the seeds. Momentum has a constant history weight; a run whose loss is not finite "
-        "at the "
-        "end has diverged."
+        f"Test accuracy in percent of the MLP on digits, batches of {BATCH_SIZE}, {EPOCHS} epoch(s). "
+        "Momentum has a constant history weight; a run whose loss is not finite at the end has diverged."
     ),
     rows=_rows,
     tables=_tables,

@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, mean_and_spread
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
 from evidence.trained import of_setting, where
 from mbnorm import Diagnosis, convert, diagnose, recalibrate
 from mbnorm.experiments.data import Data, load
+from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.sampling import Sampling, one_epoch
@@ -242,11 +243,11 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 str(setting),
                 in_words(rows, setting),
                 _counted(map(str, found.best)),
-                mean_and_spread(found.of_recommended, 1),
-                mean_and_spread(found.of_best, 1),
-                _signed(found.behind),
-                _signed(found.matched_behind),
-                _signed(found.nothing_behind),
+                mean_cell(found.of_recommended, 1, PERCENT),
+                mean_cell(found.of_best, 1, PERCENT),
+                difference_cell(estimate(found.behind), 1),
+                difference_cell(estimate(found.matched_behind), 1),
+                difference_cell(estimate(found.nothing_behind), 1),
             ]
         )
         sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in (*SWEEP, AS_TOLD))])
@@ -286,11 +287,6 @@ def _cell(rows: Sequence[Row], setting: Setting, candidate: str) -> str:
     return " / ".join(f"{fmean(values):.1f}" for values in both)
 
 
-def _signed(differences: Sequence[float]) -> str:
-    text = mean_and_spread(differences, 1)
-    return text if text.startswith("-") else f"+{text}"
-
-
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
     found = [compared(rows, setting) for setting in SETTINGS]
@@ -319,7 +315,7 @@ CLAIM = Claim(
         "(by the number of values, too: plain 128 and 32), and memorized of "
         f"{', '.join(map(str, MEMORY_SIZES))} batches, and takes each as trained and recalibrated. For each "
         "seed the best is what is best by the mean over the others, so that no luck of its own is counted. "
-        "Mean ± standard deviation over the seeds; differences are taken seed by seed. matched - best: in "
+        f"Differences are taken seed by seed. {NO_DIFFERENCE} matched - best: in "
         "all layers, without a diagnosis, as trained. Do nothing: batch norm as trained. The second table "
         "has mean accuracies, as trained / recalibrated."
     ),

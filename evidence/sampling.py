@@ -54,10 +54,9 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     sentence="Batch norm breaks where all samples of a batch are alike; the methods with a memory do not.",
     measured=(
-        f"The small ResNet on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs at learning rate 0.1 m/64; "
-        f"mean ± "
-        "standard deviation over the seeds. One-class: all images of a batch are of one class. Losses of the "
-        "trained net on its training images, in batches of that kind in train mode, and in eval mode."
+        f"The small ResNet on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs at learning rate 0.1 m/64. "
+        "One-class: all images of a batch are of one class. Losses of the trained net on its training "
+        "images, in batches of that kind in train mode, and in eval mode."
     ),
     rows=_rows,
     tables=_tables,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, mean_and_spread
-from evidence.trained import where
+from evidence.claim import Claim, Table, Tell, mean_cell
+from evidence.trained import by_seed, where
 from mbnorm import DoubleForward, convert
 from mbnorm.experiments.data import digits
+from mbnorm.experiments.estimates import NOT_NEGATIVE
 from mbnorm.experiments.sampling import one_epoch
 
 BATCH_SIZE = 8
@@ -117,9 +118,7 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
 
 def ratios(rows: Sequence[Row], case: Case, key: str) -> list[float]:
     """Return staleness with Double-Forward over that without, seed by seed."""
-    plain, refreshed = (
-        {r["seed"]: r[key] for r in where(rows, **asdict(case), double_forward=df)} for df in (False, True)
-    )
+    plain, refreshed = (by_seed(where(rows, **asdict(case), double_forward=df), key) for df in (False, True))
     return [refreshed[seed] / plain[seed] for seed in plain]
 
 
@@ -136,8 +135,8 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
         line = [str(case.k), f"{case.lr:g}", str(case.micro_batches)]
         for key, theory in zip(("at_use", "at_eval"), case.theory, strict=True):
             line += [
-                mean_and_spread(_plain(rows, case, key), 4),
-                mean_and_spread(ratios(rows, case, key), 2),
+                mean_cell(_plain(rows, case, key), 4, NOT_NEGATIVE),
+                mean_cell(ratios(rows, case, key), 2, NOT_NEGATIVE),
                 f"{theory:.2f}",
             ]
         lines.append(line)
@@ -166,15 +165,10 @@ CLAIM = Claim(
     ),
     measured=(
         f"MLP with one hidden layer on digits, batches of {BATCH_SIZE}, SGD with momentum {SGD_MOMENTUM}, "
-        f"{STEPS} "
-        "steps. Staleness: distance of the means in the memory from those of the same batches under the "
-        "present "
-        "weights, in standard deviations of the channel (root mean square over channels, mean over entries "
-        "and "
-        "steps); mean ± standard deviation over the seeds. At use: what the first batch of a step reads. At "
-        "eval: "
-        "what evaluation after a step finds. Theory: the mean age of what is read, as if the weights moved "
-        "steadily."
+        f"{STEPS} steps. Staleness: distance of the means in the memory from those of the same batches under "
+        "the present weights, in standard deviations of the channel (root mean square over channels, mean "
+        "over entries and steps). At use: what the first batch of a step reads. At eval: what evaluation "
+        "after a step finds. Theory: the mean age of what is read, as if the weights moved steadily."
     ),
     rows=_rows,
     tables=_tables,

@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
-from evidence.claim import Tell, mean_and_spread
+from evidence.claim import Tell, mean_cell
+from mbnorm.experiments.estimates import NOT_NEGATIVE, PERCENT
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import train
 
@@ -37,9 +38,8 @@ def where(rows: Sequence[Row], **values: Any) -> list[Row]:
 
 
 def accuracy_cell(rows: Sequence[Row]) -> str:
-    """Return the mean accuracy with its spread, and how many runs diverged or failed."""
-    values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
-    text = mean_and_spread(values, 1) if values else "-"
+    """Return the mean accuracy with its interval, and how many runs diverged or failed."""
+    text = mean_cell(accuracies(rows), 1, PERCENT)
     for status in ("diverged", "failed"):
         if count := sum(row["status"] == status for row in rows):
             text += f" ({count} {status})"
@@ -47,16 +47,19 @@ def accuracy_cell(rows: Sequence[Row]) -> str:
 
 
 def loss_cell(rows: Sequence[Row], key: str) -> str:
-    """Return the mean of a loss with its spread."""
+    """Return the mean of a loss with its interval."""
     values = [row[key] for row in rows if row["status"] != "failed"]
-    if not values:
-        return "-"
-    return "not finite" if None in values else mean_and_spread(values, 3)
+    return "not finite" if None in values else mean_cell(values, 3, NOT_NEGATIVE)
 
 
 def accuracies(rows: Sequence[Row]) -> list[float]:
     """Return the accuracy of every run that has one."""
     return [row["accuracy"] for row in rows if row["accuracy"] is not None]
+
+
+def by_seed(rows: Sequence[Row], key: str) -> dict[int, float]:
+    """Return the number of every run that has one, to pair it with that of another run from the same seed."""
+    return {row["seed"]: row[key] for row in rows if row[key] is not None}
 
 
 SPACED = "test accuracy, %, spaced by the error (lines: smallest to largest seed)"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evidence import averages, double_forward, noise, recommendation, staleness, suite
-from evidence.claim import Claim, as_markdown, draw, mean_and_spread
+from evidence.claim import Claim, as_markdown, draw, mean_cell
 from evidence.cli import CLAIMS, main
 from evidence.noise import (
     layer_inputs,
@@ -23,6 +23,7 @@ from evidence.staleness import ACCUMULATED, Case
 from evidence.trained import accuracy_cell, of_setting, trained
 from mbnorm import __version__, convert
 from mbnorm.experiments.data import digits
+from mbnorm.experiments.estimates import INTERVAL, PERCENT
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.records import read, versions
 from mbnorm.experiments.training import Outcome, initial_model
@@ -106,9 +107,9 @@ def rows_of(name):
     """Rows as the claim's measurement would give them, without a training."""
     module = __import__(f"evidence.{name.replace('-', '_')}", fromlist=["SETTINGS"])
     if name == "suite":
-        runs = suite.runs(2)
+        runs = suite.runs(3)
     else:
-        runs = [Run(m, s, seed) for s in module.SETTINGS for m in module.METHODS for seed in (0, 1)]
+        runs = [Run(m, s, seed) for s in module.SETTINGS for m in module.METHODS for seed in range(3)]
     return [{"method": r.method, **asdict(r.setting), "seed": r.seed, **asdict(OK)} for r in runs]
 
 
@@ -137,8 +138,19 @@ def test_failures_are_counted():
     assert accuracy_cell([failed]) == "- (1 failed)"
 
 
-def test_the_spread_is_that_over_seeds():
-    assert mean_and_spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+def test_a_cell_has_the_interval_within_its_bounds():
+    cells = [
+        mean_cell(values, 1, PERCENT)
+        for values in ([], [90.0, 92.0], [96.0, 97.0, 98.0], [98.0, 99.0, 100.0])
+    ]
+    assert cells == ["-", "91.0", "97.0 ± 2.5", "99.0 (96.5 to 100)"]
+
+
+@on_every_claim
+def test_every_published_table_says_what_the_sign_means(name):
+    text = (RESULTS / name / "table.md").read_text(encoding="utf-8")
+    assert INTERVAL in text
+    assert "deviation over" not in text
 
 
 def test_ranks_are_means_over_settings():
@@ -153,12 +165,14 @@ def test_ranks_are_means_over_settings():
     assert places["matched"] == 3
 
 
-def test_goals_are_differences_of_means():
+def test_goals_are_differences_seed_by_seed():
     rows = rows_of("suite")
     for row in of_setting(rows, suite.MLP[0]):
         row["accuracy"] = {"matched": 97.0, "batch": 70.0}.get(row["method"], 90.0)
-    first = suite.goals(rows)[0]
-    assert first[1:] == ["+20", "+27.0", *["+20.0"] * 4]
+        row["accuracy"] += row["seed"]
+    first, second, *_ = suite.goals(rows)
+    assert first[1:] == ["+20", "+27.0 ± 0.0", *["+20.0 ± 0.0"] * 4]
+    assert second[1:] == ["+20", *["(+0.0 ± 0.0)"] * 5]
 
 
 SMALLEST = Setting("mlp", 4, "shuffled", 0.0125, 1)
@@ -228,13 +242,14 @@ def test_each_half_of_the_test_images_says_which_number_of_values_is_better():
     rows = rows_of("suite")
     for row in rows:
         if row["method"] == "matched-64":
-            row["even_accuracy"], row["odd_accuracy"] = 92.0, 80.0
+            row["even_accuracy"], row["odd_accuracy"] = 92.0, 89.0 + 3 * (row["seed"] == 1)
     (_, halves, _) = CLAIMS["suite"].tables(rows)
     count = len(suite.SETTINGS)
     best, other = f"{count} of {count}", f"0 of {count}"
+    # on the odd images it has the best mean by one seed alone
     assert halves[1] == [
         ["even", "91.00", other, "92.00", best, *["91.00", other] * 3],
-        ["odd", "89.00", best, "80.00", other, *["89.00", best] * 3],
+        ["odd", "89.00", other, "90.00", other, *["89.00", other] * 3],
     ]
 
 
@@ -254,11 +269,13 @@ def test_averages_are_followed_as_the_layer_itself_has_them():
 
 def test_the_table_of_averages_says_how_far_above_exact_statistics_they_are(tmp_path):
     of = dict.fromkeys((*averages.NAMES, averages.MEMORY), 0.75) | {"8": 0.25, averages.EXACT: 0.5}
-    rows = [{**asdict(s), "seed": seed, "losses": of} for s in averages.SETTINGS for seed in (0, 1)]
+    rows = [{**asdict(s), "seed": seed, "losses": of} for s in averages.SETTINGS for seed in range(3)]
     ((_, lines),) = averages.CLAIM.tables(rows)
-    assert len(lines) == len(averages.SETTINGS) + 2
-    for line in lines:
-        assert line[2:] == ["+0.250"] * 4 + ["-0.250"] + ["+0.250"] * 2
+    *settings, largest = lines
+    assert len(settings) == len(averages.SETTINGS) + 1
+    for line in settings:
+        assert line[2:] == ["+0.250 ± 0.000"] * 4 + ["-0.250 ± 0.000"] + ["+0.250 ± 0.000"] * 2
+    assert largest[2:] == ["+0.250"] * 4 + ["-0.250"] + ["+0.250"] * 2
     draw(averages.CLAIM, rows, tmp_path / "plot.png")
 
 
@@ -427,10 +444,10 @@ def test_the_table_of_double_forward_takes_differences_seed_by_seed(tmp_path):
         {**asdict(case), "double_forward": name, "seed": seed, "accuracy": 90.0 + gain + seed, "loss": 0.5}
         for case in double_forward.CASES
         for name, gain in (("without", 0.0), ("with", 1.5))
-        for seed in (0, 1)
+        for seed in range(3)
     ]
     ((_, lines),) = double_forward.CLAIM.tables(rows)
-    assert [line[3] for line in lines] == len(double_forward.CASES) * ["1.5 ± 0.0"] + ["+1.5"]
+    assert [line[3] for line in lines] == (len(double_forward.CASES) + 1) * ["+1.5 ± 0.0"]
     draw(double_forward.CLAIM, rows, tmp_path / "plot.png")
 
 
