@@ -14,6 +14,7 @@ from evidence import (
     batch_size,
     cost,
     double_forward,
+    fine_tuning,
     gap,
     noise,
     rates,
@@ -39,6 +40,8 @@ CLAIMS: dict[str, Claim] = {
     "averages": averages.CLAIM,
     "recommendation": recommendation.CLAIM,
     "real-data": real_data.CLAIM,
+    "fine-tuning": fine_tuning.CLAIM,
+    "fine-tuning-confirmed": fine_tuning.CONFIRMED,
 }
 WIDTH = 79
 NAMES = 2 + max(map(len, CLAIMS))
