@@ -191,7 +191,7 @@ def _table(task: FineTuning, found: Sequence[Column]) -> Table:
     lines.append(["better of batch and frozen", *(column.better_habit() or "-" for column in found)])
     for method in OURS:
         gains = [column.gain(method) for column in found]
-        lines.append([f"{method} less that", *("-" if gain is None else gain.signed() for gain in gains)])
+        lines.append([f"{method} minus that", *("-" if gain is None else gain.signed() for gain in gains)])
     lines.append(["half the interval of the test images", *(_test_error(column.rows) for column in found)])
     return [f"{task.name}: {_score_name(task)}, %", *map(str, found)], lines
 
@@ -211,17 +211,16 @@ def _score_name(task: FineTuning) -> str:
 def _draw(tasks: Sequence[FineTuning], rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for panel, task in zip(panels, tasks, strict=True):
         for number, column in enumerate(columns(task, rows)):
-            for place, method in enumerate(METHODS):
-                if (mean := column.mean(method)) is None:
-                    continue
-                panel.errorbar(
-                    [place + 0.15 * (number - 1.5)],
-                    [mean.mean],
-                    [mean.half_width or 0.0],
-                    fmt="o",
-                    color=f"C{number}",
-                    label=str(column) if place == 0 else None,
-                )
+            means = [column.mean(method) for method in METHODS]
+            found = [(place, mean) for place, mean in enumerate(means) if mean is not None]
+            panel.errorbar(
+                [place + 0.15 * (number - 1.5) for place, _ in found],
+                [mean.mean for _, mean in found],
+                [mean.half_width or 0.0 for _, mean in found],
+                fmt="o",
+                color=f"C{number}",
+                label=str(column),
+            )
         panel.set_xticks(range(len(METHODS)), METHODS, rotation=20, fontsize=8)
         panel.set_ylabel(f"{_score_name(task)}, % (lines: 95 % intervals)", fontsize=8)
         panel.set_title(task.name, fontsize=10)
@@ -259,7 +258,7 @@ def _described(task: FineTuning) -> str:
     tested = "tested on all"
     if task.tested is not None:
         tested = f"tested on the first {task.tested:,}, for a test on all takes minutes"
-    start = f"trained before by {PRETRAINING}"
+    start = f"trained before ({PRETRAINING})"
     if task.start == "ImageNet":
         start = f"trained on ImageNet; inputs are scaled to {SIDE}x{SIDE} pixels"
     return f"{task.name}{note}: {start}; {images} to train on, {tested}"
