@@ -31,6 +31,8 @@ class Claim:
         tables: the rows as tables.
         draw: the rows in ``panels`` panels of a figure.
         panels: how many.
+        seeds: how many if nothing is said.
+        check: raises a ValueError where something is missing that it is measured with.
     """
 
     sentence: str
@@ -39,6 +41,8 @@ class Claim:
     tables: Callable[[Sequence[Row]], Sequence[Table]]
     draw: Callable[[Sequence[Row], Sequence[Axes]], None]
     panels: int
+    seeds: int = 5
+    check: Callable[[], None] = lambda: None
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:

@@ -14,6 +14,7 @@ from evidence import (
     batch_size,
     cost,
     double_forward,
+    fine_tuning,
     gap,
     noise,
     rates,
@@ -39,9 +40,12 @@ CLAIMS: dict[str, Claim] = {
     "averages": averages.CLAIM,
     "recommendation": recommendation.CLAIM,
     "real-data": real_data.CLAIM,
+    "fine-tuning": fine_tuning.CLAIM,
+    "fine-tuning-confirmed": fine_tuning.CONFIRMED,
 }
-SEEDS = 5
 WIDTH = 79
+NAMES = 2 + max(map(len, CLAIMS))
+"""The width of the column with the claims' names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     claim, folder = CLAIMS[options.name], options.out or Path("runs/evidence") / options.name
+    seeds = options.seeds or claim.seeds
     data = folder / "data.jsonl"
     if options.redraw and not data.exists():
         parser.error(f"--redraw: there are no data in {folder}")
@@ -63,12 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"--out: {error}")
     try:
-        rows = known if options.redraw else _measured(claim, options.seeds, known, data)
+        if not options.redraw:
+            claim.check()
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        rows = known if options.redraw else _measured(claim, seeds, known, data)
     except KeyboardInterrupt:
         print(f"interrupted: what is measured is in {data}, and the same command goes on", file=sys.stderr)
         return 130
     command = f"python -m evidence {options.name}"
-    command += f" --seeds {options.seeds}" if options.seeds != SEEDS else ""
+    command += f" --seeds {seeds}" if seeds != claim.seeds else ""
     table = as_markdown(claim, rows, command)
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw(claim, rows, folder / "plot.png")
@@ -93,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "name", nargs="?", choices=list(CLAIMS), metavar="NAME", help="one of the claims below"
     )
     parser.add_argument(
-        "--seeds", type=_count, default=SEEDS, metavar="N", help="measure from seeds 0 to N-1 (%(default)s)"
+        "--seeds", type=_count, metavar="N", help="measure from seeds 0 to N-1 (5; 3 of fine-tunings)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the rows are (runs/evidence/NAME)")
     parser.add_argument("--redraw", action="store_true", help="only make table and plot of the rows")
@@ -101,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _entry(name: str, sentence: str) -> str:
-    return fill(sentence, WIDTH, initial_indent=f"  {name:16}", subsequent_indent=18 * " ")
+    return fill(sentence, WIDTH, initial_indent=f"  {name:{NAMES}}", subsequent_indent=(2 + NAMES) * " ")
 
 
 def _count(text: str) -> int:

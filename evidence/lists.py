@@ -19,6 +19,8 @@ from mbnorm.experiments.losses import Loss
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling
 
+Start: TypeAlias = Literal["ImageNet", "segments"]
+
 RATES = (0.03, 0.1, 0.3)
 """Learning rates of a batch of 64 that each method is tried at; smaller batches have them in proportion."""
 EDGES = {0.03: 0.01, 0.3: 1.0}
@@ -109,6 +111,47 @@ CONFIRMED: tuple[Task, ...] = (
         images=160,
         held_out=40,
         halvings=1,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A trained net that learns other data, at rates that stay as they are.
+
+    Attributes:
+        name: what tables call it.
+        data: a data set's name, as `mbnorm compare` takes it.
+        start: what the net has been trained on.
+        images: how many are trained on; None is all.
+        tested: how many of the test images measure it, from the first on; None is all.
+        batch_size: of the methods that are compared.
+        lengths: the steps after which it is measured.
+        rates: learning rates; all of them are reported.
+        note: what a reader must know of its place on a list.
+    """
+
+    name: str
+    data: str
+    start: Start
+    images: int | None = None
+    tested: int | None = None
+    batch_size: int = 2
+    lengths: tuple[int, ...] = (300, 3000)
+    rates: tuple[float, ...] = (0.001, 0.004)
+    note: str = ""
+
+
+TUNED_FINE: tuple[FineTuning, ...] = (
+    FineTuning("CIFAR-10, MobileNetV2", "npz:data/cifar10.npz", "ImageNet", 1000, 2000),
+    FineTuning(
+        *("nuclei, U-Net", "npz:data/nuclei.npz", "segments"),
+        note="seen while the rule was found",
+    ),
+)
+CONFIRMED_FINE: tuple[FineTuning, ...] = (
+    FineTuning(
+        *("Fashion-MNIST, MobileNetV2", "idx:/usr/share/datasets/fashion-mnist", "ImageNet", 1000, 2000)
     ),
 )
 

@@ -88,11 +88,11 @@ def load(name: str) -> Data:
         case "npz:":
             from mbnorm.experiments.sources import npz
 
-            return npz.read(place)
+            return scaled(npz.read(place))
         case "idx:":
             from mbnorm.experiments.sources import idx
 
-            return idx.read(place)
+            return scaled(idx.read(place))
     raise ValueError(f"expected {', '.join(EMBEDDED)}, {', '.join(OUTSIDE_FORMS)}; got {name!r}")
 
 

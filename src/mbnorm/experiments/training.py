@@ -32,8 +32,8 @@ WEIGHT_DECAY = 5e-4
 RATE_DROPS = (0.6, 0.85)
 FIRST_FORWARD = 2
 """Images that memories are started with, by a forward before training, where batches have one image."""
-AT_ONCE = 1000
-"""Inputs that are forwarded at once in eval mode."""
+AT_ONCE = 100
+"""Inputs that are forwarded at once in eval mode; the maps of more would not fit into caches."""
 
 Status: TypeAlias = Literal["ok", "diverged", "failed"]
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mbnorm.experiments.dataset import Data, check_fits, scaled
+from mbnorm.experiments.dataset import Data, check_fits
 from mbnorm.experiments.sources.splits import check_enough, held_out
 
 Array = NDArray[Any]
@@ -23,7 +23,7 @@ class Named(NamedTuple):
 def data_of(
     place: str, inputs: Named, targets: Named, test: tuple[Named, Named] | None, spatial: int, per_pixel: bool
 ) -> Data:
-    """Return arrays as data, centred and scaled.
+    """Return arrays as data, with the values that they have.
 
     Args:
         place: the file or folder that messages name.
@@ -63,7 +63,7 @@ def data_of(
     least, most = train_part[0].aminmax()
     if least == most:
         raise ValueError(f"{place}: all values of {inputs.name} are {least.item():g}")
-    return scaled(Data(*train_part, *test_part, len(classes)))
+    return Data(*train_part, *test_part, len(classes))
 
 
 def _checked(place: str, inputs: Named, targets: Named, spatial: int, per_pixel: bool) -> tuple[Named, Named]:
