@@ -32,6 +32,7 @@ class Claim:
         draw: the rows in ``panels`` panels of a figure.
         panels: how many.
         seeds: how many if nothing is said.
+        verdict: what the rows say, in the first line.
         check: raises a ValueError where something is missing that it is measured with.
     """
 
@@ -43,13 +44,15 @@ class Claim:
     panels: int
     seeds: int = 5
     check: Callable[[], None] = lambda: None
+    verdict: Callable[[Sequence[Row]], str] = lambda rows: ""
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
-    """Return the claim, its tables, what ± is, and where they come from."""
+    """Return what was found, the claim, its tables, what ± is, and where they come from."""
     tables = [table(headings, lines) for headings, lines in claim.tables(rows)]
     measured = f"{claim.measured} {INTERVAL}"
-    return "\n\n".join([claim.sentence, *tables, measured, f"Written by `{command}`."]) + "\n"
+    parts = [claim.verdict(rows), claim.sentence, *tables, measured, f"Written by `{command}`."]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:

@@ -18,9 +18,9 @@ from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
 from evidence.pretrained import PRETRAINING, SIDE, check, data_of, pretrained, with_new_head
-from evidence.trained import where
+from evidence.trained import score_of, where
 from mbnorm.experiments.dataset import Data
-from mbnorm.experiments.estimates import Estimate, estimate, paired_difference
+from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, Estimate, estimate, paired_difference
 from mbnorm.experiments.methods import Method, schedule_for, set_method
 from mbnorm.experiments.sampling import one_epoch
 from mbnorm.experiments.training import MOMENTUM, measured
@@ -134,14 +134,9 @@ def _rows(tasks: Sequence[FineTuning], seeds: int, tell: Tell, known: Sequence[R
         for row in rows:
             tell(
                 f"{number} of {len(steps)}: {row['method']}, {row['task']}, rate {row['rate']}, "
-                f"{row['steps']} steps, seed {row['seed']}: {_score(row):.1f} %, {row['seconds']} s"
+                f"{row['steps']} steps, seed {row['seed']}: {score_of(row):.1f} %, {row['seconds']} s"
             )
             yield row
-
-
-def _score(row: Row) -> float:
-    # a net whose loss is not finite may be right by chance
-    return float(row["dice" if "dice" in row else "accuracy"]) if row["status"] == "ok" else 0.0
 
 
 class Column(NamedTuple):
@@ -156,11 +151,11 @@ class Column(NamedTuple):
 
     def scores(self, method: Method) -> dict[int, float]:
         """Return the score of a method from each seed."""
-        return {row["seed"]: _score(row) for row in where(self.rows, method=method)}
+        return {row["seed"]: score_of(row) for row in where(self.rows, method=method)}
 
     def mean(self, method: Method) -> Estimate | None:
         """Return the mean score of a method."""
-        return estimate(list(self.scores(method).values()))
+        return estimate(list(self.scores(method).values()), PERCENT)
 
     def better_habit(self) -> Method | None:
         """Return which of batch norm as it is and frozen has the better mean, if both have one."""
@@ -216,7 +211,10 @@ def _draw(tasks: Sequence[FineTuning], rows: Sequence[Row], panels: Sequence[Axe
             panel.errorbar(
                 [place + 0.15 * (number - 1.5) for place, _ in found],
                 [mean.mean for _, mean in found],
-                [mean.half_width or 0.0 for _, mean in found],
+                [
+                    [mean.mean - mean.low for _, mean in found],
+                    [mean.high - mean.mean for _, mean in found],
+                ],
                 fmt="o",
                 color=f"C{number}",
                 label=str(column),
@@ -240,8 +238,9 @@ def _claim(tasks: tuple[FineTuning, ...], data: str) -> Claim:
             "is the beginning of the longer one, except for renorm, whose bounds follow the length. frozen "
             "normalizes with the running statistics of the trained net, and learns scale and shift. The "
             "better of batch and frozen has the better mean in this table; what others have over it is taken "
-            "seed by seed, in points. A training whose loss is not finite has the score 0. The last line is "
-            "half the 95 % interval that comes of the choice of test images, as a mean over the trainings."
+            f"seed by seed, in points. {NO_DIFFERENCE} A training whose loss is not finite "
+            "has the score 0. The last line is half the 95 % interval that comes of the choice of test "
+            "images, as a mean over the trainings."
         ),
         rows=partial(_rows, tasks),
         tables=partial(_tables, tasks),

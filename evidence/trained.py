@@ -37,6 +37,12 @@ def where(rows: Sequence[Row], **values: Any) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
+def score_of(row: Row) -> float:
+    """Return Dice where pixels have classes, else the accuracy; nothing where the loss was not finite."""
+    # a net whose loss is not finite may be right by chance
+    return float(row["dice" if "dice" in row else "accuracy"]) if row["status"] == "ok" else 0.0
+
+
 def accuracy_cell(rows: Sequence[Row]) -> str:
     """Return the mean accuracy with its interval, and how many runs diverged or failed."""
     text = mean_cell(accuracies(rows), 1, PERCENT)

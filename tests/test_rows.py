@@ -13,7 +13,7 @@ from mbnorm.experiments.page import Figure, Page, Section, render
 from mbnorm.experiments.plot import as_svg, batch_size_series, draw, panel_svg
 from mbnorm.experiments.report import as_markdown, show
 from mbnorm.experiments.report_page import as_html
-from mbnorm.experiments.rows import RANKS, Row, caption, mean_ranks, notes, row_of, rows_of
+from mbnorm.experiments.rows import RANKS, Row, caption, columns, mean_ranks, notes, row_of, rows_of
 from mbnorm.experiments.training import Outcome
 
 SETTING = Setting("mlp", 4, "shuffled", 0.025, 2)
@@ -188,7 +188,7 @@ def test_a_row_counts_failed_diverged_and_missing_runs():
 
 
 def test_a_diverged_run_counts_with_what_it_measured():
-    assert row("none", DIVERGED, DONE).accuracy.mean == 50
+    assert row("none", DIVERGED, DONE).score.mean == 50
 
 
 def test_a_method_without_any_result_has_a_row():
@@ -355,3 +355,12 @@ def test_a_figure_is_the_same_each_time():
 
     assert drawn() == drawn()
     assert drawn().startswith("<svg ")
+
+
+def test_segmentations_are_compared_by_dice():
+    found = row("batch", *(replace(DONE, dice=dice) for dice in (60.0, 61.0, 62.0)))
+    assert found.score.mean == 61.0
+    assert columns("batch", [found])[1] == "Dice, %"
+    assert columns("batch", [row("batch", DONE)])[1] == "accuracy, %"
+    assert "Dice" in caption([(SETTING, [found])], "batch")
+    assert "Dice" not in caption([(SETTING, [row("batch", DONE)])], "batch")

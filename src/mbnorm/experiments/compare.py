@@ -90,9 +90,9 @@ def report(
 
 
 def _in_short(outcome: Outcome) -> str:
-    if outcome.accuracy is None:
+    if outcome.score is None:
         return f"failed: {outcome.error}"
-    return f"{outcome.accuracy:.1f} %" + (" (diverged)" if outcome.status == "diverged" else "")
+    return f"{outcome.score:.1f} %" + (" (diverged)" if outcome.status == "diverged" else "")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mbnorm.experiments.rows import Row, Tables, mean_ranks
 MOST_COLUMNS = 3
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
-LEGEND = "test accuracy, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
+LEGEND = "test accuracy or Dice, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
 LEGEND_COLUMNS = 3
 
 
@@ -53,8 +53,8 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
         methods: dict[Method, list[tuple[int, float]]] = {}
         for batch_size, rows in series.items():
             for row in rows:
-                if row.reference is None and row.accuracy is not None:
-                    methods.setdefault(row.method, []).append((batch_size, _error(row.accuracy.mean)))
+                if row.reference is None and row.score is not None:
+                    methods.setdefault(row.method, []).append((batch_size, _error(row.score.mean)))
         # the panel keeps its height, however many lines the legend has
         lines_of_legend = -(-len(methods) // LEGEND_COLUMNS)
         figure = Figure(figsize=(4.8, 3.4 + 0.17 * lines_of_legend), layout="constrained")
@@ -77,7 +77,7 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
         panel.set_yscale("log")
         panel.set_ylim(100, LEAST_ERROR)
         panel.set_yticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
-        panel.set_ylabel("mean test accuracy, %, spaced by the error", fontsize=9)
+        panel.set_ylabel("mean test accuracy or Dice, %, spaced by the error", fontsize=9)
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
@@ -128,19 +128,19 @@ def _fill(panel: Axes, rows: Sequence[Row]) -> None:
     for y, row in enumerate(rows):
         color = _color(row.method)
         panel.axhline(y, color="#e6e6e6", linewidth=0.8, zorder=0)
-        accuracy = row.accuracy
-        if accuracy is None:
+        score = row.score
+        if score is None:
             panel.text(95, y, "failed" if row.error else "missing", color=color, fontsize=9, va="center")
             continue
         fill = "none" if row.reference else color
-        errors = [_error(value) for value in row.accuracies.values()]
+        errors = [_error(value) for value in row.scores.values()]
         panel.scatter(errors, [y] * len(errors), s=24, facecolor=fill, edgecolor=color, alpha=0.6)
-        ends = (accuracy.low, accuracy.high)
+        ends = (score.low, score.high)
         panel.plot([_error(end) for end in ends], [y, y], color=color, linewidth=1.5)
-        panel.scatter([_error(accuracy.mean)], [y], s=150, marker="|", color=color, linewidth=2)
+        panel.scatter([_error(score.mean)], [y], s=150, marker="|", color=color, linewidth=2)
         diverged = any(o.status == "diverged" for o in row.finished)
         # beside the axis, where no dot can be
-        text = f"{accuracy.mean:.1f}{' diverged' if diverged else ''}"
+        text = f"{score.mean:.1f}{' diverged' if diverged else ''}"
         panel.text(LEAST_ERROR * 0.93, y, text, color=color, fontsize=9, va="center")
     panel.set_xticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
     panel.minorticks_off()
@@ -157,8 +157,8 @@ def _name_lines(panel: Axes, names: Sequence[tuple[str, str]]) -> None:
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _error(accuracy: float) -> float:
-    return min(max(100 - accuracy, LEAST_ERROR), 100.0)
+def _error(score: float) -> float:
+    return min(max(100 - score, LEAST_ERROR), 100.0)
 
 
 def _color(method: Method) -> str:

@@ -20,7 +20,7 @@ def as_markdown(tables: Tables, baseline: Method) -> str:
         for row in rows:
             cells = row.cells(theirs)
             lines.append([f"*{cell}*" for cell in cells] if row.reference else cells)
-        blocks += [f"**{setting}**", markdown.table(columns(baseline), lines), *notes(setting, rows)]
+        blocks += [f"**{setting}**", markdown.table(columns(baseline, rows), lines), *notes(setting, rows)]
     if len(tables) > 1:
         ranks = [(method, f"{mean:.2f}") for method, mean, _ in mean_ranks(tables)]
         blocks += [
@@ -35,7 +35,7 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
     """Print all tables to a terminal."""
     for setting, rows in tables:
         table = _terminal_table(str(setting))
-        names = columns(baseline)
+        names = columns(baseline, rows)
         unbroken = names[:4]
         for column in names:
             # 80 columns must do

@@ -62,6 +62,6 @@ def _overview(tables: Tables, command: str) -> list[Section]:
 def _setting_section(setting: Setting, rows: Sequence[Row], baseline: Method, command: str) -> Section:
     theirs = row_of(baseline, rows)
     marked = frozenset(number for number, row in enumerate(rows) if row.reference is not None)
-    table = Table(columns(baseline), [row.cells(theirs) for row in rows], marked)
-    figure = Figure(panel_svg(rows), f"Test accuracy: {setting}.", command)
+    table = Table(columns(baseline, rows), [row.cells(theirs) for row in rows], marked)
+    figure = Figure(panel_svg(rows), f"Test results: {setting}.", command)
     return Section(str(setting), figures=[figure], tables=[table], notes=notes(setting, rows))

@@ -37,14 +37,14 @@ class Row:
         return [outcome for outcome in self.outcomes.values() if outcome is not None]
 
     @property
-    def accuracies(self) -> dict[int, float]:
-        """The accuracy of each seed that has one."""
-        return {seed: o.accuracy for seed, o in self.outcomes.items() if o and o.accuracy is not None}
+    def scores(self) -> dict[int, float]:
+        """The score of each seed that has one."""
+        return {seed: o.score for seed, o in self.outcomes.items() if o and o.score is not None}
 
     @property
-    def accuracy(self) -> Estimate | None:
-        """The mean over the runs that have an accuracy."""
-        return estimate(list(self.accuracies.values()), PERCENT)
+    def score(self) -> Estimate | None:
+        """The mean over the runs that have a score."""
+        return estimate(list(self.scores.values()), PERCENT)
 
     @property
     def test_error(self) -> float | None:
@@ -53,9 +53,9 @@ class Row:
         return fmean(known) if known else None
 
     @property
-    def without_accuracy(self) -> int:
+    def without_score(self) -> int:
         """How many runs failed, or are missing."""
-        return len(self.outcomes) - len(self.accuracies)
+        return len(self.outcomes) - len(self.scores)
 
     @property
     def error(self) -> str | None:
@@ -64,11 +64,11 @@ class Row:
 
     def cells(self, baseline: "Row | None") -> tuple[str, ...]:
         """Return the row's text, one for each of `columns`."""
-        accuracy, test_error = self.accuracy, self.test_error
+        score, test_error = self.score, self.test_error
         trained = [outcome for outcome in self.finished if outcome.status != "failed"]
         return (
             self.label,
-            "-" if accuracy is None else str(accuracy),
+            "-" if score is None else str(score),
             "-" if test_error is None else f"{test_error:.1f}",
             self._difference(baseline),
             str(len(self.outcomes)),
@@ -80,7 +80,7 @@ class Row:
     def _difference(self, baseline: "Row | None") -> str:
         if baseline is None or baseline is self:
             return "-"
-        difference = paired_difference(self.accuracies, baseline.accuracies)
+        difference = paired_difference(self.scores, baseline.scores)
         return "-" if difference is None else difference.signed()
 
     def _failures(self) -> str:
@@ -95,13 +95,16 @@ Tables: TypeAlias = Sequence[tuple[Setting, Sequence[Row]]]
 def caption(tables: Tables, baseline: Method) -> str:
     """Return how the tables were made, and what stands in italics if anything does."""
     italics = "In italics: batch norm on shuffled batches of 64 at lr 0.1. "
+    dice = "Where pixels have classes it is Dice, over all test images, a mean of all classes but the first. "
+    segments = any(scored_by_dice(rows) for _, rows in tables)
     return (
-        f"Test accuracy, mean over the seeds. {INTERVAL} The interval says what other seeds could change; "
+        f"Test accuracy, mean over the seeds. {dice if segments else ''}{INTERVAL} The interval says what "
+        "other seeds could change; "
         '"test set ±" says what another test set of the same size could: the half width of the 95 % interval '
         "over draws of its samples, as a mean over the runs. From one seed all methods start at the same "
         f"weights and see the same batches, so each is compared with {baseline} seed by seed: the difference "
-        f"is the mean over the seeds for which both have an accuracy. {NO_DIFFERENCE} A run that diverged is "
-        "measured like any other and is part of the means; one that failed has no accuracy, and is counted. "
+        f"is the mean over the seeds for which both have a score. {NO_DIFFERENCE} A run that diverged is "
+        "measured like any other and is part of the means; one that failed has no score, and is counted. "
         "The losses are those of the trained net on its training data, with its layers in train mode and in "
         "eval mode. "
         f"{italics if any(row.reference for _, rows in tables for row in rows) else ''}"
@@ -110,16 +113,21 @@ def caption(tables: Tables, baseline: Method) -> str:
 
 
 RANKS = (
-    "Ranks go by mean accuracy alone, so a better rank need not be a difference. A method with runs that "
-    "have no accuracy is behind all with fewer of them."
+    "Ranks go by mean score alone, so a better rank need not be a difference. A method with runs that "
+    "have no score is behind all with fewer of them."
 )
 
 
-def columns(baseline: Method) -> tuple[str, ...]:
-    """Return the headings of a row's cells."""
+def scored_by_dice(rows: Sequence[Row]) -> bool:
+    """Return whether pixels have classes, and Dice is the score."""
+    return any(outcome.dice is not None for row in rows for outcome in row.finished)
+
+
+def columns(baseline: Method, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the headings of the rows' cells."""
     return (
         "method",
-        "accuracy, %",
+        "Dice, %" if scored_by_dice(rows) else "accuracy, %",
         "test set ±",
         f"against {baseline}",
         "seeds",
@@ -130,7 +138,7 @@ def columns(baseline: Method) -> tuple[str, ...]:
 
 
 def rows_of(setting: Setting, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> list[Row]:
-    """Return a row for each method and for the reference, best accuracy first and failures last."""
+    """Return a row for each method and for the reference, best score first and failures last."""
     by_method: dict[Method, dict[int, Outcome | None]] = {}
     for run in runs:
         if run.setting == setting:
@@ -140,7 +148,7 @@ def rows_of(setting: Setting, runs: Sequence[Run], outcomes: Mapping[Run, Outcom
     at_ease = {r.seed: outcomes.get(r) for r in runs if r.setting == reference and r.method == "batch"}
     if at_ease and reference != setting:
         rows.append(Row("batch", at_ease, reference))
-    return sorted(rows, key=lambda row: -1.0 if row.accuracy is None else row.accuracy.mean, reverse=True)
+    return sorted(rows, key=lambda row: -1.0 if row.score is None else row.score.mean, reverse=True)
 
 
 def row_of(method: Method, rows: Sequence[Row]) -> Row | None:
@@ -151,8 +159,8 @@ def row_of(method: Method, rows: Sequence[Row]) -> Row | None:
 def mean_ranks(tables: Tables) -> list[tuple[Method, float, list[float]]]:
     """Return each method's mean rank and its rank in each setting, best first.
 
-    In a setting 1 is the best mean accuracy, and equal ones share the mean of their ranks; a method with more
-    runs that have no accuracy is behind all with fewer. Only methods that are in every setting are ranked.
+    In a setting 1 is the best mean score, and equal ones share the mean of their ranks; a method with more
+    runs that have no score is behind all with fewer. Only methods that are in every setting are ranked.
     """
     of_each = [{row.method: _standing(row) for row in rows if row.reference is None} for _, rows in tables]
     methods = [method for method in of_each[0] if all(method in standings for standings in of_each)]
@@ -170,7 +178,7 @@ def mean_ranks(tables: Tables) -> list[tuple[Method, float, list[float]]]:
 
 def notes(setting: Setting, rows: Sequence[Row]) -> list[str]:
     """Return the sentences under a table: who is first, where mbnorm's layers lose, why runs failed."""
-    ranked = [row for row in rows if row.reference is None and row.accuracy is not None]
+    ranked = [row for row in rows if row.reference is None and row.score is not None]
     ours = [row for row in ranked if row.method in OURS]
     said = [_first(*ranked[:2])] if len(ranked) > 1 else []
     if ours and all(_is_before(ranked[0], row) for row in ours):
@@ -187,12 +195,12 @@ def _first(first: Row, second: Row) -> str:
 
 
 def _is_before(row: Row, other: Row) -> bool:
-    difference = paired_difference(row.accuracies, other.accuracies)
+    difference = paired_difference(row.scores, other.scores)
     return difference is not None and difference.decided and difference.mean > 0
 
 
 def _standing(row: Row) -> tuple[int, float]:
-    return -row.without_accuracy, 0.0 if row.accuracy is None else row.accuracy.mean
+    return -row.without_score, 0.0 if row.score is None else row.score.mean
 
 
 def _mean_loss(losses: Sequence[float | None]) -> str:

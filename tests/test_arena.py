@@ -1,0 +1,206 @@
+"""The arena: what is trained next, how a rate is chosen, and what the tables say of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evidence import arena, lists, real_data
+from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
+from evidence.claim import as_markdown, draw
+from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
+from mbnorm.experiments.data import load
+
+TASK = Task("digits", "digits", "mlp", 8, 1, images=64, held_out=32)
+BATCH, OURS = Entrant("batch"), Entrant("matched")
+
+
+def row(step, score, **others):
+    return {**step.key, "status": "ok", "accuracy": score, "test_error": 1.0, "seconds": 1.0, **others}
+
+
+def chosen(entrant, rate, task=TASK):
+    """The rows of a choice that a rate has won."""
+    rates = RATES if rate in RATES else (*RATES, rate)
+    return [row(Step(task, entrant, r, CHOOSING_SEED, "choice"), 90.0 if r == rate else 50.0) for r in rates]
+
+
+def reported(entrant, scores, rate=0.1, task=TASK):
+    return [row(Step(task, entrant, rate, seed, "report"), score) for seed, score in enumerate(scores)]
+
+
+def test_first_each_rate_is_tried_by_the_seed_that_chooses():
+    steps = next_steps([TASK], [BATCH], 5, [])
+    assert [(s.rate, s.seed, s.part) for s in steps] == [(r, CHOOSING_SEED, "choice") for r in RATES]
+
+
+def test_a_rate_in_the_middle_is_reported_by_five_other_seeds():
+    steps = next_steps([TASK], [BATCH], 5, chosen(BATCH, 0.1))
+    assert [(s.rate, s.seed, s.part) for s in steps] == [(0.1, seed, "report") for seed in range(5)]
+
+
+@pytest.mark.parametrize(("best", "further"), EDGES.items())
+def test_a_rate_at_the_edge_adds_one_more(best, further):
+    (step,) = next_steps([TASK], [BATCH], 5, chosen(BATCH, best))
+    assert (step.rate, step.part) == (further, "choice")
+    lost = [*chosen(BATCH, best), row(step, 10.0)]
+    assert {s.rate for s in next_steps([TASK], [BATCH], 5, lost)} == {best}
+    won = [*chosen(BATCH, best), row(step, 95.0)]
+    assert {s.rate for s in next_steps([TASK], [BATCH], 5, won)} == {further}
+
+
+def test_what_is_measured_is_not_trained_again():
+    rows = chosen(BATCH, 0.1) + reported(BATCH, [80.0, 81.0])
+    steps = next_steps([TASK], [BATCH], 3, rows)
+    assert [(s.seed, s.part) for s in steps] == [(2, "report")]
+    assert next_steps([TASK], [BATCH], 2, rows) == []
+
+
+@pytest.mark.parametrize("field", ["epochs", "images"])
+def test_a_task_that_was_changed_is_trained_anew(field):
+    rows = chosen(BATCH, 0.1) + reported(BATCH, [80.0])
+    other = replace(TASK, **{field: 48})
+    assert len(next_steps([other], [BATCH], 1, rows)) == len(RATES)
+
+
+def test_what_diverged_scores_nothing_and_is_not_chosen():
+    rows = chosen(BATCH, 0.1)
+    rows[1]["status"] = "diverged"
+    assert Known(rows).rate(TASK, BATCH) != 0.1
+
+
+def test_of_equal_rates_the_smaller_is_chosen():
+    rows = [{**r, "accuracy": 70.0} for r in chosen(BATCH, 0.1)]
+    assert Known(rows).rate(TASK, BATCH) == RATES[0]
+
+
+def test_segmentations_are_chosen_by_dice():
+    rows = chosen(BATCH, 0.1)
+    for r in rows:
+        r["dice"] = 80.0 if r["rate"] == RATES[0] else 10.0
+    assert Known(rows).rate(TASK, BATCH) == RATES[0]
+
+
+def test_reports_at_a_rate_that_was_not_chosen_do_not_count():
+    rows = chosen(BATCH, 0.1) + reported(BATCH, [10.0], rate=0.3) + reported(BATCH, [80.0])
+    assert Known(rows).scores(TASK, BATCH) == {0: 80.0}
+
+
+def test_held_out_images_are_neither_trained_on_nor_tested_on():
+    task = replace(TASK, images=None)
+    choice, report = data_of(task, "choice"), data_of(task, "report")
+    source = load("digits")
+    assert len(choice.train_inputs) + len(choice.test_inputs) == len(source.train_inputs)
+    torch.testing.assert_close(choice.train_inputs, report.train_inputs)
+    assert len(report.test_inputs) == len(source.test_inputs)
+    every = torch.cat([choice.train_inputs, choice.test_inputs]).flatten(1)
+    expected = source.train_inputs.flatten(1)
+    # the same images, scaled alike and in another order
+    found = (every - every.mean()) / every.std()
+    expected = (expected - expected.mean()) / expected.std()
+    torch.testing.assert_close(
+        found.sum(1).sort().values, expected.sum(1).sort().values, rtol=1e-3, atol=1e-2
+    )
+
+
+def test_halved_inputs_keep_their_classes_in_place(monkeypatch):
+    inputs = torch.arange(10 * 64.0).view(10, 1, 4, 4, 4)
+    targets = (inputs[:, 0] % 3).long()
+    from mbnorm.experiments.dataset import Data
+
+    monkeypatch.setattr(lists, "load", lambda name: Data(inputs, targets, inputs, targets, 3))
+    task = Task("made up", "made up", "unet3d", 2, 1, held_out=2, halvings=1)
+    data = data_of.__wrapped__(task, "report")
+    assert data.train_inputs.shape == (8, 1, 2, 2, 2)
+    assert torch.equal(data.test_targets, targets[:, ::2, ::2, ::2])
+
+
+def test_no_task_is_on_both_lists():
+    names = [task.name for task in (*TUNED, *CONFIRMED)]
+    assert len(set(names)) == len(names)
+    assert not {task.data for task in TUNED} & {task.data for task in CONFIRMED}
+
+
+def test_a_training_gives_the_row_that_was_asked_for():
+    step = Step(TASK, OURS, 0.1, 0, "report")
+    found = trained(step)
+    assert found.items() >= step.key.items()
+    assert found["status"] == "ok"
+    assert 0 < found["accuracy"] <= 100
+    assert next_steps([TASK], [OURS], 1, [*chosen(OURS, 0.1), found]) == []
+
+
+def test_a_method_at_another_batch_size_is_another_entrant():
+    small, large = (Step(TASK, Entrant("batch", m), 0.1, 0, "report").key for m in (None, 32))
+    assert (small["batch_size"], large["batch_size"]) == (8, 32)
+    assert large["lr"] == pytest.approx(4 * small["lr"])
+    assert small["entrant"] != large["entrant"]
+
+
+def test_a_killed_arena_goes_on(monkeypatch):
+    def stop(call, steps):
+        yield row(steps[0], 70.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "in_processes", stop)
+    measured = arena.measured_rows([TASK], [BATCH], 1, lambda _: None, [])
+    rows = [next(measured)]
+    with pytest.raises(KeyboardInterrupt):
+        next(measured)
+    monkeypatch.setattr(arena, "in_processes", lambda call, steps: (row(s, 70.0) for s in steps))
+    found = list(arena.measured_rows([TASK], [BATCH], 1, lambda _: None, rows))
+    # the two rates that were left, the further one at the edge, and the report
+    assert [(r["rate"], r["part"]) for r in found] == [
+        (0.1, "choice"),
+        (0.3, "choice"),
+        (0.01, "choice"),
+        (0.01, "report"),
+    ]
+
+
+def everything(scores):
+    """The rows of an arena that has ended, by entrant."""
+    return [r for entrant, of in scores.items() for r in chosen(entrant, 0.1) + reported(entrant, of)]
+
+
+def test_the_verdict_compares_ours_with_the_best_of_the_others():
+    group = Entrant("group")
+    rows = everything({BATCH: [60.0, 61.0, 62.0], group: [70.0, 71.5, 72.0], OURS: [65.0, 66.0, 67.0]})
+    said = verdict([TASK], [BATCH, group, OURS], OURS, rows)
+    assert said == "`matched` is behind the best of the others in digits (66.0 against 71.2 of group)."
+
+
+def test_the_verdict_calls_no_difference_one():
+    rows = everything({BATCH: [60.0, 64.0, 68.0], OURS: [65.0, 66.0, 67.0]})
+    assert "no different from" in verdict([TASK], [BATCH, OURS], OURS, rows)
+
+
+def test_batch_norm_at_another_size_is_no_rival():
+    rows = everything({BATCH: [60.0, 61.0, 62.0], OURS: [65.0, 66.0, 67.0], Entrant("batch", 32): [90.0] * 3})
+    assert "before the best" in verdict([TASK], [BATCH, Entrant("batch", 32), OURS], OURS, rows)
+
+
+def test_tables_show_rate_score_and_difference():
+    rows = everything({BATCH: [60.0, 61.0, 62.0], OURS: [65.0, 66.0, 67.0]})
+    (header, lines), (_, ranks) = tables_of([TASK], [BATCH, OURS], rows)
+    assert header[1:3] == ["rate", "accuracy, %"]
+    assert lines[0] == ["matched", "0.1", "66.0 ± 2.5", "1.0", "+5.0 ± 0.0", "3", "0"]
+    assert ranks == [["matched", "1.00", "1"], ["batch", "2.00", "2"]]
+
+
+def test_what_is_not_measured_yet_has_no_score():
+    (_, lines), _ = tables_of([TASK], [BATCH], chosen(BATCH, 0.1))
+    assert lines == [["batch", "-", "-", "-", "-", "0", "0"]]
+
+
+def test_the_real_data_are_shown_and_drawn(tmp_path):
+    rows = [
+        r
+        for task in real_data.TASKS
+        for number, entrant in enumerate(real_data.ENTRANTS)
+        for r in chosen(entrant, 0.1, task) + reported(entrant, [50.0 + number] * 3, task=task)
+    ]
+    text = as_markdown(real_data.CLAIM, rows, "python -m evidence real-data")
+    assert text.startswith("`matched` is before the best of the others in CIFAR-10")
+    draw(real_data.CLAIM, rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
