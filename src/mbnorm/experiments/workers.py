@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -11,7 +12,10 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config  # type: ignore[import-untyped]
-from joblib.externals.loky import get_reusable_executor  # type: ignore[import-untyped]
+from joblib.externals.loky import (  # type: ignore[import-untyped]
+    get_reusable_executor,
+    process_executor,
+)
 
 from mbnorm.experiments.grid import Run, cost
 from mbnorm.experiments.models import SMALL
@@ -100,6 +104,8 @@ def _train(run: Run, accelerator: str, parent: int | None) -> tuple[Run, Outcome
 
 
 def _called(call: Callable[[Argument], Result], argument: Argument, parent: int) -> Result:
+    # a worker that has grown is taken to leak and started anew, and would read its data again
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     with _on_one_core(parent):
         return call(argument)
 
