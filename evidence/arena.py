@@ -17,7 +17,7 @@ from evidence.trained import score_of
 from mbnorm.experiments.estimates import PERCENT, estimate, paired_difference
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.methods import OURS
-from mbnorm.experiments.training import fit, measured, net_for
+from mbnorm.experiments.training import fit, measured
 from mbnorm.experiments.workers import in_processes, preparing
 
 CHOOSING_SEED = 1000
@@ -121,7 +121,7 @@ def trained(step: Step) -> Row:
     data, task, entrant = data_of(step.task, step.part), step.task, step.entrant
     run = Run(entrant.method, task.setting(step.rate, entrant.batch_size or task.batch_size), step.seed)
     with preparing(task.model):
-        model = net_for(run, data)
+        model = entrant.net(run, data)
         loss = fit(model, run, data)
         scores = measured(model, data)
     finite = math.isfinite(loss)

@@ -4,20 +4,23 @@ What is on the first list may be looked at as often as one likes, and constants 
 is run once for a rule; what was looked at before a later change of the rule counts as tuned.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mbnorm import convert
+from mbnorm.convert import Method as Converted
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.dataset import scaled
-from mbnorm.experiments.grid import Setting
+from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.losses import Loss
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling
+from mbnorm.experiments.training import net_for
 
 Start: TypeAlias = Literal["ImageNet", "segments"]
 
@@ -68,13 +71,30 @@ class Task:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method, and its batch size where that is not the task's."""
+    """A method, and how it differs from what `mbnorm compare` trains under that name.
+
+    Attributes:
+        method: what becomes of the batch norms.
+        batch_size: where it is not the task's.
+        options: of `mbnorm.convert`, where they are not the method's; pairs of name and value.
+    """
 
     method: Method
     batch_size: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return self.method if self.batch_size is None else f"{self.method} at {self.batch_size}"
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return self.method + options + ("" if self.batch_size is None else f" at {self.batch_size}")
+
+    def net(self, run: Run, data: Data) -> nn.Module:
+        """Return the untrained net of a run."""
+        if not self.options:
+            return net_for(run, data)
+        model = net_for(replace(run, method="batch"), data)
+        assert self.method in get_args(Converted)
+        convert(model, cast(Converted, self.method), batch_size=run.setting.batch_size, **dict(self.options))
+        return model
 
 
 MLP = Task("MLP of six layers", "digits", "mlp6", 2, 6)

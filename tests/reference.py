@@ -339,3 +339,29 @@ class MemorizedNorm(_Norm):
         stored, self.running_mean, self.running_var, self.batches = mark
         self.entries = self.entries[self.stored - stored :]
         self.stored = stored
+
+
+def remembered_gradient(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    mB: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    a: float | Tensor,
+    G: Tensor,
+    S: Tensor,
+    variance_rule: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dw, db and the new G, S of a forward whose gradient remembers the two means of dy."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    xhat = normalize(x, mean, var, None, None, eps)
+    z = normalize(x, mB, var, None, None, eps) if variance_rule == "averaged" else xhat
+    mean_dy, _, n = batch_statistics(dy)
+    mean_dy_xhat, _, _ = batch_statistics(dy * xhat)
+    g = a * mean_dy + (1 - a) * G
+    s = a * mean_dy_xhat + (1 - a) * S
+    scale = 1 / torch.sqrt(var + eps) if w is None else w / torch.sqrt(var + eps)
+    dx = scale.view(shape) * (dy - g.view(shape) - z * s.view(shape))
+    return dx, mean_dy_xhat * n, mean_dy * n, g, s

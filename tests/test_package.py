@@ -67,8 +67,8 @@ def module_of(path):
 FILES = {module_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
 BACKENDS = ("aten", "cpu", "traceable", "triton")
 LAYERS_OF_THE_HOUSE = [
-    {"blend", "measures", "values", "optimizer_steps"},
-    {"backends", "memories"},
+    {"blend", "measures", "values", "optimizer_steps", "conversion", "feeders"},
+    {"backends", "memories", "gradient", "centered", "per_image"},
     {"averages"},
     {"trial"},
     {"functional"},
@@ -80,6 +80,7 @@ LAYERS_OF_THE_HOUSE = [
     {"replay"},
     {"observe"},
     {
+        "centering",
         "checkpoint",
         "convert",
         "diagnose",

@@ -1,8 +1,10 @@
 """Batch normalization that works at batch sizes 1 to 8."""
 
 from mbnorm import functional
+from mbnorm.centering import center_filters
 from mbnorm.checkpoint import checkpoint_context_fn
-from mbnorm.convert import ConversionReport, convert, revert
+from mbnorm.conversion import ConversionReport
+from mbnorm.convert import convert, revert
 from mbnorm.diagnose import diagnose
 from mbnorm.diagnosis import Diagnosis, LayerDiagnosis
 from mbnorm.double_forward import DoubleForward
@@ -38,6 +40,7 @@ __all__ = [
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
     "MomentumSchedule",
+    "center_filters",
     "checkpoint_context_fn",
     "convert",
     "diagnose",

@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from mbnorm import centering
+from mbnorm.centered import release
+from mbnorm.conversion import ConversionReport, named
 from mbnorm.layers import (
     HistoryBatchNorm,
     MatchedBatchNorm1d,
@@ -22,6 +24,7 @@ from mbnorm.layers import (
     MomentumBatchNorm3d,
 )
 from mbnorm.memories.memory import Memory
+from mbnorm.per_image import normalize_images
 from mbnorm.values import is_trained, known_finite
 
 Method: TypeAlias = Literal["matched", "momentum", "memorized"]
@@ -29,7 +32,7 @@ Method: TypeAlias = Literal["matched", "momentum", "memorized"]
 SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
-LAYER_OPTIONS = ("backend", "process_group", "sync")
+LAYER_OPTIONS = ("backend", "process_group", "sync", "gradient")
 """Options that the layers have whatever their memory."""
 
 _STOCK: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -41,27 +44,15 @@ _OURS: dict[Method, tuple[type[HistoryBatchNorm], ...]] = {
 _STOCK_OF = {ours: stock for kinds in _OURS.values() for stock, ours in zip(_STOCK, kinds, strict=True)}
 
 
-@dataclass
-class ConversionReport:
-    """What `convert` or `revert` did: layer names, and for those left alone the reason.
-
-    ``print`` it. A shared layer has all its names, joined by " = ".
-    """
-
-    converted: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.converted)} converted, {len(self.skipped)} skipped"]
-        lines += [f"  {name}: {what}" for name, what in self.converted.items()]
-        lines += [f"  {name}: skipped, {why}" for name, why in self.skipped.items()]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-
 def convert(
-    model: nn.Module, method: Method = "matched", *, batch_size: int | None = None, **options: Any
+    model: nn.Module,
+    method: Method = "matched",
+    *,
+    batch_size: int | None = None,
+    center_filters: bool = False,
+    per_image: bool = False,
+    example: Any = None,
+    **options: Any,
 ) -> ConversionReport:
     """Turn the batch norms of ``model`` into layers with a memory, in place.
 
@@ -78,13 +69,19 @@ def convert(
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
+        center_filters: center the filters in front of the layers, as `center_filters` does.
+        per_image: normalize each image, too, in groups of channels, behind each layer of maps; that is a
+            layer of its own with parameters of its own, and stays when the net is reverted.
+        example: an input of ``model``, or a tuple of its inputs, where torch.fx cannot trace the net to find
+            the filters.
         **options: keyword options of the layers; they win over what follows from ``batch_size``.
 
     Returns:
         A report of what was converted, and what was not and why.
 
     Raises:
-        ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
+        ValueError: ``method``, ``batch_size`` or an option is out of range, or filters are to be centered
+            and nothing shows which; nothing is converted then.
         TypeError: the method has no such option; nothing is converted then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -99,10 +96,11 @@ def convert(
     table = dict(zip(_STOCK, _OURS[method], strict=True))
     options = _defaults(method, batch_size) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
-    report = ConversionReport()
+    report = centering.center_filters(model, example) if center_filters else ConversionReport()
     starts = set()
     idle = []
-    for name, layer in _batch_norms(model):
+    of_maps: set[_BatchNorm] = set()
+    for name, layer in named(model, _BatchNorm):
         target = table.get(type(layer))
         if target is None:
             report.skipped[name] = _why_not(layer, table, conversion)
@@ -115,7 +113,11 @@ def convert(
                 f"{_STOCK_OF[target].__name__} -> {target.__name__}, memory {start.value}"
             )
             idle += [name] if layer.momentum == 0 else []
+            if start is _Start.EMPTY and not isinstance(layer, nn.BatchNorm1d):
+                of_maps.add(layer)
     report.skipped.update(_foreign(model))
+    if per_image:
+        normalize_images(model, of_maps, report)
     report.notes += _notes(method, starts, idle, conversion)
     if not (report.converted or report.skipped):
         report.notes.append(without_batch_norm(model))
@@ -230,7 +232,7 @@ def revert(model: nn.Module) -> ConversionReport:
       0: MemorizedBatchNorm2d -> BatchNorm2d
     """
     report = ConversionReport()
-    for name, layer in _batch_norms(model):
+    for name, layer in named(model, _BatchNorm):
         if not isinstance(layer, HistoryBatchNorm):
             continue
         stock = _STOCK_OF.get(type(layer))
@@ -246,6 +248,10 @@ def revert(model: nn.Module) -> ConversionReport:
                 dtype = layer.running_mean.dtype
                 parameter.data = parameter.data.to(dtype)
                 parameter.grad = None if parameter.grad is None else parameter.grad.to(dtype)
+    for name, module in named(model, nn.Module):
+        kind = type(module).__name__
+        if release(module):
+            report.converted[name] = f"{kind} -> {type(module).__name__}"
     return report
 
 
@@ -255,16 +261,6 @@ def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
     if method == "memorized":
         return {"memory_size": -(-SAMPLES_REMEMBERED // batch_size)}
     return {"history_weight": max(0.0, 1 - batch_size / IDEAL_BATCH_SIZE)}
-
-
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Yield every batch norm once, with all its names."""
-    names: dict[_BatchNorm, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _BatchNorm):
-            names.setdefault(module, []).append(name or "(the model itself)")
-    for module, all_names in names.items():
-        yield " = ".join(all_names), module
 
 
 def _foreign(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from mbnorm.convert import ConversionReport, convert
+from mbnorm.conversion import ConversionReport
+from mbnorm.convert import convert
 from mbnorm.noise import Noise
 
 ITSELF = "(the model itself)"

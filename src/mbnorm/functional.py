@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mbnorm.backends import aten, cpu, traceable, triton
 from mbnorm.blend import VARIANCE_RULES, VarianceRule, statistics_dtype
+from mbnorm.gradient import RememberedGradient
 from mbnorm.trial import triton_works_for
 
 Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
@@ -172,8 +173,12 @@ def normalize(
     variance_rule: VarianceRule,
     eps: float,
     backend: Chosen,
+    gradient: RememberedGradient | None = None,
 ) -> tuple[Tensor, Rows]:
-    """Do as `blended_batch_norm` with arguments that are known to be right; return ``y`` and a record."""
+    """Do as `blended_batch_norm` with arguments that are known to be right; return ``y`` and a record.
+
+    Without ``gradient``, and by the backend "traceable", the gradient is the exact one.
+    """
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
         # a fill: a copy from the host would wait for the device
@@ -185,7 +190,7 @@ def normalize(
         return y, (*torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device), *past)
     if backend == "traceable":
         return traceable.forward(x, weight, bias, *past, variance_rule, eps)
-    run = KernelRun(KERNELS[backend], *past, variance_rule, eps)
+    run = KernelRun(KERNELS[backend], *past, variance_rule, eps, gradient)
     return run_differentiably(run, x, weight, bias), run.rows
 
 
@@ -206,7 +211,7 @@ class Run(Protocol):
 class KernelRun:
     """The operator run once by a backend's kernels, and what it leaves behind: ``rows``, after `forward`."""
 
-    __slots__ = ("_past", "eps", "kernels", "rows", "variance_rule")
+    __slots__ = ("_past", "eps", "gradient", "kernels", "rows", "variance_rule")
     rows: Rows
 
     def __init__(
@@ -217,11 +222,13 @@ class KernelRun:
         batch_weight: Tensor,
         variance_rule: VarianceRule,
         eps: float,
+        gradient: RememberedGradient | None = None,
     ) -> None:
         self.kernels = kernels
         self._past = past_mean, past_var, batch_weight
         self.variance_rule = variance_rule
         self.eps = eps
+        self.gradient = gradient
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``y``, and set the rows."""
@@ -234,10 +241,23 @@ class KernelRun:
     ) -> Sequence[Tensor | None]:
         """Return the gradients of ``x``, ``weight`` and ``bias``, as far as they are needed."""
         if not torch.is_grad_enabled():
-            found: Sequence[Tensor | None] = self.kernels.backward(
-                dy, x, weight, self.rows, self.variance_rule, self.eps, needs[0]
-            )
-            return found
+            rules = self.variance_rule, self.eps
+            gradient = self.gradient
+            found: Sequence[Tensor | None]
+            found = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0] and gradient is None)
+            if gradient is None:
+                return found
+            _, dw, db = found
+            assert dw is not None
+            assert db is not None
+            n = x.numel() // x.shape[1]
+            batch_mean, _, mean, var, _, _, batch_weight = self.rows
+            own = db / n, dw / n
+            if not needs[0]:
+                gradient.past(*own, batch_weight)
+                return found
+            statistics = batch_mean, mean, var, batch_weight
+            return gradient.of_input(dy, x, weight, *own, *statistics, *rules), dw, db
         # create_graph: the gradient must be differentiable itself
         past_mean, past_var, batch_weight = Record(*self.rows)[4:]
         # the kernels' records have the weight in each channel's place
@@ -266,12 +286,14 @@ class FusedRun(KernelRun):
         arguments: tuple[Any, ...],
         variance_rule: VarianceRule,
         eps: float,
+        gradient: RememberedGradient | None = None,
     ) -> None:
         self.kernels = kernels
         self.operator = operator
         self.arguments = arguments
         self.variance_rule = variance_rule
         self.eps = eps
+        self.gradient = gradient
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``y``, and set the rows."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 
 from mbnorm.distributed import PooledPast
 from mbnorm.functional import Record, Rows
+from mbnorm.gradient import RememberedGradient
 from mbnorm.memories.memory import Past
 
 CALLS_KEPT = 32
@@ -131,12 +132,20 @@ class Call:
         n: values per channel.
         rows: a record, or at least its first two rows: the mean and the variance of the batch.
         past: what was read; None if the record has it.
+        gradient: what its backward passes read and write, if anything.
     """
 
-    __slots__ = ("_past", "_rows", "backwards", "n", "node")
+    __slots__ = ("_past", "_rows", "backwards", "gradient", "n", "node")
 
-    def __init__(self, n: int, rows: Rows, past: Past | PooledPast | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        rows: Rows,
+        past: Past | PooledPast | None = None,
+        gradient: RememberedGradient | None = None,
+    ) -> None:
         self.n = n
+        self.gradient = gradient
         self._rows = rows
         self._past = past
         self.backwards = 0

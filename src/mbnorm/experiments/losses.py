@@ -23,6 +23,7 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Source: Milletari et al.: V-Net, 3DV 2016, section 3; the 1 makes the loss of an absent class finite.
 
+    >>> import torch
     >>> dice_loss(torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]]).movedim(0, 1), torch.tensor([[0, 1]])) < 1e-3
     tensor(True)
     """

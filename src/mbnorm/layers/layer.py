@@ -16,6 +16,7 @@ from mbnorm.backends import cpu, triton
 from mbnorm.blend import statistics_dtype
 from mbnorm.distributed import PooledPast, ProcessGroup, Sync
 from mbnorm.functional import BACKENDS, Backend, Chosen, Rows, choose, in_dtype, normalize
+from mbnorm.gradient import GRADIENT_BUFFERS, Gradient, RememberedGradient, check_gradient
 from mbnorm.layers import seal
 from mbnorm.layers.prepared import PreparedForward
 from mbnorm.layers.seal import SEAL, Seal
@@ -62,6 +63,7 @@ class HistoryBatchNorm(_BatchNorm):
         "eps",
         "memory",
         "backend",
+        "gradient",
         "_frozen",
         "_sharing",
     )
@@ -84,12 +86,13 @@ class HistoryBatchNorm(_BatchNorm):
         backend: Backend,
         process_group: ProcessGroup,
         sync: Sync,
+        gradient: Gradient,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             # torch takes this keyword since 2.13 only
             self.register_parameter("bias", None)
-        self.set_up(memory, backend=backend, process_group=process_group, sync=sync)
+        self.set_up(memory, backend=backend, process_group=process_group, sync=sync, gradient=gradient)
 
     # how it is made, and made a torch layer again
 
@@ -100,13 +103,18 @@ class HistoryBatchNorm(_BatchNorm):
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
         sync: Sync = True,
+        gradient: Gradient = "exact",
     ) -> None:
         """Start with an empty memory; also turns a batch norm into one of ours."""
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        check_gradient(gradient)
+        if gradient == "remembered" and process_group is not None:
+            raise ValueError('gradient="remembered" is of one process: process_group must be None')
         self._sharing = Sharing.among(process_group, sync, backend)
         self.memory = memory
         self.backend: Backend = backend
+        self.gradient: Gradient = gradient
         self._frozen = 0
         self._resets = 0
         self._holds_past = False
@@ -131,6 +139,8 @@ class HistoryBatchNorm(_BatchNorm):
             self.running_mean, self.running_var = mean.to(dtype), var.to(dtype)
             for name, tensor in zip(memory.buffers, memory.new(self.running_mean), strict=True):
                 self.register_buffer(name, tensor, persistent=name not in memory.rebuilt)
+            for name in self._gradient_buffers:
+                self.register_buffer(name, torch.zeros_like(self.running_mean))
             zero = torch.zeros((), device=mean.device, dtype=torch.int64)
             if self.num_batches_tracked is None:
                 self.num_batches_tracked = zero
@@ -157,6 +167,7 @@ class HistoryBatchNorm(_BatchNorm):
             "seal",
             "memory",
             "backend",
+            "gradient",
             "_sharing",
             "_frozen",
             "_resets",
@@ -188,7 +199,11 @@ class HistoryBatchNorm(_BatchNorm):
     @property
     def own_buffers(self) -> tuple[str, ...]:
         """The buffers that torch's batch norm has not."""
-        return (*self.memory.buffers, "num_batches_skipped", SEAL)
+        return (*self.memory.buffers, *self._gradient_buffers, "num_batches_skipped", SEAL)
+
+    @property
+    def _gradient_buffers(self) -> tuple[str, ...]:
+        return GRADIENT_BUFFERS if self.gradient == "remembered" else ()
 
     @property
     def has_memory(self) -> bool:
@@ -291,6 +306,8 @@ class HistoryBatchNorm(_BatchNorm):
         # torch's constructor calls this before there is a memory
         if "memory" in self.__dict__ and self.has_memory:
             self.memory.clear(self.state)
+            for name in self._gradient_buffers:
+                cast(Tensor, self._buffers[name]).zero_()
             self.num_batches_skipped.zero_()
             self.memory_seal.zero_()
             self._is_new, self._prepared = True, None
@@ -478,6 +495,8 @@ class HistoryBatchNorm(_BatchNorm):
 
         # torch.compile cannot trace collectives on the way to a memory
         reason = unsafe_to_compile() if self._sharing is None else "process_group= needs eager mode"
+        if self.gradient == "remembered":
+            reason = "the gradient is remembered in eager mode"
         if not seal.is_cut_alike(self):
             reason = "channels were cut: the memory starts anew in eager mode"
         if reason:
@@ -526,8 +545,9 @@ class HistoryBatchNorm(_BatchNorm):
             return prepared.run(self, input)
         self._calls.drop_done()
         past = self.read(n)
-        y, rows, node = self.blend_watched(input, past, backend)
-        self._calls.remember(Call(n, rows, past), node)
+        gradient = None if self.gradient == "exact" else self.remembered_gradient()
+        y, rows, node = self.blend_watched(input, past, backend, gradient)
+        self._calls.remember(Call(n, rows, past, gradient), node)
         if n > 0 and self.stores:
             self.store(rows, n, input.shape[0])
         return y
@@ -570,22 +590,36 @@ class HistoryBatchNorm(_BatchNorm):
         """Return what a batch of ``n`` values per channel is blended with."""
         return self.memory.read(self.state, n)
 
+    def remembered_gradient(self) -> RememberedGradient:
+        """Return what the backward passes of a forward now will read and write."""
+        mean, scale = (cast(Tensor, self._buffers[name]) for name in GRADIENT_BUFFERS)
+        return RememberedGradient(mean, scale, stores=self.stores)
+
     def blend(
-        self, input: Tensor, past: Past | PooledPast, backend: Chosen, weight: Tensor | None = None
+        self,
+        input: Tensor,
+        past: Past | PooledPast,
+        backend: Chosen,
+        gradient: RememberedGradient | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Rows]:
         """Normalize a batch; return the output and a record, of this rank's part if others have one."""
         weight = self.weight if weight is None else weight
         rules = self.memory.variance_rule, self.eps
         if isinstance(past, PooledPast):
             return past.normalize(input, weight, self.bias, *rules)
-        return normalize(input, weight, self.bias, *past, *rules, backend)
+        return normalize(input, weight, self.bias, *past, *rules, backend, gradient)
 
     def blend_watched(
-        self, input: Tensor, past: Past | PooledPast, backend: Chosen
+        self,
+        input: Tensor,
+        past: Past | PooledPast,
+        backend: Chosen,
+        gradient: RememberedGradient | None = None,
     ) -> tuple[Tensor, Rows, Node | None]:
         """Return output and record, and the node that the backward pass comes through last."""
         if backend != "traceable":
-            y, rows = self.blend(input, past, backend)
+            y, rows = self.blend(input, past, backend, gradient)
             return y, rows, y.grad_fn
         # many nodes: put one of their own in front of them all
         if input.requires_grad or self.weight is None:
@@ -593,7 +627,7 @@ class HistoryBatchNorm(_BatchNorm):
             y, rows = self.blend(input, past, backend)
             return y, rows, input.grad_fn
         weight = self.weight.view_as(self.weight)
-        y, rows = self.blend(input, past, backend, weight)
+        y, rows = self.blend(input, past, backend, weight=weight)
         return y, rows, weight.grad_fn or y.grad_fn
 
     def repeat(self, input: Tensor, n: int, backend: Chosen) -> Tensor | None:
@@ -614,7 +648,7 @@ class HistoryBatchNorm(_BatchNorm):
                 refuse_unknown_recompute()
                 return None
             call = candidates[0]
-        y, rows, node = self.blend_watched(input, call.past, backend)
+        y, rows, node = self.blend_watched(input, call.past, backend, call.gradient)
         if log.script is None and not call.is_of(rows):
             refuse_unknown_recompute()
             return None

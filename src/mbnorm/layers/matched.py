@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
+from mbnorm.gradient import Gradient
 from mbnorm.layers.layer import HistoryBatchNorm
 from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.memories.memory import option
@@ -36,10 +37,11 @@ class _MatchedBatchNorm(HistoryBatchNorm):
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
         sync: Sync = True,
+        gradient: Gradient = "exact",
     ) -> None:
         memory = MeasuredAverage(matched_values, measured, early_weight)
         torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        super().__init__(*torchs, memory, backend, process_group, sync)
+        super().__init__(*torchs, memory, backend, process_group, sync, gradient)
 
 
 class MatchedBatchNorm1d(_MatchedBatchNorm, nn.BatchNorm1d):
@@ -91,6 +93,9 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
             every rank waits for them. "late" normalizes with those of this rank's part, and lets the
             whole batch's enter the memory at the next forward, for which no rank waits.
+        gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
+            norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
+            keeps 2 C numbers more, needs eager mode and one process, and is not a derivative.
 
     Raises:
         TypeError: ``process_group`` is none.

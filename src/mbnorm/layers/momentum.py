@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mbnorm.blend import VarianceRule
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
+from mbnorm.gradient import Gradient
 from mbnorm.layers.layer import HistoryBatchNorm
 from mbnorm.memories.memory import option
 from mbnorm.memories.moving_average import MovingAverage
@@ -34,10 +35,11 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
         sync: Sync = True,
+        gradient: Gradient = "exact",
     ) -> None:
         memory = MovingAverage(history_weight, variance_rule)
         torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        super().__init__(*torchs, memory, backend, process_group, sync)
+        super().__init__(*torchs, memory, backend, process_group, sync, gradient)
 
     def set_history_weight(self, value: float) -> None:
         """Give the past another weight, as a schedule does."""
@@ -87,6 +89,9 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
             every rank waits for them. "late" normalizes with those of this rank's part, and lets the
             whole batch's enter the memory at the next forward, for which no rank waits.
+        gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
+            norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
+            keeps 2 C numbers more, needs eager mode and one process, and is not a derivative.
 
     Raises:
         TypeError: ``process_group`` is none.

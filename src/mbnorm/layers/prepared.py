@@ -119,7 +119,8 @@ class PreparedForward:
         calls = layer._calls
         calls.drop_done()
         layer.seal.behind = True
-        run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules)
+        gradient = None if layer.gradient == "exact" else layer.remembered_gradient()
+        run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules, gradient)
         y = run_differentiably(run, input, *self._parameters)
-        calls.remember(Call(self._n, run.rows), y.grad_fn)
+        calls.remember(Call(self._n, run.rows, gradient=gradient), y.grad_fn)
         return y, run.rows

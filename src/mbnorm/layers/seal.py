@@ -117,6 +117,8 @@ def _restart_unless(keep: Tensor, layer: "HistoryBatchNorm") -> None:
     for name, present, none, start in zip(memory.buffers, layer.state, empty, seeded, strict=True):
         if name not in memory.rebuilt:
             present.copy_(torch.where(keep, present, torch.where(trained, start, none)))
+    for name in layer._gradient_buffers:
+        layer._buffers[name].mul_(keep)  # type: ignore[union-attr]
 
 
 def _carried(memory: Memory) -> list[str]:
@@ -164,6 +166,12 @@ def _fits(layer: "HistoryBatchNorm") -> Tensor:
             buffers[name], whole = like.clone(), whole and name in memory.rebuilt
         else:
             buffers[name] = _usable(present, like.device, like.dtype)
+    for name in layer._gradient_buffers:
+        present = buffers[name]
+        if present is None or present.shape != mean.shape or not has_values(present):
+            buffers[name] = torch.zeros_like(mean)
+        else:
+            buffers[name] = _usable(present, mean.device, mean.dtype).nan_to_num(0.0, 0.0, 0.0)
     for name in ("num_batches_tracked", "num_batches_skipped"):
         count = buffers[name]
         if count is None or not has_values(count):

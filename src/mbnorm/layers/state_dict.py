@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mbnorm.blend import statistics_dtype
+from mbnorm.gradient import GRADIENT_BUFFERS
 from mbnorm.layers.seal import AGREES, SAMPLES, SEAL, sample_of
 from mbnorm.memories.memory import Memory, plain
 from mbnorm.values import has_values, known_finite
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 def options_written(layer: "HistoryBatchNorm") -> dict[str, Any]:
     """Return the options that a checkpoint carries along for the layer that loads it to compare."""
     options = {name: getattr(layer.memory, name) for name in layer.memory.written}
-    return {name: plain(value) for name, value in {"eps": layer.eps, **options}.items()}
+    of_the_layer = {"eps": layer.eps, "gradient": layer.gradient}
+    return {name: plain(value) for name, value in {**of_the_layer, **options}.items()}
 
 
 def fit_state_dict(
@@ -28,6 +30,12 @@ def fit_state_dict(
     _warn_of_other_options(layer, metadata.get("options", {}))
     if not layer.has_memory:
         return
+    for name in GRADIENT_BUFFERS:
+        # a checkpoint of the other kind of gradient
+        if layer.gradient == "exact":
+            state_dict.pop(prefix + name, None)
+        elif any(prefix + own in state_dict for own in layer.memory.buffers):
+            state_dict.setdefault(prefix + name, torch.zeros_like(layer.averages.mean))
     own = [name for name in layer.own_buffers if name not in layer.memory.rebuilt]
     saved = {name: state_dict[prefix + name] for name in (*TORCHS, *own) if prefix + name in state_dict}
     if not any(name in saved for name in own):

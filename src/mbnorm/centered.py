@@ -1,0 +1,159 @@
+"""Centered filters: layers in front of batch norms whose filters sum to zero over their inputs."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mbnorm.values import has_values
+
+Layer: TypeAlias = _ConvNd | nn.Linear
+
+AGREES = 1e-2
+"""How far from zero the mean of a loaded filter may be, in standard deviations: above bfloat16's rounding."""
+
+
+def center(layer: Layer) -> None:
+    """Subtract from each filter its mean over what it is applied to, in place.
+
+    A filter of a convolution or linear layer is ``weight[o]``. One of a transposed convolution is applied to
+    all inputs of its group; with a stride, a position of the output sees some positions of the filter only,
+    so that each position is centered by itself.
+    """
+    weight = layer.weight.detach()
+    if isinstance(layer, _ConvTransposeNd):
+        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        weight.sub_(weight.mean(_axes(layer), keepdim=True))
+
+
+def is_centered(layer: Layer) -> bool:
+    """Return whether the filters sum to zero, but for the rounding of a checkpoint."""
+    weight = layer.weight.detach().float()
+    if isinstance(layer, _ConvTransposeNd):
+        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
+    var, mean = torch.var_mean(weight, _axes(layer), correction=0)
+    return bool((mean.abs() <= AGREES * var.sqrt()).all())
+
+
+def is_depthwise(layer: Layer) -> bool:
+    """Return whether each filter has one input channel of several, or is one weight."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == 1
+    return layer.in_channels == layer.groups and (layer.groups > 1 or layer.weight[0].numel() == 1)
+
+
+def _axes(layer: Layer) -> list[int]:
+    if not isinstance(layer, _ConvTransposeNd):
+        return list(range(1, layer.weight.dim()))
+    # the weight as (groups, inputs, outputs, kernel)
+    return [1, *(axis for axis, stride in enumerate(cast(Sequence[int], layer.stride), 3) if stride == 1)]
+
+
+class _Centered:
+    """A layer whose filters are centered again after each optimizer step that has changed them."""
+
+    weight: Tensor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _follow(self)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        layer = cast(Layer, self)
+        if has_values(self.weight) and not is_centered(layer):
+            # the same words for each layer: Python's default filter shows them once
+            warnings.warn(
+                "the filters that were loaded are not centered: they are kept as they are, and these layers "
+                "train with them as torch's do",
+                stacklevel=4,
+            )
+            release(layer)
+
+
+class CenteredConv1d(_Centered, nn.Conv1d):
+    """`torch.nn.Conv1d` whose filters sum to zero."""
+
+
+class CenteredConv2d(_Centered, nn.Conv2d):
+    """`torch.nn.Conv2d` whose filters sum to zero."""
+
+
+class CenteredConv3d(_Centered, nn.Conv3d):
+    """`torch.nn.Conv3d` whose filters sum to zero."""
+
+
+class CenteredConvTranspose1d(_Centered, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` whose filters sum to zero."""
+
+
+class CenteredConvTranspose2d(_Centered, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` whose filters sum to zero."""
+
+
+class CenteredConvTranspose3d(_Centered, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` whose filters sum to zero."""
+
+
+class CenteredLinear(_Centered, nn.Linear):
+    """`torch.nn.Linear` whose filters sum to zero."""
+
+
+CENTERED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: CenteredConv1d,
+    nn.Conv2d: CenteredConv2d,
+    nn.Conv3d: CenteredConv3d,
+    nn.ConvTranspose1d: CenteredConvTranspose1d,
+    nn.ConvTranspose2d: CenteredConvTranspose2d,
+    nn.ConvTranspose3d: CenteredConvTranspose3d,
+    nn.Linear: CenteredLinear,
+}
+"""The layers that can be centered, and what they become."""
+_STOCK = {centered: stock for stock, centered in CENTERED.items()}
+
+_layers: "WeakSet[Any]" = WeakSet()
+_follows = False
+
+
+def keep_centered(layer: Layer) -> None:
+    """Center the filters of a layer of torch's, now and after each optimizer step."""
+    layer.__class__ = CENTERED[type(layer)]  # type: ignore[assignment]
+    if has_values(layer.weight):
+        center(layer)
+    _follow(cast(_Centered, layer))
+
+
+def release(layer: nn.Module) -> bool:
+    """Turn a layer back into torch's, with the weights it has; return whether it was centered."""
+    stock = _STOCK.get(type(layer))
+    if stock is None:
+        return False
+    layer.__class__ = stock
+    _layers.discard(layer)
+    return True
+
+
+def _follow(layer: _Centered) -> None:
+    global _follows
+    _layers.add(layer)
+    if not _follows:
+        # torch calls it for every optimizer
+        register_optimizer_step_post_hook(_after_step)
+        _follows = True
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Center the layers whose weights an optimizer has changed: after its step, so after their backward."""
+    if not _layers:
+        return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_layers):
+        # a step leaves alone what has no gradient; others may have a graph that waits for its backward
+        if id(layer.weight) in own and layer.weight.grad is not None:
+            center(layer)

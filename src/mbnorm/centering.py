@@ -1,0 +1,84 @@
+"""Centering of the filters that feed a model's batch norms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mbnorm.centered import CENTERED, is_depthwise, keep_centered
+from mbnorm.conversion import ConversionReport, named
+from mbnorm.feeders import Feeder, feeders
+from mbnorm.values import has_values, is_trained
+
+
+def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
+    r"""Center the filters in front of a net's batch norms, in place, and keep them centered.
+
+    .. math:: w_{oi} \leftarrow w_{oi} - \frac{1}{I} \sum_j w_{oj}
+
+    for each filter o over its I inputs, now and after each step of a `torch.optim.Optimizer`. Inputs of a
+    layer after a ReLU have a large common part, which such a filter does not see: the values of a channel
+    are less alike, and a batch is worth more of them. It is for nets that are trained from scratch, with
+    any batch norm.
+
+    Left alone, and named in the report: layers that feed something else than batch norms, depthwise
+    convolutions, layers of other classes than torch's own, and those in front of a trained batch norm.
+
+    The layers become subclasses of their classes, with the same parameters and state_dict. Filters that are
+    loaded and not centered end it for their layer. `revert` makes the layers torch's own again, with the
+    weights they have.
+
+    Args:
+        model: any module, its batch norms torch's or ours.
+        example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace.
+
+    Returns:
+        A report of what was centered, and what was not and why.
+
+    Raises:
+        ValueError: there is no example, and torch.fx cannot trace the net.
+
+    Source: Qiao et al.: Micro-Batch Training with Batch-Channel Normalization and Weight Standardization,
+    2019; Yan et al.: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization,
+    ICLR 2020, section 3.4.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> print(center_filters(model))
+    1 converted, 0 skipped
+      0: Conv2d -> CenteredConv2d, feeds 1
+    >>> model[0].weight.sum((1, 2, 3)).abs().max() < 1e-5
+    tensor(True)
+    """
+    found = feeders(model, example)
+    report = ConversionReport()
+    names = {module: name for name, module in named(model, nn.Module)}
+    for layer, norms in found.norms_of.items():
+        reason = _why_not(layer, norms)
+        if reason is None:
+            kind = type(layer).__name__
+            keep_centered(layer)
+            fed = ", ".join(names[norm] for norm in norms)
+            report.converted[names[layer]] = f"{kind} -> {type(layer).__name__}, feeds {fed}"
+        else:
+            report.skipped[names[layer]] = reason
+    report.skipped.update({names[norm]: reason for norm, reason in found.without.items()})
+    return report
+
+
+def _why_not(layer: Feeder, norms: Sequence[_BatchNorm]) -> str | None:
+    kind = type(layer)
+    if kind in CENTERED.values():
+        return f"already a {kind.__name__}"
+    if kind not in CENTERED:
+        return f"{kind.__name__} is a subclass that may use its weights in another way"
+    if "weight" not in layer._parameters:
+        return "its weight is computed from others: remove the parametrization or pruning first"
+    if is_depthwise(layer):
+        return "each of its filters has one input channel"
+    for norm in norms:
+        mean, var = norm.running_mean, norm.running_var
+        if mean is not None and var is not None and has_values(mean) and is_trained(mean, var):
+            return "it feeds a trained batch norm: centered filters are for training from scratch"
+    return None

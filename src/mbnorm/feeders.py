@@ -1,0 +1,128 @@
+"""Which convolutions and linear layers feed the batch norms of a net."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+Feeder: TypeAlias = _ConvNd | nn.Linear
+
+
+@dataclass
+class Feeders:
+    """The layers that feed batch norms and nothing else, and the batch norms that have none.
+
+    Attributes:
+        norms_of: the batch norms that each layer feeds.
+        without: batch norms, and what stands in front of them.
+    """
+
+    norms_of: dict[Feeder, list[_BatchNorm]] = field(default_factory=dict)
+    without: dict[_BatchNorm, str] = field(default_factory=dict)
+
+
+def feeders(model: nn.Module, example: Any = None) -> Feeders:
+    """Find the layers whose outputs, untouched, are the inputs of batch norms.
+
+    Args:
+        model: any module.
+        example: an input of ``model``, or a tuple of its inputs: one forward in eval mode shows what feeds
+            what. None has torch.fx trace the net, which needs no input and cannot follow every net.
+
+    Raises:
+        ValueError: there is no example, and torch.fx cannot trace the net.
+    """
+    found = _in_graph(model) if example is None else _in_forward(model, example)
+    seen = {norm for norms in found.norms_of.values() for norm in norms} | found.without.keys()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module not in seen:
+            found.without[module] = "it is not called in a forward"
+    return found
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def _in_graph(model: nn.Module) -> Feeders:
+    try:
+        graph = _Tracer().trace(model)
+    # what a net's own code raises for a proxy can be anything
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__} ({reason}): give an input of it as example="
+        ) from error
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def called(node: Any) -> nn.Module | None:
+        return modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    uses: list[tuple[_BatchNorm, Feeder | None]] = []
+    elsewhere: set[Feeder] = set()
+    for node in graph.nodes:
+        module = called(node)
+        if isinstance(module, _BatchNorm):
+            feeder = called(node.args[0]) if node.args else None
+            uses.append((module, feeder if isinstance(feeder, (_ConvNd, nn.Linear)) else None))
+        elif isinstance(module, (_ConvNd, nn.Linear)) and not all(
+            isinstance(called(user), _BatchNorm) for user in node.users
+        ):
+            elsewhere.add(module)
+    return _sorted(uses, elsewhere)
+
+
+@torch.no_grad()
+def _in_forward(model: nn.Module, example: Any) -> Feeders:
+    # kept, so that no other tensor takes the place of one; in-place operations change the version
+    outputs: list[tuple[Tensor, int, Feeder]] = []
+    uses: list[tuple[_BatchNorm, Feeder | None]] = []
+
+    def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
+        outputs.append((output, output._version, cast(Feeder, layer)))
+
+    def recognize(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        fed = (f for t, version, f in outputs if inputs and t is inputs[0] and version == t._version)
+        uses.append((cast(_BatchNorm, layer), next(fed, None)))
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [m.register_forward_hook(remember) for m in modes if isinstance(m, (_ConvNd, nn.Linear))]
+    hooks += [m.register_forward_pre_hook(recognize) for m in modes if isinstance(m, _BatchNorm)]
+    try:
+        model.eval()(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    fed = [feeder for _, feeder in uses if feeder is not None]
+    # a layer that is called more often than it feeds a norm feeds something else, too
+    calls = [feeder for _, _, feeder in outputs]
+    return _sorted(uses, {feeder for feeder in fed if calls.count(feeder) > fed.count(feeder)})
+
+
+def _sorted(uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder]) -> Feeders:
+    """Keep the layers that feed norms alone."""
+    found = Feeders()
+    for norm, reason in _alone(uses, elsewhere, found):
+        found.without.setdefault(norm, reason)
+    return found
+
+
+def _alone(
+    uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder], found: Feeders
+) -> Iterator[tuple[_BatchNorm, str]]:
+    for norm, feeder in uses:
+        if feeder is None:
+            yield norm, "no convolution or linear layer feeds it directly"
+        elif feeder in elsewhere:
+            yield norm, "the layer that feeds it feeds something else, too"
+        elif norm not in found.norms_of.setdefault(feeder, []):
+            found.norms_of[feeder].append(norm)

@@ -1,0 +1,336 @@
+"""Centered filters: which layers have them, and that they stay so."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from mbnorm import center_filters, convert, revert
+from mbnorm.centered import CENTERED, CenteredConv2d, is_centered
+from mbnorm.experiments import nets
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+        nn.BatchNorm1d(6),
+    )
+
+
+def centered():
+    model = net()
+    center_filters(model)
+    return model
+
+
+def sums(layer):
+    return layer.weight.detach().double().flatten(1).sum(1).abs().max().item()
+
+
+def step(model, optimizer, x=None):
+    optimizer.zero_grad()
+    model(torch.randn(4, 3, 8, 8) if x is None else x).square().mean().backward()
+    optimizer.step()
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of a moving average, as in Chen et al. 2023: steps that are all of one size."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    p.mul_(1 - 0.1 * group["lr"]).add_(torch.sign(0.9 * average + 0.1 * p.grad), alpha=-0.01)
+                    average.lerp_(p.grad, 0.01)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, foreach=False),
+    "SGD foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01, foreach=False),
+    "Adam fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01),
+    "Lion": Lion,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_filters_stay_centered_under_every_optimizer(optimizer):
+    model = centered()
+    steps = OPTIMIZERS[optimizer](model.parameters())
+    before = [model[i].weight.clone() for i in (0, 3, 8)]
+    for _ in range(4):
+        step(model, steps)
+    for index, then in zip((0, 3, 8), before, strict=True):
+        assert sums(model[index]) < 1e-5
+        assert not torch.equal(model[index].weight, then)
+
+
+def test_layers_in_front_of_batch_norms_are_centered_and_no_others():
+    model = nn.Sequential(net(), nn.Linear(6, 4))
+    report = center_filters(model)
+    assert list(report.converted) == ["0.0", "0.3", "0.8"]
+    assert report.converted["0.3"] == "Conv2d -> CenteredConv2d, feeds 0.4"
+    assert type(model[1]) is nn.Linear
+    assert sums(model[0][0]) < 1e-5
+
+
+@pytest.mark.parametrize("make", [net, lambda: nets.small_resnet(8, 3, 10), lambda: nets.unet2d(3, 2)])
+def test_an_example_shows_what_tracing_shows(make):
+    traced, shown = make(), make()
+    by_trace, by_example = center_filters(traced), center_filters(shown, torch.randn(2, 3, 16, 16))
+    assert by_trace.converted == by_example.converted
+    assert by_trace.skipped == by_example.skipped
+
+
+def test_an_example_changes_nothing_in_the_net():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model[4].eval()
+    center_filters(model, torch.randn(2, 3, 8, 8))
+    assert model.training
+    assert not model[4].training
+    same = [torch.equal(t, before[name]) for name, t in model.state_dict().items() if "weight" not in name]
+    assert all(same)
+
+
+class Branching(nn.Module):
+    """Asks for a value, so that torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) if x.sum() > -1e9 else x
+
+
+def test_a_net_that_cannot_be_traced_needs_an_example():
+    with pytest.raises(ValueError, match=r"cannot trace Branching .*give an input of it as example="):
+        center_filters(Branching())
+    report = center_filters(Branching(), torch.randn(2, 3, 8, 8))
+    assert list(report.converted) == ["conv"]
+
+
+def test_nothing_is_converted_where_nothing_can_be_centered():
+    model = Branching()
+    with pytest.raises(ValueError, match="cannot trace"):
+        convert(model, center_filters=True)
+    assert type(model.norm) is nn.BatchNorm2d
+
+
+class Wired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.of_sum, self.of_shared, self.unused = (nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        shared = self.b(x)
+        return self.of_sum(x + self.a(x)) + self.of_shared(shared) + self.c(shared)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 4, 4)])
+def test_what_is_ambiguous_is_left_alone_and_named(example):
+    model = Wired()
+    report = center_filters(model, example)
+    assert report.skipped["of_sum"] == "no convolution or linear layer feeds it directly"
+    assert report.skipped["unused"] == "it is not called in a forward"
+    assert "a" not in report.converted
+    # a forward does not show what else is done with an output
+    if example is None:
+        assert report.converted == {}
+        assert report.skipped["of_shared"] == "the layer that feeds it feeds something else, too"
+
+
+def test_depthwise_filters_and_linears_of_one_input_are_left_alone_and_named():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8))
+    report = center_filters(model)
+    assert report.skipped == {"0": "each of its filters has one input channel"}
+    linear = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8))
+    assert center_filters(linear).skipped == {"0": "each of its filters has one input channel"}
+
+
+def test_a_grey_image_is_one_channel_of_many_weights():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    assert list(center_filters(model).converted) == ["0"]
+    assert sums(model[0]) < 1e-6
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_transposed_filters_do_not_see_a_constant_in_front_of_them(stride, groups):
+    model = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 2, stride=stride, groups=groups, bias=False), nn.BatchNorm2d(6)
+    )
+    assert list(center_filters(model).converted) == ["0"]
+    y = model[0](torch.ones(1, 4, 5, 5))
+    inner = y if stride == 2 else y[..., 1:-1, 1:-1]
+    assert inner.abs().max() < 1e-6
+    assert is_centered(model[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_filters_do_not_see_a_constant_in_front_of_them(groups):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=groups, bias=False), nn.BatchNorm2d(6))
+    center_filters(model)
+    assert model[0](torch.ones(1, 4, 5, 5)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("stock", CENTERED)
+def test_every_kind_is_centered_and_released(stock):
+    dimensions = next((d for d in (1, 2, 3) if f"{d}d" in stock.__name__), 0)
+    layer = stock(4, 4, 2) if dimensions else stock(4, 4)
+    norm = getattr(nn, f"BatchNorm{max(dimensions, 1)}d")(4)
+    model = nn.Sequential(layer, norm)
+    center_filters(model)
+    assert type(model[0]) is CENTERED[stock]
+    assert isinstance(model[0], stock)
+    assert is_centered(model[0])
+    x = torch.randn(3, 4, *[5] * dimensions)
+    expected = model.eval()(x)
+    report = revert(model)
+    assert report.converted == {"0": f"Centered{stock.__name__} -> {stock.__name__}"}
+    assert type(model[0]) is stock
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_reverted_filters_are_free():
+    model = centered()
+    revert(model)
+    step(model, torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1))
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    step(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert sums(model[0]) > 1
+
+
+def test_filters_of_a_trained_norm_are_refused():
+    model = net()
+    model(torch.randn(4, 3, 8, 8))
+    before = model[0].weight.clone()
+    report = center_filters(model)
+    assert report.converted == {}
+    assert "trained batch norm" in report.skipped["0"]
+    assert torch.equal(model[0].weight, before)
+
+
+def test_centering_twice_changes_nothing():
+    model = centered()
+    assert center_filters(model).skipped["0"] == "already a CenteredConv2d"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: parametrizations.weight_norm(m), lambda m: prune.l1_unstructured(m, "weight", 0.5)]
+)
+def test_weights_that_are_computed_are_left_alone(change):
+    model = net()
+    change(model[0])
+    report = center_filters(model)
+    assert list(report.converted) == ["3", "8"]
+    assert list(report.skipped) == ["0"]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_stay_centered(way):
+    model = way(centered())
+    assert isinstance(model[0], CenteredConv2d)
+    step(model, torch.optim.Adam(model.parameters(), 0.1))
+    assert sums(model[0]) < 1e-5
+
+
+def test_a_replaced_parameter_is_centered_after_its_first_step():
+    model = centered()
+    model[0].weight = nn.Parameter(torch.randn_like(model[0].weight))
+    step(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert sums(model[0]) < 1e-5
+
+
+def test_weights_do_not_change_between_forward_and_backward():
+    """Nor where an optimizer steps that has them and no gradient of them."""
+    model, other = centered(), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], 0.1)
+    loss = model(torch.randn(4, 3, 8, 8)).square().mean()
+    before, version = model[0].weight.clone(), model[0].weight._version
+    other(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
+    assert model[0].weight._version == version
+    assert torch.equal(model[0].weight, before)
+    loss.backward()
+
+
+def test_a_centered_state_dict_loads_and_stays_centered():
+    model, other = centered(), centered()
+    other.load_state_dict(model.state_dict())
+    assert isinstance(other[0], CenteredConv2d)
+    other.load_state_dict({name: t.bfloat16() for name, t in model.state_dict().items()})
+    assert isinstance(other[0], CenteredConv2d)
+
+
+def test_filters_that_are_not_centered_end_it_as_they_are_loaded():
+    model, stock = centered(), net()
+    with pytest.warns(UserWarning, match="not centered: they are kept as they are"):
+        model.load_state_dict(stock.state_dict())
+    assert type(model[0]) is nn.Conv2d
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.eval()(x), stock.eval()(x), rtol=0, atol=0)
+
+
+def test_keys_and_parameters_are_those_of_the_stock_net():
+    model = net()
+    parameters = list(model.parameters())
+    center_filters(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model.state_dict().keys() == net().state_dict().keys()
+
+
+def test_a_layer_without_values_is_taken_as_it_is():
+    with torch.device("meta"):
+        model = net()
+    center_filters(model)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model[1].reset_running_stats()
+    model[4].reset_running_stats()
+    model[9].reset_running_stats()
+    step(model, torch.optim.SGD(model.parameters(), 0.01))
+    assert sums(model[0]) < 1e-4
+
+
+def test_convert_centers_where_it_is_asked_to():
+    model = net()
+    report = convert(model, center_filters=True)
+    assert {"0", "1", "3", "4", "8", "9"} == report.converted.keys()
+    assert sums(model[0]) < 1e-5
+    plain = net()
+    convert(plain)
+    assert type(plain[0]) is nn.Conv2d
+
+
+def test_only_the_layers_of_the_stepped_optimizer_are_looked_at():
+    one, two = centered(), centered()
+    with torch.no_grad():
+        two[0].weight.add_(1.0)
+    two[0].weight.grad = torch.zeros_like(two[0].weight)
+    step(one, torch.optim.SGD(one.parameters(), 0.1))
+    assert sums(two[0]) > 1
