@@ -1,5 +1,6 @@
 """What a claim consists of, and the three files that it becomes."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 Tell: TypeAlias = Callable[[str], None]
 """Is given a line now and then."""
+
+
+MOST_ACROSS = 4
+"""Panels of a figure beside one another."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,13 @@ def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
 
 def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:
     """Write the claim's figure."""
-    figure = Figure(figsize=(5.6 * claim.panels, 4.2), layout="constrained")
-    panels = list(figure.subplots(1, claim.panels, squeeze=False).flat)
+    across = min(claim.panels, MOST_ACROSS)
+    down = math.ceil(claim.panels / across)
+    figure = Figure(figsize=(5.6 * across, 4.2 * down), layout="constrained")
+    places = list(figure.subplots(down, across, squeeze=False).flat)
+    panels = places[: claim.panels]
+    for unused in places[claim.panels :]:
+        unused.remove()
     claim.draw(rows, panels)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)

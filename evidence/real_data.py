@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from benchmarks.rows import Row
-from evidence.arena import drawn, measured_rows, tables_of, verdict
+from evidence.arena import MEASURED, drawn, measured_rows, tables_of, verdict
 from evidence.claim import Claim, Tell
-from evidence.lists import CIFAR10, MLP, NUCLEI, RATES, Entrant
-from mbnorm.experiments.estimates import NO_DIFFERENCE
+from evidence.lists import CIFAR10, MLP, NUCLEI, Entrant
 
 TASKS = (CIFAR10, MLP, NUCLEI)
 ENTRANTS = (
@@ -33,15 +32,7 @@ CLAIM = Claim(
         "What the layers with today's rule, a memory that only the forward pass reads, reach on real data "
         "beside the strongest peers. Nothing was chosen on the test images."
     ),
-    measured=(
-        f"Each method trains at the rates {', '.join(map(str, RATES))} for a batch of 64, smaller batches in "
-        "proportion, from a seed that no other run has; where the best is the first or the last, at a third "
-        "or three times of it, too. Held-out training images choose the rate. Five further seeds train at "
-        "it, and all test images measure these: accuracy, or for nuclei Dice over all images. A training "
-        "whose loss is not finite scores 0. From one seed all methods see the same batches. Batch norm at "
-        '32 sees as many images, in fewer steps. "test set ±" is half the 95 % interval that comes of which '
-        f"images are tested on. {NO_DIFFERENCE} Ranks are by the mean alone."
-    ),
+    measured=MEASURED,
     rows=_rows,
     tables=lambda rows: tables_of(TASKS, ENTRANTS, rows),
     draw=lambda rows, panels: drawn(TASKS, ENTRANTS, rows, panels),

@@ -9,10 +9,12 @@ from statistics import fmean
 
 import pytest
 import torch
+from torch import nn
 
-from evidence import averages, double_forward, noise, recommendation, staleness, suite
+from evidence import averages, double_forward, noise, oracle, orthogonality, recommendation, staleness, suite
 from evidence.claim import Claim, as_markdown, draw, mean_cell
 from evidence.cli import CLAIMS, main
+from evidence.lists import MLP, data_of
 from evidence.noise import (
     layer_inputs,
     noise_of_batches,
@@ -34,7 +36,7 @@ on_every_claim = pytest.mark.parametrize("name", CLAIMS)
 PUBLISHED = [name for name in CLAIMS if (RESULTS / name / "table.md").exists()]
 OTHERS = (
     *("staleness", "noise", "averages", "recommendation", "double-forward"),
-    *("fine-tuning", "fine-tuning-confirmed", "real-data"),
+    *("fine-tuning", "fine-tuning-confirmed", "real-data", "rule", "oracle", "orthogonality"),
 )
 OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
@@ -486,3 +488,53 @@ def test_double_forward_changes_a_training():
     case = double_forward.Case(8, 4, lr=0.05, epochs=1, pretrained=True)
     without, with_it = (double_forward.outcome(case, 0, double_forward=on) for on in (False, True))
     assert with_it["loss"] != without["loss"]
+
+
+def test_the_oracles_differ_in_the_gradient_alone():
+    data = data_of(MLP, "report")
+    batch = torch.arange(oracle.LARGE)
+    found = {}
+    for name in (oracle.THROUGH, oracle.CONSTANT):
+        layer = nn.BatchNorm1d(4) if name == oracle.THROUGH else oracle.OthersConstant(nn.BatchNorm1d(4))
+        x = data.train_inputs[batch].flatten(1)[:, :4].clone().requires_grad_()
+        y = layer.train()(x)
+        y[: oracle.OWN].square().sum().backward()
+        found[name] = y.detach(), x.grad
+    (y, through), (same, constant) = found.values()
+    torch.testing.assert_close(y, same)
+    torch.testing.assert_close(through[: oracle.OWN], constant[: oracle.OWN])
+    assert constant[oracle.OWN :].abs().max() == 0
+    assert through[oracle.OWN :].abs().max() > 0
+
+
+def test_batch_norms_own_gradient_is_orthogonal_to_shift_and_scale():
+    layer = nn.BatchNorm1d(3)
+    shares = orthogonality.Shares(layer, together=50)
+    for _ in range(2):
+        layer(normal(50, 3).requires_grad_()).backward(normal(50, 3) ** 3)
+    assert len(shares.found) == 2
+    assert max(max(found) for found in shares.found) < 1e-6
+
+
+def test_a_gradient_that_is_a_shift_is_all_along_it():
+    layer = nn.Identity()
+    shares = orthogonality.Shares(layer, together=50)
+    for _ in range(5):
+        layer(normal(10, 3).requires_grad_()).backward(torch.ones(10, 3))
+    ((shift, scale),) = shares.found
+    assert shift == pytest.approx(1.0)
+    assert scale < 1e-6
+
+
+@pytest.mark.parametrize("module", [oracle, orthogonality])
+def test_tables_of_the_backward_claims_have_a_line_a_method(module, tmp_path):
+    names = getattr(module, "NAMES", None) or module.ENTRANTS
+    rows = [
+        {"name": name, "seed": seed, "status": "ok", "accuracy": 90.0, "train_loss": 0.5}
+        | {"shift": [1.0, 2.0], "scale": [3.0, 4.0]}
+        for name in names
+        for seed in range(3)
+    ]
+    ((_, lines),) = module.CLAIM.tables(rows)
+    assert [line[0] for line in lines] == list(names)
+    draw(module.CLAIM, rows, tmp_path / "plot.png")
