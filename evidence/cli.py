@@ -12,6 +12,7 @@ from benchmarks.rows import Row, machine
 from evidence import (
     averages,
     batch_size,
+    confirmed,
     cost,
     double_forward,
     fine_tuning,
@@ -44,6 +45,7 @@ CLAIMS: dict[str, Claim] = {
     "recommendation": recommendation.CLAIM,
     "real-data": real_data.CLAIM,
     "rule": rule.CLAIM,
+    "confirmed": confirmed.CLAIM,
     "oracle": oracle.CLAIM,
     "orthogonality": orthogonality.CLAIM,
     "fine-tuning": fine_tuning.CLAIM,

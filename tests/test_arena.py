@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evidence import arena, lists, real_data
+from evidence import arena, confirmed, lists, real_data
 from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
 from evidence.claim import as_markdown, draw
 from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
@@ -204,3 +204,44 @@ def test_the_real_data_are_shown_and_drawn(tmp_path):
     assert text.startswith("`matched` is before the best of the others in CIFAR-10")
     draw(real_data.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def confirming(number, scores):
+    """The rows of one confirming run, with the number of its rule."""
+    return [
+        {**r, "rule": number}
+        for task in CONFIRMED
+        for entrant, of in scores.items()
+        for r in chosen(entrant, 0.1, task) + reported(entrant, of, task=task)
+    ]
+
+
+def test_a_rule_has_one_number_until_the_library_changes(monkeypatch, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "blend.py").write_text("a = 1")
+    monkeypatch.setattr(confirmed, "LIBRARY", tmp_path)
+    first = confirmed.rule()
+    (tmp_path / "experiments" / "report.py").write_text("b = 1")
+    assert confirmed.rule() == first
+    (tmp_path / "blend.py").write_text("a = 2")
+    assert confirmed.rule() != first
+
+
+def test_a_confirming_run_notes_its_rule_and_takes_over_none_of_another(monkeypatch):
+    monkeypatch.setattr(confirmed, "rule", lambda: "new")
+    monkeypatch.setattr(arena, "in_processes", lambda call, steps: (row(s, 70.0) for s in steps))
+    monkeypatch.setattr(confirmed, "ENTRANTS", (BATCH, OURS))
+    old = confirming("old", {BATCH: [60.0], OURS: [65.0]})
+    found = list(confirmed.CLAIM.rows(1, lambda _: None, old))
+    assert {r["entrant"] for r in found} == {"matched"}
+    assert {r["rule"] for r in found} == {"new"}
+
+
+def test_what_an_earlier_rule_was_tried_on_counts_as_tuned():
+    rows = confirming("old", {BATCH: [60.0] * 3, OURS: [65.0] * 3})
+    tasks, shown = confirmed.newest(rows)
+    assert [task.note for task in tasks] == [task.note for task in CONFIRMED]
+    rows += confirming("new", {OURS: [75.0] * 3})
+    tasks, shown = confirmed.newest(rows)
+    assert all(task.note.startswith("counts as tuned") for task in tasks)
+    assert Known(shown).scores(CONFIRMED[0], OURS) == {0: 75.0, 1: 75.0, 2: 75.0}
