@@ -30,7 +30,8 @@ MEASURED = (
     "test images measure these: accuracy, or Dice over all images where pixels have classes. A training "
     "whose loss is not finite scores 0. From one seed all methods see the same batches. Batch norm at 32 "
     'sees as many images, in fewer steps. "test set ±" is half the 95 % interval that comes of which images '
-    f"are tested on. {NO_DIFFERENCE} Ranks are by the mean alone."
+    f"are tested on. {NO_DIFFERENCE} Ranks are by the mean alone, and so is the best of the others, which "
+    "favors it."
 )
 
 
@@ -56,6 +57,8 @@ class Step(NamedTuple):
             "method": self.entrant.method,
             **asdict(setting),
             "images": self.task.images,
+            "held_out": self.task.held_out,
+            "halvings": self.task.halvings,
         }
 
 
@@ -78,6 +81,7 @@ def _of(task: Task, entrant: Entrant, seeds: int, known: "Known") -> list[Step]:
     if not all(map(known.has, choosing)):
         return choosing
     rate = known.rate(task, entrant)
+    assert rate is not None
     if rate in EDGES:
         further = Step(task, entrant, EDGES[rate], CHOOSING_SEED, "choice")
         if not known.has(further):
@@ -86,21 +90,24 @@ def _of(task: Task, entrant: Entrant, seeds: int, known: "Known") -> list[Step]:
 
 
 class Known:
-    """The rows of an arena, by what they are of."""
+    """The rows of an arena, by what they are of; those of a task that was another one then are not seen."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._found = {_key(row): row for row in rows}
         self._rows = rows
 
     def has(self, step: Step) -> bool:
         """Return whether a training is done."""
-        return _key(step.key) in self._found
+        return any(
+            (row["rate"], row["seed"], row["part"]) == (step.rate, step.seed, step.part)
+            for row in self._of(step.task, step.entrant)
+        )
 
-    def rate(self, task: Task, entrant: Entrant) -> float:
-        """Return the rate with the best score on the held-out images; of equals the smaller."""
-        found = [row for row in self._rows if _is_of(row, task, entrant) and row["part"] == "choice"]
-        best = max(sorted(found, key=lambda row: float(row["rate"])), key=score_of)
-        return float(best["rate"])
+    def rate(self, task: Task, entrant: Entrant) -> float | None:
+        """Return the rate with the best score on the held-out images, of equals the smaller."""
+        found = [row for row in self._of(task, entrant) if row["part"] == "choice"]
+        if not found:
+            return None
+        return float(max(sorted(found, key=lambda row: float(row["rate"])), key=score_of)["rate"])
 
     def scores(self, task: Task, entrant: Entrant) -> dict[int, float]:
         """Return the score of each seed at the chosen rate, on the test images."""
@@ -108,20 +115,18 @@ class Known:
 
     def reports(self, task: Task, entrant: Entrant) -> list[Row]:
         """Return the rows that report."""
-        of_task = [row for row in self._rows if _is_of(row, task, entrant)]
-        if not any(row["part"] == "choice" for row in of_task):
-            return []
         rate = self.rate(task, entrant)
-        return [row for row in of_task if row["part"] == "report" and row["rate"] == rate]
+        return [row for row in self._of(task, entrant) if (row["part"], row["rate"]) == ("report", rate)]
+
+    def _of(self, task: Task, entrant: Entrant) -> list[Row]:
+        wanted = Step(task, entrant, RATES[0], 0, "choice").key.items()
+        same = [(name, value) for name, value in wanted if name not in OF_ONE_RUN]
+        # the first rows have no word for what was alike in all of them
+        return [row for row in self._rows if all(row.get(name, value) == value for name, value in same)]
 
 
-def _key(row: Row) -> tuple[object, ...]:
-    names = ("task", "entrant", "rate", "seed", "part", "epochs", "images")
-    return tuple(row[name] for name in names)
-
-
-def _is_of(row: Row, task: Task, entrant: Entrant) -> bool:
-    return bool(row["task"] == task.name and row["entrant"] == str(entrant))
+OF_ONE_RUN = ("rate", "lr", "seed", "part")
+"""What differs between the trainings of a method in a task."""
 
 
 def trained(step: Step) -> Row:
@@ -163,13 +168,19 @@ def tables_of(tasks: Sequence[Task], entrants: Sequence[Entrant], rows: Sequence
     """Return a table for each task, and one of the ranks over all."""
     known = Known(rows)
     tables = [_table_of(task, entrants, known) for task in tasks]
-    ranks = _ranks(tasks, entrants, known)
-    lines = [[name, f"{fmean(found):.2f}", *map(str, found)] for name, found in ranks.items()]
-    lines.sort(key=lambda line: float(line[1]))
+    ranks = {
+        name: (fmean(place for place in found if place), found)
+        for name, found in _ranks(tasks, entrants, known).items()
+        if any(found)
+    }
+    lines = [
+        [name, f"{mean:.2f}", *(str(place or "-") for place in found)]
+        for name, (mean, found) in sorted(ranks.items(), key=lambda item: item[1][0])
+    ]
     return [*tables, (["rank by mean score", "mean", *(task.name for task in tasks)], lines)]
 
 
-def _table_of(task: Task, entrants: Sequence[Entrant], known: "Known") -> Table:
+def _table_of(task: Task, entrants: Sequence[Entrant], known: Known) -> Table:
     plain = known.scores(task, BATCH)
     lines = []
     for entrant in sorted(entrants, key=lambda entrant: _mean(known.scores(task, entrant)), reverse=True):
@@ -178,7 +189,7 @@ def _table_of(task: Task, entrants: Sequence[Entrant], known: "Known") -> Table:
         lines.append(
             [
                 str(entrant),
-                f"{known.rate(task, entrant):g}" if reports else "-",
+                f"{reports[0]['rate']:g}" if reports else "-",
                 mean_cell(list(scores.values()), 1, PERCENT),
                 f"{fmean(row['test_error'] for row in reports):.1f}" if reports else "-",
                 "-" if entrant == BATCH else difference_cell(paired_difference(scores, plain), 1),
@@ -191,16 +202,20 @@ def _table_of(task: Task, entrants: Sequence[Entrant], known: "Known") -> Table:
     return [name, "rate", f"{score}, %", "test set ±", "against batch", "seeds", "diverged"], lines
 
 
-def _ranks(tasks: Sequence[Task], entrants: Sequence[Entrant], known: "Known") -> dict[str, list[int]]:
-    """Return each method's place by mean score in each task that all have been measured in, 1 the best.
+def _ranks(tasks: Sequence[Task], entrants: Sequence[Entrant], known: Known) -> dict[str, list[int | None]]:
+    """Return each method's place by mean score in each task, 1 the best.
 
-    Methods with another batch size than the task's show what small batches cost, and have no place.
+    A task in which not all have been measured from the same seeds has no places, and methods with another
+    batch size than the task's, which show what small batches cost, have none.
     """
-    places: dict[str, list[int]] = {str(e): [] for e in entrants if e.batch_size is None}
+    rivals = [entrant for entrant in entrants if entrant.batch_size is None]
+    places: dict[str, list[int | None]] = {str(entrant): [] for entrant in rivals}
     for task in tasks:
-        means = {str(e): _mean(known.scores(task, e)) for e in entrants if e.batch_size is None}
-        for name, mean in means.items():
-            places[name].append(1 + sum(other > mean for other in means.values()))
+        scores = {str(entrant): known.scores(task, entrant) for entrant in rivals}
+        complete = len({frozenset(found) for found in scores.values()}) == 1 and all(scores.values())
+        for name, found in scores.items():
+            above = sum(_mean(other) > _mean(found) for other in scores.values())
+            places[name].append(1 + above if complete else None)
     return places
 
 
@@ -213,7 +228,7 @@ def verdict(tasks: Sequence[Task], entrants: Sequence[Entrant], ours: Entrant, r
         scores = known.scores(task, ours)
         best = max(others, key=lambda entrant: _mean(known.scores(task, entrant)))
         difference = paired_difference(scores, known.scores(task, best))
-        if difference is None:
+        if difference is None or difference.half_width is None:
             continue
         side = "no different from"
         if difference.decided:

@@ -1,5 +1,6 @@
 """What a perfect memory is worth if only the forward pass has it."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
 from evidence.lists import MLP, Entrant, data_of
-from evidence.trained import score_of, where
+from evidence.trained import loss_cell, score_of, where
 from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
 from mbnorm.experiments.grid import Run
@@ -93,7 +94,9 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
                 run = Run(entrant.method, MLP.setting(RATE, entrant.batch_size or OWN), seed)
                 model = entrant.net(run, data)
                 loss = fit(model, run, data)
-            row = {"name": name, "seed": seed, "status": "ok", "train_loss": loss, **measured(model, data)}
+            finite = math.isfinite(loss)
+            row: Row = {"name": name, "seed": seed, "status": "ok" if finite else "diverged"}
+            row |= {"train_loss": loss if finite else None, **measured(model, data)}
             tell(f"{name}, seed {seed}: {score_of(row):.1f} %, {time.perf_counter() - start:.1f} s")
             yield row
 
@@ -112,7 +115,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 name,
                 mean_cell(list(scores.values()), 1, PERCENT),
                 "-" if name == THROUGH else difference_cell(difference, 1),
-                mean_cell([row["train_loss"] for row in where(rows, name=name)], 2, (0.0, float("inf"))),
+                loss_cell(where(rows, name=name), "train_loss"),
             ]
         )
     return [(["batches of 2", "accuracy, %", f"against {THROUGH}", "training loss"], lines)]
@@ -138,9 +141,9 @@ CLAIM = Claim(
     ),
     measured=(
         f"{MLP.name}, batches of {OWN}, rate {RATE} for a batch of 64. The oracle normalizes each batch with "
-        f"the statistics of {LARGE} images under the present weights, its own and {LARGE - OWN} drawn "
-        "anew, and takes the loss of its own. The gradient goes through all of them, or the others are "
-        "constants, as a memory's past is. The training loss is that of the last epoch. "
+        f"the statistics of {LARGE} images under the present weights, its own and {LARGE - OWN} of the "
+        "training images, drawn anew, and takes the loss of its own. The gradient goes through all of them, "
+        "or the others are constants, as a memory's past is. The training loss is that of the last epoch. "
         f"{NO_DIFFERENCE}"
     ),
     rows=_rows,

@@ -23,8 +23,8 @@ ENTRANTS = {
     "matched, remembered": Entrant("matched", None, (("gradient", "remembered"),)),
 }
 RATE = 0.1
-BATCHES_TOGETHER = 100
-"""Gradients of so many images are added up before their parts are taken."""
+IMAGES_TOGETHER = 100
+"""Gradients of so many images at least are added up before their parts are taken."""
 PARTS = ("shift", "scale")
 
 
@@ -47,8 +47,8 @@ class Shares:
 
     def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if layer.training and inputs[0].requires_grad:
-            x = inputs[0]
-            x.register_hook(lambda dx: self._add(x.detach(), dx))
+            values = inputs[0].detach()
+            inputs[0].register_hook(lambda dx: self._add(values, dx))
 
     def _add(self, x: Tensor, dx: Tensor) -> None:
         self._inputs.append(x.movedim(1, -1).flatten(0, -2))
@@ -76,7 +76,7 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
             run = Run(entrant.method, MLP.setting(RATE, batch_size), seed)
             model = entrant.net(run, data)
             layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-            shares = [Shares(layer, BATCHES_TOGETHER) for layer in layers]
+            shares = [Shares(layer, IMAGES_TOGETHER) for layer in layers]
             fit(model, run, data)
             row: Row = {"name": name, "seed": seed}
             for index, part in enumerate(PARTS):
@@ -118,9 +118,9 @@ CLAIM = Claim(
     ),
     measured=(
         f"{MLP.name}, rate {RATE} for a batch of 64: the gradients of the inputs of each batch norm over "
-        f"{BATCHES_TOGETHER} images, which the weights change in between. Shares of their power that lie "
-        "along a constant, and along the inputs themselves; of independent numbers about 1 % would. Means "
-        "over the training, the channels and the layers."
+        f"{IMAGES_TOGETHER} images or the next whole batch, while the weights change. Shares of their power "
+        "that lie along a constant, and along the inputs themselves; of independent numbers about 1 % would. "
+        "Means over the training, the channels and the layers."
     ),
     rows=_rows,
     tables=_tables,

@@ -56,11 +56,31 @@ def test_what_is_measured_is_not_trained_again():
     assert next_steps([TASK], [BATCH], 2, rows) == []
 
 
-@pytest.mark.parametrize("field", ["epochs", "images"])
-def test_a_task_that_was_changed_is_trained_anew(field):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 48},
+        {"images": 48},
+        {"held_out": 48},
+        {"batch_size": 4},
+        {"model": "cnn"},
+        {"data": "photos"},
+        {"loss": "dice"},
+        {"sampling": "drifting"},
+    ],
+)
+def test_a_task_that_was_changed_is_trained_anew(change):
     rows = chosen(BATCH, 0.1) + reported(BATCH, [80.0])
-    other = replace(TASK, **{field: 48})
+    other = replace(TASK, **change)
     assert len(next_steps([other], [BATCH], 1, rows)) == len(RATES)
+    rows += [*chosen(BATCH, 0.3, other), row(Step(other, BATCH, 1.0, CHOOSING_SEED, "choice"), 10.0)]
+    assert Known(rows).rate(other, BATCH) == 0.3
+    assert Known(rows).scores(other, BATCH) == {}
+
+
+def test_rows_without_a_word_for_what_was_always_alike_count():
+    rows = [{k: v for k, v in r.items() if k not in ("held_out", "halvings")} for r in chosen(BATCH, 0.1)]
+    assert Known(rows).rate(TASK, BATCH) == 0.1
 
 
 def test_what_diverged_scores_nothing_and_is_not_chosen():
@@ -188,6 +208,20 @@ def test_tables_show_rate_score_and_difference():
     assert ranks == [["matched", "1.00", "1"], ["batch", "2.00", "2"]]
 
 
+def test_a_task_that_not_all_have_been_measured_in_has_no_ranks():
+    rows = everything({BATCH: [60.0, 61.0, 62.0]})
+    *_, (_, ranks) = tables_of([TASK], [BATCH, OURS], rows)
+    assert ranks == []
+    partly = rows + everything({OURS: [65.0]})
+    *_, (_, ranks) = tables_of([TASK], [BATCH, OURS], partly)
+    assert ranks == []
+
+
+def test_the_verdict_says_nothing_of_too_few_seeds():
+    rows = everything({BATCH: [60.0], OURS: [90.0]})
+    assert verdict([TASK], [BATCH, OURS], OURS, rows) == ""
+
+
 def test_what_is_not_measured_yet_has_no_score():
     (_, lines), _ = tables_of([TASK], [BATCH], chosen(BATCH, 0.1))
     assert lines == [["batch", "-", "-", "-", "-", "0", "0"]]
@@ -222,6 +256,8 @@ def test_a_rule_has_one_number_until_the_library_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(confirmed, "LIBRARY", tmp_path)
     first = confirmed.rule()
     (tmp_path / "experiments" / "report.py").write_text("b = 1")
+    assert confirmed.rule() == first
+    (tmp_path / "blend.py").write_text('"""Of a."""\n# one\na = 1')
     assert confirmed.rule() == first
     (tmp_path / "blend.py").write_text("a = 2")
     assert confirmed.rule() != first

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from mbnorm import center_filters, convert, revert
 from mbnorm.centered import CENTERED, CenteredConv2d, is_centered
 from mbnorm.experiments import nets
+from mbnorm.feeders import _in_forward, _in_graph
 
 
 def net():
@@ -95,14 +97,24 @@ def test_layers_in_front_of_batch_norms_are_centered_and_no_others():
 
 @pytest.mark.parametrize("make", [net, lambda: nets.small_resnet(8, 3, 10), lambda: nets.unet2d(3, 2)])
 def test_an_example_shows_what_tracing_shows(make):
-    traced, shown = make(), make()
-    by_trace, by_example = center_filters(traced), center_filters(shown, torch.randn(2, 3, 16, 16))
-    assert by_trace.converted == by_example.converted
-    assert by_trace.skipped == by_example.skipped
+    model = make()
+    names = {module: name for name, module in model.named_modules()}
+    traced, shown = _in_graph(model), _in_forward(model, torch.randn(2, 3, 16, 16))
+    by_trace, by_example = (
+        {names[layer]: [names[norm] for norm in norms] for layer, norms in found.norms_of.items()}
+        for found in (traced, shown)
+    )
+    assert by_trace == by_example
+    assert traced.without == shown.without == {}
+
+
+class Untraceable(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > -1e9 else x
 
 
 def test_an_example_changes_nothing_in_the_net():
-    model = net()
+    model = Untraceable(*net())
     before = copy.deepcopy(model.state_dict())
     model.train()
     model[4].eval()
@@ -151,15 +163,13 @@ class Wired(nn.Module):
 
 @pytest.mark.parametrize("example", [None, torch.randn(2, 3, 4, 4)])
 def test_what_is_ambiguous_is_left_alone_and_named(example):
-    model = Wired()
-    report = center_filters(model, example)
-    assert report.skipped["of_sum"] == "no convolution or linear layer feeds it directly"
-    assert report.skipped["unused"] == "it is not called in a forward"
-    assert "a" not in report.converted
-    # a forward does not show what else is done with an output
-    if example is None:
-        assert report.converted == {}
-        assert report.skipped["of_shared"] == "the layer that feeds it feeds something else, too"
+    report = center_filters(Wired(), example)
+    assert report.converted == {}
+    assert report.skipped == {
+        "of_sum": "no convolution or linear layer feeds it directly",
+        "of_shared": "the layer that feeds it feeds something else, too",
+        "unused": "no call of it is seen in a forward",
+    }
 
 
 def test_depthwise_filters_and_linears_of_one_input_are_left_alone_and_named():
@@ -168,6 +178,69 @@ def test_depthwise_filters_and_linears_of_one_input_are_left_alone_and_named():
     assert report.skipped == {"0": "each of its filters has one input channel"}
     linear = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8))
     assert center_filters(linear).skipped == {"0": "each of its filters has one input channel"}
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (1, 1)])
+def test_single_weights_are_never_centered_alone(kernel, stride):
+    model = nn.Sequential(nn.ConvTranspose2d(1, 8, kernel, stride=stride), nn.BatchNorm2d(8))
+    assert center_filters(model).converted == {}
+    assert model[0].weight.abs().min() > 0
+
+
+class Tied(nn.Module):
+    """Uses the weight of its first layer again, by another layer or by itself."""
+
+    def __init__(self, by_layer):
+        super().__init__()
+        self.first, self.norm, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.by_layer = by_layer
+        if by_layer:
+            self.out.weight = self.first.weight
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.out(x) if self.by_layer else nn.functional.linear(x, self.first.weight)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_weight_with_another_use_is_left_alone(by_layer):
+    model = Tied(by_layer)
+    before = model.first.weight.clone()
+    assert center_filters(model).converted == {}
+    assert torch.equal(model.first.weight, before)
+
+
+def test_a_frozen_weight_is_left_alone():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    report = center_filters(model)
+    assert report.skipped == {"0": "its weight is frozen"}
+    assert list(report.converted) == ["3", "8"]
+
+
+def test_what_is_computed_or_flattened_later_ends_it_with_a_warning():
+    model = centered()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="centered no longer"):
+        step(model, optimizer)
+    flat = centered()
+    x = torch.randn(4, 3, 8, 8)
+    flat(x).square().mean().backward()
+    flat[0].weight = nn.Parameter(flat[0].weight.detach().flatten())
+    flat[0].weight.grad = torch.ones_like(flat[0].weight)
+    with pytest.warns(UserWarning, match="centered no longer"):
+        torch.optim.SGD(flat.parameters(), 0.1).step()
+
+
+def test_copies_in_one_thread_while_another_steps():
+    model = centered()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with ThreadPoolExecutor(2) as pool:
+        copies = pool.submit(lambda: [copy.deepcopy(model[0]) for _ in range(300)])
+        for _ in range(30):
+            step(model, optimizer)
+        assert len(copies.result()) == 300
 
 
 def test_a_grey_image_is_one_channel_of_many_weights():
@@ -325,6 +398,13 @@ def test_convert_centers_where_it_is_asked_to():
     plain = net()
     convert(plain)
     assert type(plain[0]) is nn.Conv2d
+
+
+def test_converts_report_notes_what_has_no_centered_filters():
+    model = Wired()
+    report = convert(model, center_filters=True)
+    assert report.skipped == {}
+    assert "of_sum has no centered filters: no convolution or linear layer feeds it directly" in report.notes
 
 
 def test_only_the_layers_of_the_stepped_optimizer_are_looked_at():

@@ -391,11 +391,75 @@ def test_ranks_that_share_have_exact_gradients():
 
 def test_one_step_of_training_is_no_derivative_of_its_loss():
     """What remembers takes more out than the exact gradient does: that is its point."""
-    layer = trained(build("pooled"))
-    exact = copy.deepcopy(layer)
-    exact.gradient = "exact"
+    layer, exact = trained(build("pooled")), trained(build("pooled", gradient="exact"))
     x, dy = batch(5)
     again = x.clone().requires_grad_()
     layer(x.requires_grad_()).backward(dy)
     exact(again).backward(dy)
+    assert torch.equal(layer.memory_mean, exact.memory_mean)
     assert not torch.allclose(x.grad, again.grad)
+
+
+@pytest.mark.parametrize(("own", "given"), [("float64", "float32"), ("float32", "float64")])
+def test_layers_and_inputs_may_differ_in_precision(own, given):
+    layer = build("matched", dtype=getattr(torch, own))
+    for step in range(3):
+        x, dy = batch(step, dtype=getattr(torch, given))
+        layer(x.requires_grad_()).backward(dy)
+    assert layer.gradient_mean.dtype == getattr(torch, own)
+    assert layer.gradient_mean.abs().max() > 0
+
+
+def test_batched_gradients_are_exact_and_write_nothing():
+    layer, exact = trained(build("matched")), trained(build("matched", gradient="exact"))
+    before = own(layer)
+    x, dy = batch(5)
+    again = x.clone().requires_grad_()
+    many = torch.stack([dy, 2 * dy])
+    (found,) = torch.autograd.grad(layer(x.requires_grad_()), x, many, is_grads_batched=True)
+    (expected,) = torch.autograd.grad(exact(again), again, many, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
+    assert all(map(torch.equal, own(layer), before))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer.to("cpu"), lambda layer: layer.float(), nn.Module.eval]
+)
+def test_the_buffers_are_the_same_tensors_after_a_move_that_moves_nothing(change):
+    layer = trained(build("matched"))
+    buffers = layer.gradient_mean, layer.gradient_scale
+    change(layer)
+    layer.load_state_dict(layer.state_dict())
+    assert layer.gradient_mean is buffers[0]
+    assert layer.gradient_scale is buffers[1]
+
+
+def test_a_state_of_its_own_tensors_keeps_the_memory():
+    layer = trained(build("matched"))
+    state = layer.state_dict()
+    layer.cpu()
+    x, dy = batch(5)
+    layer(x.requires_grad_()).backward(dy)
+    memory = layer.memory_measured.clone()
+    layer.load_state_dict(state)
+    assert torch.equal(layer.memory_measured, memory)
+
+
+def test_sharing_later_is_refused_too():
+    with pytest.raises(ValueError, match="process_group must be None"):
+        build("matched").share_with("world")
+
+
+def test_the_traceable_backend_is_refused():
+    with pytest.raises(ValueError, match="needs a backend with a backward pass"):
+        build("matched", backend="traceable")
+
+
+def test_the_gradient_of_a_layer_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        build("matched").gradient = "exact"
+
+
+def test_the_repr_shows_what_is_remembered():
+    assert "gradient=remembered" in repr(build("matched"))
+    assert "gradient" not in repr(build("matched", gradient="exact"))

@@ -1,6 +1,7 @@
 """Each image's own statistics behind those of the batches."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -104,3 +105,39 @@ def test_a_model_that_is_the_layer_itself_has_no_place_for_another():
     report = convert(norm, per_image=True)
     assert isinstance(norm, MatchedBatchNorm2d)
     assert any("0 layers normalize each image" in note for note in report.notes)
+
+
+def test_a_scale_of_zero_moves_behind():
+    """As residual nets start: a group norm of zeros would multiply what follows without bound."""
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    nn.init.ones_(model[0].bias)
+    convert(model, per_image=True)
+    norm, behind = model[0]
+    assert (norm.weight == 1).all()
+    assert (norm.bias == 0).all()
+    assert (behind.weight == 0).all()
+    assert (behind.bias == 1).all()
+
+
+def test_modes_are_kept():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()).eval()
+    convert(model, per_image=True)
+    assert not any(module.training for module in model.modules())
+
+
+def test_tracing_sees_a_layer():
+    model, _ = converted()
+    graph = torch.fx.symbolic_trace(model).graph
+    assert "1.1" in [node.target for node in graph.nodes]
+
+
+def test_a_reverted_net_can_be_scripted():
+    model, _ = converted()
+    revert(model)
+    model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x))

@@ -1,7 +1,9 @@
 """Centered filters: layers in front of batch norms whose filters sum to zero over their inputs."""
 
+import math
 import warnings
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
@@ -42,10 +44,14 @@ def is_centered(layer: Layer) -> bool:
 
 
 def is_depthwise(layer: Layer) -> bool:
-    """Return whether each filter has one input channel of several, or is one weight."""
+    """Return whether each filter has one input channel of several, or one weight would be centered alone."""
     if isinstance(layer, nn.Linear):
         return layer.in_features == 1
-    return layer.in_channels == layer.groups and (layer.groups > 1 or layer.weight[0].numel() == 1)
+    weight = layer.weight
+    if isinstance(layer, _ConvTransposeNd):
+        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
+    alone = math.prod(weight.shape[axis] for axis in _axes(layer)) == 1
+    return alone or 1 < layer.groups == layer.in_channels
 
 
 def _axes(layer: Layer) -> list[int]:
@@ -59,6 +65,11 @@ class _Centered:
     """A layer whose filters are centered again after each optimizer step that has changed them."""
 
     weight: Tensor
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions of the weight."""
+        return 2 if isinstance(self, nn.Linear) else 2 + len(cast(_ConvNd, self).kernel_size)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -119,6 +130,8 @@ _STOCK = {centered: stock for stock, centered in CENTERED.items()}
 
 _layers: "WeakSet[Any]" = WeakSet()
 _follows = False
+# copies may be made in one thread while another trains
+_lock = Lock()
 
 
 def keep_centered(layer: Layer) -> None:
@@ -135,25 +148,39 @@ def release(layer: nn.Module) -> bool:
     if stock is None:
         return False
     layer.__class__ = stock
-    _layers.discard(layer)
+    with _lock:
+        _layers.discard(layer)
     return True
 
 
 def _follow(layer: _Centered) -> None:
     global _follows
-    _layers.add(layer)
-    if not _follows:
-        # torch calls it for every optimizer
-        register_optimizer_step_post_hook(_after_step)
-        _follows = True
+    with _lock:
+        _layers.add(layer)
+        if not _follows:
+            # torch calls it for every optimizer
+            register_optimizer_step_post_hook(_after_step)
+            _follows = True
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Center the layers whose weights an optimizer has changed: after its step, so after their backward."""
     if not _layers:
         return
+    with _lock:
+        layers = list(_layers)
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in list(_layers):
+    for layer in layers:
+        # the dictionary itself: a parametrized weight is computed whenever it is asked for
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.dim() != layer.dimensions:
+            warnings.warn(
+                "the weights of centered layers are computed from others, or parts of them: these layers are "
+                "centered no longer",
+                stacklevel=4,
+            )
+            with _lock:
+                _layers.discard(layer)
         # a step leaves alone what has no gradient; others may have a graph that waits for its backward
-        if id(layer.weight) in own and layer.weight.grad is not None:
+        elif id(weight) in own and weight.grad is not None:
             center(layer)

@@ -27,11 +27,13 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
 
     The layers become subclasses of their classes, with the same parameters and state_dict. Filters that are
     loaded and not centered end it for their layer. `revert` makes the layers torch's own again, with the
-    weights they have.
+    weights they have: do so before tools that look for torch's own classes, as quantization and export.
+    FSDP with flat parameters, and optimizers with copies of the weights, cannot keep them centered.
 
     Args:
         model: any module, its batch norms torch's or ours.
-        example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace.
+        example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace. One
+            forward of it shows what feeds what, but not what else is done with an output.
 
     Returns:
         A report of what was centered, and what was not and why.
@@ -54,8 +56,9 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     found = feeders(model, example)
     report = ConversionReport()
     names = {module: name for name, module in named(model, nn.Module)}
+    others = {id(p) for m in names if m not in found.norms_of for p in m.parameters(recurse=False)}
     for layer, norms in found.norms_of.items():
-        reason = _why_not(layer, norms)
+        reason = _why_not(layer, norms, others)
         if reason is None:
             kind = type(layer).__name__
             keep_centered(layer)
@@ -67,7 +70,7 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     return report
 
 
-def _why_not(layer: Feeder, norms: Sequence[_BatchNorm]) -> str | None:
+def _why_not(layer: Feeder, norms: Sequence[_BatchNorm], others: set[int]) -> str | None:
     kind = type(layer)
     if kind in CENTERED.values():
         return f"already a {kind.__name__}"
@@ -75,6 +78,10 @@ def _why_not(layer: Feeder, norms: Sequence[_BatchNorm]) -> str | None:
         return f"{kind.__name__} is a subclass that may use its weights in another way"
     if "weight" not in layer._parameters:
         return "its weight is computed from others: remove the parametrization or pruning first"
+    if id(layer.weight) in others:
+        return "another layer, which feeds no batch norm, has the same weight"
+    if not layer.weight.requires_grad:
+        return "its weight is frozen"
     if is_depthwise(layer):
         return "each of its filters has one input channel"
     for norm in norms:

@@ -70,8 +70,9 @@ def convert(
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
         center_filters: center the filters in front of the layers, as `center_filters` does.
-        per_image: normalize each image, too, in groups of channels, behind each layer of maps; that is a
-            layer of its own with parameters of its own, and stays when the net is reverted.
+        per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
+            That is a layer of its own, with parameters of its own, and stays when the net is reverted. The
+            two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.0.weight`` from then on.
         example: an input of ``model``, or a tuple of its inputs, where torch.fx cannot trace the net to find
             the filters.
         **options: keyword options of the layers; they win over what follows from ``batch_size``.
@@ -96,7 +97,11 @@ def convert(
     table = dict(zip(_STOCK, _OURS[method], strict=True))
     options = _defaults(method, batch_size) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
-    report = centering.center_filters(model, example) if center_filters else ConversionReport()
+    report = ConversionReport()
+    if center_filters:
+        centered = centering.center_filters(model, example)
+        report.converted.update(centered.converted)
+        report.notes += [f"{name} has no centered filters: {why}" for name, why in centered.skipped.items()]
     starts = set()
     idle = []
     of_maps: set[_BatchNorm] = set()
@@ -213,7 +218,7 @@ def _notes(method: Method, starts: set[_Start], idle: list[str], conversion: _Co
 
 
 def revert(model: nn.Module) -> ConversionReport:
-    """Turn the layers with a memory back into torch's batch norms, in place.
+    """Turn the layers with a memory back into torch's batch norms, and centered ones into torch's, in place.
 
     Eval mode gives the same output bit for bit, and the state_dict has torch's keys. The memories are
     dropped. Weight and bias below float32 become float32, since torch's batch norm takes float32

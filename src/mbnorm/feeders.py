@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -30,17 +31,22 @@ def feeders(model: nn.Module, example: Any = None) -> Feeders:
 
     Args:
         model: any module.
-        example: an input of ``model``, or a tuple of its inputs: one forward in eval mode shows what feeds
-            what. None has torch.fx trace the net, which needs no input and cannot follow every net.
+        example: an input of ``model``, or a tuple of its inputs. Where torch.fx cannot trace the net, one
+            forward of it in eval mode shows what feeds what, but not what else is done with an output.
 
     Raises:
         ValueError: there is no example, and torch.fx cannot trace the net.
     """
-    found = _in_graph(model) if example is None else _in_forward(model, example)
+    try:
+        found = _in_graph(model)
+    except ValueError:
+        if example is None:
+            raise
+        found = _in_forward(model, example)
     seen = {norm for norms in found.norms_of.values() for norm in norms} | found.without.keys()
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module not in seen:
-            found.without[module] = "it is not called in a forward"
+            found.without[module] = "no call of it is seen in a forward"
     return found
 
 
@@ -76,6 +82,9 @@ def _in_graph(model: nn.Module) -> Feeders:
             isinstance(called(user), _BatchNorm) for user in node.users
         ):
             elsewhere.add(module)
+    # weights that a forward reads by themselves
+    read = {id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
+    elsewhere |= {m for m in modules.values() if isinstance(m, (_ConvNd, nn.Linear)) and id(m.weight) in read}
     return _sorted(uses, elsewhere)
 
 
@@ -84,13 +93,18 @@ def _in_forward(model: nn.Module, example: Any) -> Feeders:
     # kept, so that no other tensor takes the place of one; in-place operations change the version
     outputs: list[tuple[Tensor, int, Feeder]] = []
     uses: list[tuple[_BatchNorm, Feeder | None]] = []
+    fed_outputs: set[int] = set()
 
-    def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
-        outputs.append((output, output._version, cast(Feeder, layer)))
+    def remember(layer: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((output, output._version, cast(Feeder, layer)))
 
     def recognize(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         fed = (f for t, version, f in outputs if inputs and t is inputs[0] and version == t._version)
-        uses.append((cast(_BatchNorm, layer), next(fed, None)))
+        feeder = next(fed, None)
+        uses.append((cast(_BatchNorm, layer), feeder))
+        if feeder is not None:
+            fed_outputs.add(id(inputs[0]))
 
     modes = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_hook(remember) for m in modes if isinstance(m, (_ConvNd, nn.Linear))]
@@ -102,10 +116,8 @@ def _in_forward(model: nn.Module, example: Any) -> Feeders:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    fed = [feeder for _, feeder in uses if feeder is not None]
-    # a layer that is called more often than it feeds a norm feeds something else, too
-    calls = [feeder for _, _, feeder in outputs]
-    return _sorted(uses, {feeder for feeder in fed if calls.count(feeder) > fed.count(feeder)})
+    # a layer one of whose outputs is no norm's input feeds something else, too
+    return _sorted(uses, {feeder for output, _, feeder in outputs if id(output) not in fed_outputs})
 
 
 def _sorted(uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder]) -> Feeders:

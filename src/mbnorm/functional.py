@@ -242,7 +242,8 @@ class KernelRun:
         """Return the gradients of ``x``, ``weight`` and ``bias``, as far as they are needed."""
         if not torch.is_grad_enabled():
             rules = self.variance_rule, self.eps
-            gradient = self.gradient
+            # batched gradients are of a transform, which has no state
+            gradient = None if torch._C._functorch.is_legacy_batchedtensor(dy) else self.gradient
             found: Sequence[Tensor | None]
             found = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0] and gradient is None)
             if gradient is None:

@@ -46,10 +46,12 @@ class RememberedGradient:
     def past(self, own_mean: Tensor, own_scale: Tensor, batch_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return G and S for a backward pass that has these means, and write what follows from them."""
         if self._read is None:
-            self._read = self._mean.clone(), self._scale.clone()
+            # copies, in the dtype of the input's statistics
+            past_mean, past_scale = (torch.empty_like(own_mean).copy_(t) for t in (self._mean, self._scale))
+            self._read = past_mean, past_scale
             if self.stores:
-                mean = torch.lerp(self._mean, own_mean, batch_weight)
-                scale = torch.lerp(self._scale, own_scale, batch_weight)
+                mean = torch.lerp(past_mean, own_mean, batch_weight)
+                scale = torch.lerp(past_scale, own_scale, batch_weight)
                 finite = (torch.maximum(mean.abs(), scale.abs()) < math.inf).all()
                 self._mean.copy_(torch.where(finite, mean, self._mean))
                 self._scale.copy_(torch.where(finite, scale, self._scale))
@@ -96,11 +98,15 @@ class RememberedGradient:
         return left.mul_(scale.view(per_channel)).to(x.dtype)
 
 
-def check_gradient(gradient: str) -> None:
-    """Refuse what is no way to the gradient.
+def check_gradient(gradient: str, backend: str, process_group: object) -> None:
+    """Refuse what is no way to the gradient, or none with the other options.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``gradient`` is none, or it is "remembered" among ranks or by the backend "traceable".
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
+    if gradient == "remembered" and process_group is not None:
+        raise ValueError('gradient="remembered" is of one process: process_group must be None')
+    if gradient == "remembered" and backend == "traceable":
+        raise ValueError('gradient="remembered" needs a backend with a backward pass, got "traceable"')

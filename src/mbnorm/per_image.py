@@ -1,6 +1,10 @@
 """Each image's own statistics, after those of the batches."""
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.conversion import ConversionReport, named
@@ -20,8 +24,16 @@ class PerImageNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each group of channels of each image."""
+        # two conditions: TorchScript leaves out what is behind the first alone
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+            if isinstance(input, Proxy):
+                # a leaf, as torch's own layers are
+                name = input.tracer.path_of_module(self)
+                return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
         # a group of so few values is worth nothing
-        return input if input.shape[2:].numel() == 1 else super().forward(input)
+        if input.numel() == input.size(0) * input.size(1):
+            return input
+        return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def groups_of(channels: int) -> int:
@@ -36,27 +48,31 @@ def groups_of(channels: int) -> int:
 def normalize_images(model: nn.Module, layers: set[_BatchNorm], report: ConversionReport) -> None:
     """Put a `PerImageNorm` behind layers of a model, and tell the report.
 
-    Each of them becomes the first of a `torch.nn.Sequential` of two.
+    Each of them becomes the first of a `torch.nn.Sequential` of two, and its scale and shift the second's:
+    one that starts at 0, as in residual nets, would leave nothing to normalize.
     """
     made: dict[nn.Module, nn.Module] = {}
     for _, parent in named(model, nn.Module):
         for name, child in parent._modules.items():
-            if child in layers and not isinstance(parent, _Pair):
-                assert isinstance(child, _BatchNorm)
+            if isinstance(child, _BatchNorm) and child in layers:
                 if child not in made:
-                    made[child] = _Pair(child)
-                setattr(parent, name, made[child])
+                    made[child] = _pair_of(child)
+                parent._modules[name] = made[child]
     report.notes.append(
-        f"{len(made)} layers normalize each image, too: give their new parameters to the optimizer"
+        f"{len(made)} layers normalize each image, too, and are the first of two now: give the new "
+        "parameters to the optimizer"
     )
 
 
-class _Pair(nn.Sequential):
-    """A batch norm, and the normalization of each image behind it."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        like = layer.running_mean
-        behind = PerImageNorm(groups_of(layer.num_features), layer.num_features, layer.eps, layer.affine)
-        if like is not None:
-            behind.to(like)
-        super().__init__(layer, behind)
+@torch.no_grad()
+def _pair_of(layer: _BatchNorm) -> nn.Sequential:
+    channels = layer.num_features
+    behind = PerImageNorm(groups_of(channels), channels, layer.eps, layer.weight is not None)
+    if layer.weight is not None:
+        behind.to(layer.weight)
+        behind.weight.copy_(layer.weight)
+        layer.weight.fill_(1.0)
+    if layer.weight is not None and layer.bias is not None:
+        behind.bias.copy_(layer.bias)
+        layer.bias.zero_()
+    return nn.Sequential(layer, behind).train(layer.training)

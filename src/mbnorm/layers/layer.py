@@ -1,6 +1,7 @@
 """The layer: torch's batch norm around the blended operator, with a memory that says what is blended in."""
 
 import math
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, cast
@@ -63,7 +64,7 @@ class HistoryBatchNorm(_BatchNorm):
         "eps",
         "memory",
         "backend",
-        "gradient",
+        "_gradient",
         "_frozen",
         "_sharing",
     )
@@ -108,13 +109,11 @@ class HistoryBatchNorm(_BatchNorm):
         """Start with an empty memory; also turns a batch norm into one of ours."""
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        check_gradient(gradient)
-        if gradient == "remembered" and process_group is not None:
-            raise ValueError('gradient="remembered" is of one process: process_group must be None')
+        check_gradient(gradient, backend, process_group)
         self._sharing = Sharing.among(process_group, sync, backend)
         self.memory = memory
         self.backend: Backend = backend
-        self.gradient: Gradient = gradient
+        self._gradient: Gradient = gradient
         self._frozen = 0
         self._resets = 0
         self._holds_past = False
@@ -167,7 +166,7 @@ class HistoryBatchNorm(_BatchNorm):
             "seal",
             "memory",
             "backend",
-            "gradient",
+            "_gradient",
             "_sharing",
             "_frozen",
             "_resets",
@@ -181,8 +180,14 @@ class HistoryBatchNorm(_BatchNorm):
 
     def share_with(self, process_group: ProcessGroup, sync: Sync = True) -> None:
         """Share the memory with other ranks from now on, or with none; all must hold the same one."""
+        check_gradient(self.gradient, self.backend, process_group)
         self.settle()
         self._sharing = Sharing.among(process_group, sync, self.backend)
+
+    @property
+    def gradient(self) -> Gradient:
+        """Which gradient the backward pass has."""
+        return self._gradient
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -203,7 +208,7 @@ class HistoryBatchNorm(_BatchNorm):
 
     @property
     def _gradient_buffers(self) -> tuple[str, ...]:
-        return GRADIENT_BUFFERS if self.gradient == "remembered" else ()
+        return GRADIENT_BUFFERS if self._gradient == "remembered" else ()
 
     @property
     def has_memory(self) -> bool:
@@ -450,7 +455,8 @@ class HistoryBatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """Return torch's description, the memory's options and size, and who shares it."""
         torchs = super().extra_repr()  # type: ignore[no-untyped-call]
-        own = f"{self.memory.describe()}, backend={self.backend}, memory={self.memory_bytes} bytes"
+        gradient = ", gradient=remembered" if self.gradient == "remembered" else ""
+        own = f"{self.memory.describe()}{gradient}, backend={self.backend}, memory={self.memory_bytes} bytes"
         if self._sharing is None:
             return f"{torchs}, {own}"
         ranks = "world" if self.process_group == "world" else "given"
@@ -545,7 +551,7 @@ class HistoryBatchNorm(_BatchNorm):
             return prepared.run(self, input)
         self._calls.drop_done()
         past = self.read(n)
-        gradient = None if self.gradient == "exact" else self.remembered_gradient()
+        gradient = None if self._gradient == "exact" else self.remembered_gradient()
         y, rows, node = self.blend_watched(input, past, backend, gradient)
         self._calls.remember(Call(n, rows, past, gradient), node)
         if n > 0 and self.stores:
@@ -621,6 +627,12 @@ class HistoryBatchNorm(_BatchNorm):
         if backend != "traceable":
             y, rows = self.blend(input, past, backend, gradient)
             return y, rows, y.grad_fn
+        if gradient is not None and not transforms_run() and has_values(input):
+            # the same words for each layer: Python's default filter shows them once
+            warnings.warn(
+                f'gradient="remembered" is of the CPU and CUDA: on {input.device} the gradient is exact',
+                stacklevel=2,
+            )
         # many nodes: put one of their own in front of them all
         if input.requires_grad or self.weight is None:
             input = input.view_as(input)

@@ -171,7 +171,8 @@ def _fits(layer: "HistoryBatchNorm") -> Tensor:
         if present is None or present.shape != mean.shape or not has_values(present):
             buffers[name] = torch.zeros_like(mean)
         else:
-            buffers[name] = _usable(present, mean.device, mean.dtype).nan_to_num(0.0, 0.0, 0.0)
+            buffers[name] = _usable(present, mean.device, mean.dtype)
+            buffers[name].nan_to_num_(0.0, 0.0, 0.0)  # type: ignore[union-attr]
     for name in ("num_batches_tracked", "num_batches_skipped"):
         count = buffers[name]
         if count is None or not has_values(count):
