@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +26,7 @@ class PerImageNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each group of channels of each image."""
         # two conditions: TorchScript leaves out what is behind the first alone
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+        if not is_scripting():  # noqa: SIM102
             if isinstance(input, Proxy):
                 # a leaf, as torch's own layers are
                 name = input.tracer.path_of_module(self)
