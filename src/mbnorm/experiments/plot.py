@@ -19,7 +19,7 @@ from mbnorm.experiments.rows import Row, Tables, mean_ranks
 MOST_COLUMNS = 3
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
-LEGEND = "test accuracy or Dice, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
+LEGEND = "test score, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
 LEGEND_COLUMNS = 3
 
 
@@ -77,7 +77,7 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
         panel.set_yscale("log")
         panel.set_ylim(100, LEAST_ERROR)
         panel.set_yticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
-        panel.set_ylabel("mean test accuracy or Dice, %, spaced by the error", fontsize=9)
+        panel.set_ylabel("mean test score, %, spaced by the error", fontsize=9)
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
