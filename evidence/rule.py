@@ -23,7 +23,7 @@ CANDIDATES = (
     *(matched(BOTH, values) for values in (32, 64, 128)),
     *(matched(CENTERED, values) for values in (32, 64, 128, 256)),
     *(matched(PER_IMAGE, values) for values in (32, 128)),
-    Entrant("momentum", None, BOTH),
+    Entrant("momentum-constant", None, BOTH),
     Entrant("memorized", None, BOTH),
 )
 RIVALS = (

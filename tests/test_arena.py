@@ -1,15 +1,18 @@
 """The arena: what is trained next, how a rate is chosen, and what the tables say of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from evidence import arena, confirmed, lists, real_data
 from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
-from evidence.claim import as_markdown, draw
+from evidence.claim import as_markdown, draw, mean_cell
 from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
 from mbnorm.experiments.data import load
+from mbnorm.experiments.estimates import PERCENT
+from mbnorm.experiments.records import read
 
 TASK = Task("digits", "digits", "mlp", 8, 1, images=64, held_out=32)
 BATCH, OURS = Entrant("batch"), Entrant("matched")
@@ -220,6 +223,22 @@ def test_a_task_that_not_all_have_been_measured_in_has_no_ranks():
 def test_the_verdict_says_nothing_of_too_few_seeds():
     rows = everything({BATCH: [60.0], OURS: [90.0]})
     assert verdict([TASK], [BATCH, OURS], OURS, rows) == ""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_pages_have_the_numbers_of_the_real_data(page):
+    root = Path(__file__).parent.parent
+    rows = read(root / "docs" / "results" / "real-data" / "data.jsonl", dict)
+    text = (root / page).read_text(encoding="utf-8")
+    known = Known(rows)
+    for task, entrant in (
+        (lists.CIFAR10, Entrant("mabn")),
+        (lists.CIFAR10, OURS),
+        (lists.NUCLEI, Entrant("group+ws")),
+        (lists.NUCLEI, OURS),
+        (lists.NUCLEI, BATCH),
+    ):
+        assert mean_cell(list(known.scores(task, entrant).values()), 1, PERCENT) in text.replace(" %", "")
 
 
 def test_what_is_not_measured_yet_has_no_score():

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import reference
 import torch
-from helpers import BACKENDS, make_input
+from helpers import BACKENDS, LAYOUTS, layout_id, make_input
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,6 +109,32 @@ def test_lower_precision_errs_at_most_twice_as_much_as_batch_norm(backend, dtype
         pytest.skip(str(reason))
     ours = build("matched", backend=backend)
     assert error(ours, dtype) <= 2 * error(nn.BatchNorm2d(3), dtype)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("shape", "memory_format"), LAYOUTS, ids=layout_id)
+@on_every_kind
+def test_every_layout_has_the_references_gradient(kind, shape, memory_format, backend, affine):
+    try:
+        choose(make_input(shape, torch.float64), backend)
+    except (RuntimeError, ValueError) as reason:
+        pytest.skip(str(reason))
+    layer = build(kind, len(shape), shape[1], dtype=torch.float64, backend=backend, affine=affine)
+    g = s = torch.zeros(shape[1], dtype=torch.float64)
+    for step in range(4):
+        x, dy = (make_input(shape, torch.float64, memory_format, seed) for seed in (step, 100 + step))
+        mean, var, a = past_of(layer, x)
+        rule = layer.memory.variance_rule
+        mB, vB, _ = reference.batch_statistics(x)
+        blended = reference.mix(mB, vB, mean, var, a, rule)
+        weight = layer.weight.detach() if affine else None
+        past = a, g, s, rule, layer.eps
+        dx, _, _, g, s = reference.remembered_gradient(dy, x, weight, mB, *blended, *past)
+        layer(x.requires_grad_()).backward(dy)
+        torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(layer.gradient_scale, s, rtol=1e-9, atol=1e-9)
+    assert x.grad.is_contiguous(memory_format=memory_format)
 
 
 @on_every_kind

@@ -27,19 +27,13 @@ def center(layer: Layer) -> None:
     all inputs of its group; with a stride, a position of the output sees some positions of the filter only,
     so that each position is centered by itself.
     """
-    weight = layer.weight.detach()
-    if isinstance(layer, _ConvTransposeNd):
-        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        weight.sub_(weight.mean(_axes(layer), keepdim=True))
+    filters = _filters(layer)
+    filters.sub_(filters.mean(_axes(layer), keepdim=True))
 
 
 def is_centered(layer: Layer) -> bool:
     """Return whether the filters sum to zero, but for the rounding of a checkpoint."""
-    weight = layer.weight.detach().float()
-    if isinstance(layer, _ConvTransposeNd):
-        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
-    var, mean = torch.var_mean(weight, _axes(layer), correction=0)
+    var, mean = torch.var_mean(_filters(layer).float(), _axes(layer), correction=0)
     return bool((mean.abs() <= AGREES * var.sqrt()).all())
 
 
@@ -47,17 +41,22 @@ def is_depthwise(layer: Layer) -> bool:
     """Return whether each filter has one input channel of several, or one weight would be centered alone."""
     if isinstance(layer, nn.Linear):
         return layer.in_features == 1
-    weight = layer.weight
-    if isinstance(layer, _ConvTransposeNd):
-        weight = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
-    alone = math.prod(weight.shape[axis] for axis in _axes(layer)) == 1
+    shape = _filters(layer).shape
+    alone = math.prod(shape[axis] for axis in _axes(layer)) == 1
     return alone or 1 < layer.groups == layer.in_channels
+
+
+def _filters(layer: Layer) -> Tensor:
+    """Return a view of the weight; that of a transposed convolution as (groups, inputs, outputs, kernel)."""
+    weight = layer.weight.detach()
+    if isinstance(layer, _ConvTransposeNd):
+        return weight.view(layer.groups, -1, *weight.shape[1:])
+    return weight
 
 
 def _axes(layer: Layer) -> list[int]:
     if not isinstance(layer, _ConvTransposeNd):
         return list(range(1, layer.weight.dim()))
-    # the weight as (groups, inputs, outputs, kernel)
     return [1, *(axis for axis, stride in enumerate(cast(Sequence[int], layer.stride), 3) if stride == 1)]
 
 

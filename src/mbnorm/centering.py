@@ -43,7 +43,7 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
 
     Source: Qiao et al.: Micro-Batch Training with Batch-Channel Normalization and Weight Standardization,
     2019; Yan et al.: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization,
-    ICLR 2020, section 3.4.
+    ICLR 2020.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

@@ -1,6 +1,6 @@
 """Which convolutions and linear layers feed the batch norms of a net."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
@@ -123,18 +123,11 @@ def _in_forward(model: nn.Module, example: Any) -> Feeders:
 def _sorted(uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder]) -> Feeders:
     """Keep the layers that feed norms alone."""
     found = Feeders()
-    for norm, reason in _alone(uses, elsewhere, found):
-        found.without.setdefault(norm, reason)
-    return found
-
-
-def _alone(
-    uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder], found: Feeders
-) -> Iterator[tuple[_BatchNorm, str]]:
     for norm, feeder in uses:
         if feeder is None:
-            yield norm, "no convolution or linear layer feeds it directly"
+            found.without.setdefault(norm, "no convolution or linear layer feeds it directly")
         elif feeder in elsewhere:
-            yield norm, "the layer that feeds it feeds something else, too"
+            found.without.setdefault(norm, "the layer that feeds it feeds something else, too")
         elif norm not in found.norms_of.setdefault(feeder, []):
             found.norms_of[feeder].append(norm)
+    return found

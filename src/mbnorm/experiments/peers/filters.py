@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from mbnorm.experiments.peers.feeders import feeders
+from mbnorm.feeders import feeders
 
 
 class Centered(nn.Module):
@@ -60,12 +61,17 @@ def standardize(model: nn.Module, shape: Sequence[int]) -> None:
 
 
 def _parametrize(model: nn.Module, shape: Sequence[int], rule: Callable[[], nn.Module]) -> None:
-    found = feeders(model, shape)
+    device = next(model.parameters()).device
+    found = feeders(model, torch.zeros(2, *shape, device=device))
     names = {layer: name for name, layer in model.named_modules()}
-    for layer in found:
+    for norm, reason in found.without.items():
+        raise ValueError(f"{names[norm]}: {reason}")
+    for layer in found.norms_of:
+        if isinstance(layer, _ConvTransposeNd):
+            raise ValueError(f"{names[layer]}: the published rule has no transposed convolutions")
         if layer.weight[0].numel() == 1:
             raise ValueError(f"{names[layer]}: filters of one weight cannot be centered")
-    for layer in found:
+    for layer in found.norms_of:
         parametrize.register_parametrization(layer, "weight", rule())
 
 
