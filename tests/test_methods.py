@@ -147,7 +147,7 @@ def test_a_peer_that_a_net_does_not_take_is_a_failed_run_that_names_the_layer(mo
     outcome = train(Run("mabn", SETTING, 0))
     assert (outcome.status, outcome.error) == (
         "failed",
-        "1: expected a convolution or a linear layer in front of it",
+        "1: no convolution or linear layer feeds it directly",
     )
 
 
