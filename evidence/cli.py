@@ -17,6 +17,7 @@ from evidence import (
     double_forward,
     fine_tuning,
     gap,
+    gradient_forms,
     noise,
     oracle,
     orthogonality,
@@ -48,6 +49,7 @@ CLAIMS: dict[str, Claim] = {
     "confirmed": confirmed.CLAIM,
     "oracle": oracle.CLAIM,
     "orthogonality": orthogonality.CLAIM,
+    "gradient-forms": gradient_forms.CLAIM,
     "fine-tuning": fine_tuning.CLAIM,
     "fine-tuning-confirmed": fine_tuning.CONFIRMED,
 }

@@ -110,7 +110,7 @@ NUCLEI = Task(
 
 TUNED: tuple[Task, ...] = (
     CIFAR10,
-    Task("CIFAR-10, ResNet-20", "npz:data/cifar10.npz", "resnet20", 2, 4, images=2500, held_out=500),
+    Task("CIFAR-10, ResNet-20", "npz:data/cifar10.npz", "resnet20", 2, 2, images=2500, held_out=500),
     MLP,
     Task("MLP of two layers", "digits", "mlp", 2, 3),
     Task("CNN, one-class batches", "digits", "cnn", 4, 8, "one-class"),

@@ -18,10 +18,13 @@ def matched(options: tuple[tuple[str, object], ...], values: int) -> Entrant:
     return Entrant("matched", None, (*options, ("matched_values", values)))
 
 
+LEAST_ERROR = 10**6
+"""So many values no memory reaches: what is left of the rule is the weight of the least error."""
+
 CANDIDATES = (
     matched(EXACT, 32),
-    *(matched(BOTH, values) for values in (32, 64, 128)),
-    *(matched(CENTERED, values) for values in (32, 64, 128, 256)),
+    *(matched(BOTH, values) for values in (32, 128)),
+    *(matched(CENTERED, values) for values in (32, 128, LEAST_ERROR)),
     *(matched(PER_IMAGE, values) for values in (32, 128)),
     Entrant("momentum-constant", None, BOTH),
     Entrant("memorized", None, BOTH),

@@ -290,8 +290,8 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     opcheck(operators.forward.default, (x, weight, bias, *past, a, True, EPS))
     opcheck(operators.forward.default, (x, None, None, *past, a, False, EPS))
     record = torch.stack((*past, *past, *past, a.expand(shape[1])))
-    for need_dx in (True, False):
-        opcheck(operators.backward.default, (x, x, weight, record, True, EPS, need_dx))
+    for need_dx, past_gradient in ((True, None), (False, None), (True, torch.stack(past))):
+        opcheck(operators.backward.default, (x, x, weight, record, past_gradient, True, EPS, need_dx))
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -303,6 +303,8 @@ def test_sizes_that_do_not_fit_are_refused():
         cpu.backward(x[:2], x, None, torch.ones(7, 9), "pooled", EPS, True)
     with pytest.raises(RuntimeError, match="parameters of 63 values"):
         cpu.backward(x, x, None, torch.ones(4, 9), "pooled", EPS, True)
+    with pytest.raises(RuntimeError, match="parameters of 18 values"):
+        cpu.backward(x, x, None, torch.ones(7, 9), "pooled", EPS, True, torch.ones(9))
 
 
 def test_statistics_of_another_precision_are_refused():

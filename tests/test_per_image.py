@@ -1,7 +1,6 @@
 """Each image's own statistics behind those of the batches."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -132,12 +131,11 @@ def test_tracing_sees_a_layer():
     assert "1.1" in [node.target for node in graph.nodes]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in its first use
 def test_a_reverted_net_can_be_scripted():
     model, _ = converted()
     revert(model)
     model.eval()
     x = torch.randn(2, 3, 8, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.script(model)
+    scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))

@@ -244,21 +244,11 @@ class KernelRun:
             rules = self.variance_rule, self.eps
             # batched gradients are of a transform, which has no state
             gradient = None if torch._C._functorch.is_legacy_batchedtensor(dy) else self.gradient
-            found: Sequence[Tensor | None]
-            found = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0] and gradient is None)
-            if gradient is None:
-                return found
-            _, dw, db = found
-            assert dw is not None
-            assert db is not None
-            n = x.numel() // x.shape[1]
-            batch_mean, _, mean, var, _, _, batch_weight = self.rows
-            own = db / n, dw / n
-            if not needs[0]:
-                gradient.past(*own, batch_weight)
-                return found
-            statistics = batch_mean, mean, var, batch_weight
-            return gradient.of_input(dy, x, weight, *own, *statistics, *rules), dw, db
+            read = None if gradient is None else gradient.read(statistics_dtype(x.dtype))
+            dx, dw, db = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0], read)
+            if gradient is not None:
+                gradient.commit((db, dw), x.numel() // x.shape[1], self.rows[-1])
+            return dx, dw, db
         # create_graph: the gradient must be differentiable itself
         past_mean, past_var, batch_weight = Record(*self.rows)[4:]
         # the kernels' records have the weight in each channel's place

@@ -6,8 +6,6 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from mbnorm.blend import VarianceRule
-
 Gradient: TypeAlias = Literal["exact", "remembered"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 GRADIENT_BUFFERS = ("gradient_mean", "gradient_scale")
@@ -35,67 +33,38 @@ class RememberedGradient:
         stores: whether the first backward pass writes.
     """
 
-    __slots__ = ("_mean", "_read", "_scale", "stores")
+    __slots__ = ("_mean", "_read", "_scale", "_written", "stores")
 
     def __init__(self, mean: Tensor, scale: Tensor, *, stores: bool) -> None:
         self._mean = mean
         self._scale = scale
         self.stores = stores
-        self._read: tuple[Tensor, Tensor] | None = None
+        self._read: Tensor | None = None
+        self._written = False
 
-    def past(self, own_mean: Tensor, own_scale: Tensor, batch_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return G and S for a backward pass that has these means, and write what follows from them."""
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Return G and S as the first backward pass found them, shape (2, C), in a dtype."""
         if self._read is None:
-            # copies, in the dtype of the input's statistics
-            past_mean, past_scale = (torch.empty_like(own_mean).copy_(t) for t in (self._mean, self._scale))
-            self._read = past_mean, past_scale
-            if self.stores:
-                mean = torch.lerp(past_mean, own_mean, batch_weight)
-                scale = torch.lerp(past_scale, own_scale, batch_weight)
-                finite = (torch.maximum(mean.abs(), scale.abs()) < math.inf).all()
-                self._mean.copy_(torch.where(finite, mean, self._mean))
-                self._scale.copy_(torch.where(finite, scale, self._scale))
+            # a copy
+            self._read = torch.stack((self._mean, self._scale)).to(dtype)
         return self._read
 
-    def of_input(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        own_mean: Tensor,
-        own_scale: Tensor,
-        batch_mean: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        batch_weight: Tensor,
-        variance_rule: VarianceRule,
-        eps: float,
-    ) -> Tensor:
-        """Return dx, and write G and S if this is the first backward pass.
+    def commit(self, sums: tuple[Tensor, Tensor], n: int, batch_weight: Tensor) -> None:
+        """Write what follows from a backward pass, if it is the first that comes here.
 
         Args:
-            dy: gradient of the output.
-            x: input.
-            weight: scale, shape (C,), or None.
-            own_mean: the mean of dy over the batch, shape (C,).
-            own_scale: the mean of dy times the normalized input, as well.
-            batch_mean: mean of the batch.
-            mean: that normalized it.
-            var: that normalized it.
+            sums: of dy and of dy times the normalized input, shape (C,) each.
+            n: values per channel.
             batch_weight: a, 0-dim or shape (C,).
-            variance_rule: that of the forward.
-            eps: added to the variance.
         """
-        past_mean, past_scale = self.past(own_mean, own_scale, batch_weight)
-        per_channel = [1, -1] + [1] * (x.dim() - 2)
-        rstd = torch.rsqrt(var + eps)
-        center = mean if variance_rule == "pooled" else batch_mean
-        g = torch.lerp(past_mean, own_mean, batch_weight).view(per_channel)
-        slope = (torch.lerp(past_scale, own_scale, batch_weight) * rstd).view(per_channel)
-        # in the dtype of statistics, so that half gradients are rounded once
-        left = torch.addcmul(dy.to(g.dtype) - g, x.to(g.dtype) - center.view(per_channel), slope, value=-1)
-        scale = rstd if weight is None else weight * rstd
-        return left.mul_(scale.view(per_channel)).to(x.dtype)
+        if not self.stores or self._written:
+            return
+        self._written = True
+        read = self.read(sums[0].dtype)
+        found = torch.lerp(read, torch.stack(sums) / n, batch_weight)
+        found = torch.where((found.abs() < math.inf).all(), found, read)
+        self._mean.copy_(found[0])
+        self._scale.copy_(found[1])
 
 
 def check_gradient(gradient: str, backend: str, process_group: object) -> None:

@@ -41,8 +41,12 @@ def backward(
     variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
+    past: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the rows that `forward` returned."""
+    """Return ``(dx, dw, db)`` for the rows that `forward` returned.
+
+    ``past`` is what `mbnorm.backends.cpu.backward` takes.
+    """
     batch_mean, _, mean, var, _, _, batch_weight = rows
     # upcast so that half gradients are rounded once, after the last addition
     dtype = statistics_dtype(x.dtype)
@@ -61,4 +65,10 @@ def backward(
         values_per_channel = x.numel() // x.shape[1]
         shift = batch_weight * scale * rstd * dw * (batch_mean - mean) / values_per_channel
         dx.add_(shift.view(per_channel))
+    if past is not None:
+        history = (batch_weight - 1) * scale
+        center = mean if variance_rule == "pooled" else batch_mean
+        slope = history * rstd * past[1]
+        dx.addcmul_(values - center.view(per_channel), slope.view(per_channel))
+        dx.add_((history * past[0]).view(per_channel))
     return dx.to(x.dtype), dw, db

@@ -116,9 +116,13 @@ def backward(
     variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
+    past: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the record of a forward."""
-    dx, dw, db = _backward(dy, x, weight, record, variance_rule == "pooled", eps, need_dx)
+    """Return ``(dx, dw, db)`` for the record of a forward.
+
+    ``past``, shape (2, C), is what `mbnorm.gradient.RememberedGradient` has read; None is the exact gradient.
+    """
+    dx, dw, db = _backward(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db
 
 

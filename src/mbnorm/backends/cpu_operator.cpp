@@ -123,12 +123,14 @@ template <class A>
 
 template <class A>
 [[gnu::noinline]] void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx,
-                                const A* weight, const Record<A>& record, bool pooled, double eps, A* dw,
-                                A* db) {
+                                const A* weight, const Record<A>& record, const A* past, bool pooled,
+                                double eps, A* dw, A* db) {
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[3 * at.channels]);
   A *scale = coefficients.get(), *slope = scale + at.channels, *offset = slope + at.channels;
-  const double share = *record.weight / double(at.rows());
+  const double share = *record.weight / double(at.rows()), history = past ? 1 - *record.weight : 0;
+  const std::unique_ptr<A[]> nothing(past ? nullptr : new A[2 * at.channels]());
+  const A *past_mean = past ? past : nothing.get(), *past_scale = past_mean + at.channels;
   two_passes<Products>(
       at, bytes(type),
       [&](const Range& range, const Products& sums) { run.products(at, range, dy, x, record.mean, sums); },
@@ -139,8 +141,8 @@ template <class A>
           dw[c] = sums.product[c] * rstd;
           db[c] = sums.sum[c];
           scale[c] = (weight ? weight[c] : 1) * rstd;
-          slope[c] = -share * rstd * rstd * sums.product[c];
-          offset[c] = -share * sums.sum[c];
+          slope[c] = -rstd * (share * rstd * sums.product[c] + history * past_scale[c]);
+          offset[c] = -share * sums.sum[c] - history * past_mean[c];
         }
       },
       [&](const Range& range) {
@@ -191,17 +193,18 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Optional& weight, c
 
 // dx is empty if it is not needed.
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Optional& weight,
-                                               const Tensor& record, bool pooled, double eps, bool need_dx) {
+                                               const Tensor& record, const Optional& past, bool pooled,
+                                               double eps, bool need_dx) {
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
   const Tensor source = walkable(x), g = arranged(dy, source), dx = need_dx ? like(source) : vector(0, x);
   const Layout at = layout_of(source);
   const int64_t C = at.channels;
   const Tensor dw = vector(C, record), db = vector(C, record);
   dispatch(source, [&]<class A>(A, Type type) {
-    const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C);
+    const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C), remembered(past, 2 * C);
     const Record<A> rows(data<A>(*saved.held), C);
     backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p, rows,
-                pooled, eps, data<A>(dw), data<A>(db));
+                remembered.p, pooled, eps, data<A>(dw), data<A>(db));
   });
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
@@ -213,8 +216,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
       "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, "
       "Tensor batch_weight, bool pooled, float eps) -> (Tensor y, Tensor record)");
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, bool need_dx) "
-      "-> (Tensor dx, Tensor dw, Tensor db)");
+      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
+      "bool need_dx) -> (Tensor dx, Tensor dw, Tensor db)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {

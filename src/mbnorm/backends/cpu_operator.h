@@ -31,10 +31,11 @@ template <class A>
 void forward(const Layout& at, Type type, const void* x, void* y, const A* weight, const A* bias, bool pooled,
              double eps, const Record<A>& record);
 
-// dx may be null.
+// dx may be null, and so may `past`: for each channel the remembered mean of dy, and after those that of dy
+// times the normalized input.
 template <class A>
 void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx, const A* weight,
-              const Record<A>& record, bool pooled, double eps, A* dw, A* db);
+              const Record<A>& record, const A* past, bool pooled, double eps, A* dw, A* db);
 
 // Write the statistics of a batch that is given by sums, and their blend with the past, into the record: per
 // channel n mean and n (var + mean^2), then n.

@@ -130,8 +130,12 @@ def backward(
     variance_rule: VarianceRule,
     eps: float,
     need_dx: bool,
+    past: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``(dx, dw, db)`` for the record that a forward returned."""
+    """Return ``(dx, dw, db)`` for the record that a forward returned.
+
+    ``past`` is what `mbnorm.backends.cpu.backward` takes.
+    """
     run = _backward.backward if is_plain(dy, x, weight) else _operators.backward.default
-    dx, dw, db = run(dy, x, weight, record, variance_rule == "pooled", eps, need_dx)
+    dx, dw, db = run(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

@@ -50,6 +50,7 @@ def _input_gradient(
     dx_ptr,
     weight_ptr,
     record_ptr,
+    past_ptr,
     dw,
     db,
     offs_c,
@@ -76,6 +77,10 @@ def _input_gradient(
     share = batch_weight / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw
+    if past_ptr is not None:
+        level += (1 - batch_weight) * tl.load(past_ptr + offs_c, mask=channel_mask, other=0.0)
+        past_scale = tl.load(past_ptr + channels + offs_c, mask=channel_mask, other=0.0)
+        slope += (1 - batch_weight) * rstd * past_scale
     for back in range(begin, end):
         step = begin + end - 1 - back
         offs, mask, _ = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
@@ -93,6 +98,7 @@ def backward_whole(
     dx_ptr,
     weight_ptr,
     record_ptr,
+    past_ptr,
     dw_ptr,
     db_ptr,
     channels,
@@ -141,6 +147,7 @@ def backward_whole(
             dx_ptr,
             weight_ptr,
             record_ptr,
+            past_ptr,
             dw,
             db,
             offs_c,
@@ -234,6 +241,7 @@ def input_gradient_part(
     dx_ptr,
     weight_ptr,
     record_ptr,
+    past_ptr,
     dw_ptr,
     db_ptr,
     channels,
@@ -261,6 +269,7 @@ def input_gradient_part(
         dx_ptr,
         weight_ptr,
         record_ptr,
+        past_ptr,
         dw,
         db,
         offs_c,
@@ -282,6 +291,7 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     record: Tensor,
+    past: Tensor | None,
     pooled: bool,
     eps: float,
     need_dx: bool,
@@ -295,9 +305,9 @@ def backward(
     made, channels = kind.cut, kind.channels
     dw, db = (x.new_empty(channels, dtype=kind.state) for _ in range(2))
     grid, warps = (made.blocks, made.splits), made.warps
-    weight, record = contiguous(weight), record.contiguous()
-    values = dy, x, dx, weight, record, dw, db
-    key: Any = kind.number, weight is None, need_dx, pooled, eps
+    weight, past, record = contiguous(weight), contiguous(past), record.contiguous()
+    values = dy, x, dx, weight, record, past, dw, db
+    key: Any = kind.number, weight is None, past is None, need_dx, pooled, eps
     rules = *kind.sizes, eps, pooled, *kind.layout
     with on_device_of(x):
         if made.splits == 1:
@@ -320,8 +330,8 @@ def _shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 register(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, bool pooled, float eps, bool need_dx) "
-    "-> (Tensor, Tensor, Tensor)",
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
+    "bool need_dx) -> (Tensor, Tensor, Tensor)",
     backward,
     _shapes,
 )
