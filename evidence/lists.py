@@ -109,8 +109,6 @@ NUCLEI = Task(
 )
 
 TUNED: tuple[Task, ...] = (
-    CIFAR10,
-    Task("CIFAR-10, ResNet-20", "npz:data/cifar10.npz", "resnet20", 2, 2, images=2500, held_out=500),
     MLP,
     Task("MLP of two layers", "digits", "mlp", 2, 3),
     Task("CNN, one-class batches", "digits", "cnn", 4, 8, "one-class"),
@@ -120,6 +118,8 @@ TUNED: tuple[Task, ...] = (
     Task("CNN on photos", "photos", "cnn", 4, 6),
     Task("segmentation of scenes", "segments", "segment", 2, 6, held_out=100),
     NUCLEI,
+    CIFAR10,
+    Task("CIFAR-10, ResNet-20", "npz:data/cifar10.npz", "resnet20", 2, 2, images=2500, held_out=500),
 )
 CONFIRMED: tuple[Task, ...] = (
     Task(

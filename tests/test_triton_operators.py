@@ -50,7 +50,7 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     opcheck(OPERATORS.forward.default, (x, weight, bias, *past, a, True, EPS))
     record = torch.stack((*past, *past, *past, a.expand(shape[1])))
     for need_dx in (True, False):
-        opcheck(OPERATORS.backward.default, (x, x, weight, record, True, EPS, need_dx))
+        opcheck(OPERATORS.backward.default, (x, x, weight, record, None, True, EPS, need_dx))
 
 
 def averages_of(channels):
