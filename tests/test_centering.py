@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mbnorm import center_filters, convert, revert
+from mbnorm import MatchedBatchNorm2d, center_filters, convert, revert
 from mbnorm.centered import CENTERED, CenteredConv2d, is_centered
 from mbnorm.experiments import nets
 from mbnorm.feeders import _in_forward, _in_graph
@@ -137,17 +137,39 @@ class Branching(nn.Module):
 
 
 def test_a_net_that_cannot_be_traced_needs_an_example():
-    with pytest.raises(ValueError, match=r"cannot trace Branching .*give an input of it as example="):
-        center_filters(Branching())
+    report = center_filters(Branching())
+    assert not report.converted
+    assert "cannot trace Branching" in report.skipped["norm"]
+    assert "give an input of the net as example=" in report.skipped["norm"]
     report = center_filters(Branching(), torch.randn(2, 3, 8, 8))
     assert list(report.converted) == ["conv"]
 
 
-def test_nothing_is_converted_where_nothing_can_be_centered():
+class Parts(nn.Module):
+    """Branches around blocks, one of which branches itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.second = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)))
+        self.third = Branching()
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x))) if x.sum() > -1e9 else x
+
+
+def test_the_parts_of_a_net_are_traced_where_it_cannot_be():
+    report = center_filters(Parts())
+    assert list(report.converted) == ["first.0", "second.1.0"]
+    assert list(report.skipped) == ["second.0", "third.norm"]
+    assert all("as example=" in why for why in report.skipped.values())
+
+
+def test_what_cannot_be_traced_is_converted_without_centered_filters():
     model = Branching()
-    with pytest.raises(ValueError, match="cannot trace"):
-        convert(model, center_filters=True)
-    assert type(model.norm) is nn.BatchNorm2d
+    report = convert(model, center_filters=True)
+    assert any("norm has no centered filters: torch.fx cannot trace Branching" in n for n in report.notes)
+    assert isinstance(model.norm, MatchedBatchNorm2d)
 
 
 class Wired(nn.Module):

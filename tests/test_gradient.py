@@ -15,13 +15,13 @@ from mbnorm import DoubleForward, MatchedBatchNorm2d, MomentumBatchNorm2d, conve
 from mbnorm.functional import choose
 
 KINDS = {
-    "matched": ("Matched", {"matched_values": 64}),
+    "matched": ("Matched", {"matched_values": 1024}),
     "momentum": ("Momentum", {"history_weight": 0.75}),
     "pooled": ("Momentum", {"history_weight": 0.75, "variance_rule": "pooled"}),
     "memorized": ("Memorized", {"memory_size": 3}),
     "averaged": ("Memorized", {"memory_size": 3, "variance_rule": "averaged"}),
 }
-KERNELS = [backend for backend in BACKENDS if backend not in ("auto", "traceable")]
+KERNELS = [backend for backend in BACKENDS if backend != "auto"]
 on_every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -74,7 +74,7 @@ def test_gradient_and_state_are_the_references(kind, rank, backend):
         rule = layer.memory.variance_rule
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach()
-        past = a, g, s, rule, layer.eps
+        past = 1 - (1 - a) ** 2, g, s, rule, layer.eps
         dx, dw, db, g, s = reference.remembered_gradient(dy, x, weight, mB, *blended, *past)
         layer.weight.grad = layer.bias.grad = None
         x.requires_grad_()
@@ -129,7 +129,7 @@ def test_every_layout_has_the_references_gradient(kind, shape, memory_format, ba
         mB, vB, _ = reference.batch_statistics(x)
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach() if affine else None
-        past = a, g, s, rule, layer.eps
+        past = 1 - (1 - a) ** 2, g, s, rule, layer.eps
         dx, _, _, g, s = reference.remembered_gradient(dy, x, weight, mB, *blended, *past)
         layer(x.requires_grad_()).backward(dy)
         torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)
@@ -148,12 +148,9 @@ def test_the_forward_is_that_of_the_exact_gradient(kind):
 
 
 @on_every_kind
-def test_with_nothing_remembered_it_is_the_exact_gradient(kind):
+def test_where_the_batch_counts_alone_it_is_the_exact_gradient(kind):
+    """The first batch has no past in the forward either."""
     ours, exact = build(kind), build(kind, gradient="exact")
-    # a memory of the forward alone
-    for layer in (ours, exact):
-        with torch.no_grad():
-            layer(batch(0)[0])
     (x, dy), (again, _) = batch(1), batch(1)
     ours(x.requires_grad_()).backward(dy)
     exact(again.requires_grad_()).backward(dy)
@@ -373,7 +370,7 @@ def test_copies_have_their_own(way):
 
 def test_convert_and_revert():
     net = nn.Sequential(nn.BatchNorm2d(3))
-    convert(net, gradient="remembered")
+    convert(net, gradient="remembered", per_image=False)
     assert {"gradient_mean", "gradient_scale"} <= dict(net[0].named_buffers()).keys()
     trained(net[0])
     revert(net)
@@ -392,17 +389,35 @@ def test_half_keeps_it_in_float32():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_code_remembers_as_eager():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@on_every_kind
+def test_compiled_code_remembers_as_eager(kind, backend):
     torch._dynamo.reset()
-    eager, other = build("matched"), build("matched")
-    compiled = torch.compile(other, backend="eager")
-    for step in range(3):
-        x, dy = batch(step)
+    eager, other = build(kind, dtype=torch.float64), build(kind, dtype=torch.float64)
+    compiled = torch.compile(other, backend=backend, fullgraph=True)
+    for step in range(5):
+        x, dy = batch(step, dtype=torch.float64)
+        if step == 2:
+            dy[0, 0, 0, 0] = torch.nan
         again = x.clone().requires_grad_()
         eager(x.requires_grad_()).backward(dy)
         compiled(again).backward(dy)
-        torch.testing.assert_close(x.grad, again.grad)
-        torch.testing.assert_close(own(eager)[0], own(other)[0])
+        torch.testing.assert_close(x.grad, again.grad, rtol=1e-9, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(dict(other.named_buffers()), dict(eager.named_buffers()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_that_calls_a_layer_twice_remembers_both():
+    torch._dynamo.reset()
+    eager, other = build("matched", dtype=torch.float64), build("matched", dtype=torch.float64)
+    compiled = torch.compile(lambda x: other(x) + other(x * x), backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        x, dy = batch(step, dtype=torch.float64)
+        again = x.clone().requires_grad_()
+        (eager(x.requires_grad_()) + eager(x * x)).backward(dy)
+        compiled(again).backward(dy)
+        torch.testing.assert_close(x.grad, again.grad, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(dict(other.named_buffers()), dict(eager.named_buffers()))
 
 
 def test_an_unknown_gradient_is_refused():
@@ -410,9 +425,9 @@ def test_an_unknown_gradient_is_refused():
         MatchedBatchNorm2d(3, gradient="mine")
 
 
-def test_ranks_that_share_have_exact_gradients():
-    with pytest.raises(ValueError, match=r"process_group must be None"):
-        MomentumBatchNorm2d(3, history_weight=0.5, gradient="remembered", process_group="world")
+def test_ranks_that_do_not_wait_have_exact_gradients():
+    with pytest.raises(ValueError, match=r'sync="late" needs gradient="exact"'):
+        MomentumBatchNorm2d(3, history_weight=0.5, gradient="remembered", process_group="world", sync="late")
 
 
 def test_one_step_of_training_is_no_derivative_of_its_loss():
@@ -471,14 +486,9 @@ def test_a_state_of_its_own_tensors_keeps_the_memory():
     assert torch.equal(layer.memory_measured, memory)
 
 
-def test_sharing_later_is_refused_too():
-    with pytest.raises(ValueError, match="process_group must be None"):
-        build("matched").share_with("world")
-
-
-def test_the_traceable_backend_is_refused():
-    with pytest.raises(ValueError, match="needs a backend with a backward pass"):
-        build("matched", backend="traceable")
+def test_sharing_late_is_refused_too():
+    with pytest.raises(ValueError, match="needs gradient="):
+        build("matched").share_with("world", "late")
 
 
 def test_the_gradient_of_a_layer_cannot_be_changed():

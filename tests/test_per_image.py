@@ -106,17 +106,33 @@ def test_a_model_that_is_the_layer_itself_has_no_place_for_another():
     assert any("0 layers normalize each image" in note for note in report.notes)
 
 
-def test_a_scale_of_zero_moves_behind():
+def test_scale_and_shift_move_behind():
     """As residual nets start: a group norm of zeros would multiply what follows without bound."""
     model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
     nn.init.zeros_(model[0].weight)
-    nn.init.ones_(model[0].bias)
+    parameters = model[0].weight, model[0].bias
     convert(model, per_image=True)
     norm, behind = model[0]
-    assert (norm.weight == 1).all()
-    assert (norm.bias == 0).all()
-    assert (behind.weight == 0).all()
-    assert (behind.bias == 1).all()
+    assert norm.weight is norm.bias is None
+    assert behind.weight is parameters[0]
+    assert behind.bias is parameters[1]
+
+
+def test_an_optimizer_built_before_trains_what_was_moved():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    convert(model, per_image=True)
+    model(torch.randn(2, 3, 4, 4)).square().mean().backward()
+    optimizer.step()
+    assert (model[1][1].bias != 0).all()
+
+
+def test_a_layer_without_a_shift_has_none_behind():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    model[0].register_parameter("bias", None)
+    convert(model, per_image=True)
+    assert model[0][1].bias is None
+    assert model(torch.randn(2, 8, 4, 4)).shape == (2, 8, 4, 4)
 
 
 def test_modes_are_kept():

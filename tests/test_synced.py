@@ -25,6 +25,15 @@ LAYERS = {
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),
 }
 on_every_layer = pytest.mark.parametrize("name", LAYERS)
+REMEMBERING = {
+    "momentum, remembered": ("Momentum", {"history_weight": 0.9, "gradient": "remembered"}),
+    "matched, remembered": ("Matched", {"matched_values": 512, "gradient": "remembered"}),
+    "averaged, remembered": (
+        "Memorized",
+        {"memory_size": 9, "variance_rule": "averaged", "gradient": "remembered"},
+    ),
+}
+"""Not with sync="late"."""
 
 SHAPES = {1: (), 2: (3, 2), 3: (2, 1, 2)}
 PARTS = [(3, 3), (5, 2), (0, 4), (1, 1), (4, 0), (2, 6)]
@@ -33,7 +42,7 @@ CHANNELS = 5
 
 
 def make_layer(name, dims=2, **options):
-    kind, own = LAYERS[name]
+    kind, own = (LAYERS | REMEMBERING)[name]
     layer = getattr(mbnorm, f"{kind}BatchNorm{dims}d")(CHANNELS, dtype=torch.float64, **own, **options)
     weight, bias = make_parameters(CHANNELS, torch.float64)
     with torch.no_grad():
@@ -86,7 +95,7 @@ def train(rank, name, dims, sync, options):
 
 @pytest.mark.contract("DD-3", "DD-5")
 @pytest.mark.parametrize("dims", SHAPES)
-@on_every_layer
+@pytest.mark.parametrize("name", LAYERS | REMEMBERING)
 def test_pooled_ranks_are_one_process_with_the_whole_batch(two_ranks, name, dims):
     traces = two_ranks(train, name, dims, True, {})
     layer = make_layer(name, dims)

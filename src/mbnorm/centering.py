@@ -33,13 +33,11 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     Args:
         model: any module, its batch norms torch's or ours.
         example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace. One
-            forward of it shows what feeds what, but not what else is done with an output.
+            forward of it shows what feeds what, but not what else is done with an output. Without one
+            those parts of the net are looked at that torch.fx can trace.
 
     Returns:
         A report of what was centered, and what was not and why.
-
-    Raises:
-        ValueError: there is no example, and torch.fx cannot trace the net.
 
     Source: Qiao et al.: Micro-Batch Training with Batch-Channel Normalization and Weight Standardization,
     2019; Yan et al.: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization,

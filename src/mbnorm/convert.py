@@ -69,10 +69,10 @@ def convert(
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
-        center_filters: center the filters in front of the layers, as `center_filters` does.
+        center_filters: center the filters in front of untrained layers, as `center_filters` does.
         per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
-            That is a layer of its own, with parameters of its own, and stays when the net is reverted. The
-            two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.0.weight`` from then on.
+            That is a layer of its own, which takes over scale and shift, and stays when the net is reverted.
+            The two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.1.weight`` from then on.
         example: an input of ``model``, or a tuple of its inputs, where torch.fx cannot trace the net to find
             the filters.
         **options: keyword options of the layers; they win over what follows from ``batch_size``.
@@ -81,8 +81,7 @@ def convert(
         A report of what was converted, and what was not and why.
 
     Raises:
-        ValueError: ``method``, ``batch_size`` or an option is out of range, or filters are to be centered
-            and nothing shows which; nothing is converted then.
+        ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
         TypeError: the method has no such option; nothing is converted then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

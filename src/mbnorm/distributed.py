@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mbnorm.blend import VarianceRule, blend, statistics_dtype
 from mbnorm.functional import Rows, in_dtype, run_differentiably
+from mbnorm.gradient import RememberedGradient
 from mbnorm.memories.memory import Past, Statistics
 
 Sync: TypeAlias = Literal[True, "late"]
@@ -76,10 +77,16 @@ class PooledPast(NamedTuple):
     group: ProcessGroup
 
     def normalize(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, variance_rule: VarianceRule, eps: float
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        variance_rule: VarianceRule,
+        eps: float,
+        gradient: RememberedGradient | None = None,
     ) -> tuple[Tensor, Rows]:
         """Do as `pooled_batch_norm`; the record has the statistics of this rank's part."""
-        y, (_, _, mean, var) = pooled_batch_norm(x, weight, bias, self, variance_rule, eps)
+        y, (_, _, mean, var) = pooled_batch_norm(x, weight, bias, self, variance_rule, eps, gradient)
         return y, (*local_statistics(x.detach()), mean, var)
 
 
@@ -153,6 +160,7 @@ def pooled_batch_norm(
     past: PooledPast,
     variance_rule: VarianceRule,
     eps: float,
+    gradient: RememberedGradient | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     r"""Normalize a rank's part ``x`` of a batch with the whole batch's statistics blended with past ones.
 
@@ -164,9 +172,9 @@ def pooled_batch_norm(
         dx = w\,\mathrm{rstd}\,\Big[dy - \frac{a}{n} \sum_\mathrm{ranks} \sum dy
              - \frac{a}{n}\, z \sum_\mathrm{ranks} \sum dy\,\hat{x}\Big]
 
-    where n counts the values of all ranks. The backward is one all-reduce of both sums, if ``x``
-    requires a gradient. The gradients of weight and bias are this rank's, for
-    `torch.nn.parallel.DistributedDataParallel` to add up.
+    where n counts the values of all ranks, or what `mbnorm.gradient.RememberedGradient` makes of both sums.
+    The backward is one all-reduce of them, if ``x`` requires a gradient or one is remembered. The gradients
+    of weight and bias are this rank's, for `torch.nn.parallel.DistributedDataParallel` to add up.
 
     Args:
         x: (N, C, ...), may be empty.
@@ -175,6 +183,7 @@ def pooled_batch_norm(
         past: the past, the statistics of the whole batch, and the ranks whose backward passes come here.
         variance_rule: "averaged" or "pooled".
         eps: added to the variance.
+        gradient: what the backward reads and writes; None is the exact gradient.
 
     Returns:
         The output, and the statistics of the whole batch and those that normalized it.
@@ -183,7 +192,7 @@ def pooled_batch_norm(
         RuntimeError: in the backward, if it is to be differentiated itself (``create_graph=True``).
     """
     dtype = statistics_dtype(x.dtype)
-    run = _PooledRun(past, variance_rule, eps, dtype)
+    run = _PooledRun(past, variance_rule, eps, dtype, gradient)
     y = run_differentiably(run, x, in_dtype(weight, dtype), in_dtype(bias, dtype))
     return y, run.rows
 
@@ -191,7 +200,14 @@ def pooled_batch_norm(
 class _PooledRun:
     """The operator run once with the statistics of all ranks: see `mbnorm.functional.KernelRun`."""
 
-    def __init__(self, past: PooledPast, variance_rule: VarianceRule, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        past: PooledPast,
+        variance_rule: VarianceRule,
+        eps: float,
+        dtype: torch.dtype,
+        gradient: RememberedGradient | None,
+    ) -> None:
         (past_mean, past_var, batch_weight), pooled, self._group = past
         if not isinstance(batch_weight, Tensor):
             batch_weight = torch.tensor(batch_weight, device=past_mean.device, dtype=dtype)
@@ -200,10 +216,12 @@ class _PooledRun:
             pooled.mean, pooled.var, past_mean.to(dtype), past_var.to(dtype), batch_weight, variance_rule
         )
         self.rows = pooled.mean, pooled.var, *blended
-        # the formula's z = (x - center) rstd, and a/n
+        # the formula's z = (x - center) rstd
         self._center = blended[0] if variance_rule == "pooled" else pooled.mean
-        self._share = batch_weight / pooled.n
+        self._batch_weight = batch_weight
+        self._n = pooled.n
         self._eps = eps
+        self._gradient = gradient
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``y``."""
@@ -227,13 +245,21 @@ class _PooledRun:
             )
         else:
             dw, db = torch.zeros((2, mean.numel()), dtype=mean.dtype, device=x.device)
+        if not needs[0] and self._gradient is None:
+            return None, dw, db
+        sums = torch.stack((db, dw))
+        dist.all_reduce(sums, group=self._group)
+        if self._gradient is None:
+            level, along = self._batch_weight * sums / self._n
+        else:
+            read = self._gradient.read(self._batch_weight)
+            level, along = torch.lerp(read[:2], sums / self._n, read[2])
+            self._gradient.commit((sums[0], sums[1]), self._n)
         if not needs[0]:
             return None, dw, db
-        sums = torch.stack((dw, db))
-        dist.all_reduce(sums, group=self._group)
         scale = rstd if weight is None else weight * rstd
-        slope = -self._share * scale * rstd * sums[0]
-        shift = -self._share * scale * sums[1] - slope * self._center
+        slope = -scale * rstd * along
+        shift = -scale * level - slope * self._center
         per_channel = [1, -1] + [1] * (x.dim() - 2)
         dx = torch.addcmul(shift.view(per_channel), dy, scale.view(per_channel))
         dx = dx.addcmul_(values, slope.view(per_channel)).to(x.dtype)

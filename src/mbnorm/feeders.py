@@ -33,20 +33,39 @@ def feeders(model: nn.Module, example: Any = None) -> Feeders:
         model: any module.
         example: an input of ``model``, or a tuple of its inputs. Where torch.fx cannot trace the net, one
             forward of it in eval mode shows what feeds what, but not what else is done with an output.
-
-    Raises:
-        ValueError: there is no example, and torch.fx cannot trace the net.
+            Without one the parts of the net are traced that can be, each by itself.
     """
+    unseen = "no call of it is seen in a forward"
     try:
         found = _in_graph(model)
-    except ValueError:
+    except _CannotTrace as error:
         if example is None:
-            raise
-        found = _in_forward(model, example)
+            found = _in_parts(model)
+            unseen = f"{error}: give an input of the net as example="
+            # what comes into a part may be the output of a layer outside
+            found.without = dict.fromkeys(found.without, unseen)
+        else:
+            found = _in_forward(model, example)
     seen = {norm for norms in found.norms_of.values() for norm in norms} | found.without.keys()
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module not in seen:
-            found.without[module] = "no call of it is seen in a forward"
+            found.without[module] = unseen
+    return found
+
+
+class _CannotTrace(Exception):
+    """torch.fx cannot trace a net, and why."""
+
+
+def _in_parts(model: nn.Module) -> Feeders:
+    found = Feeders()
+    for part in model.children():
+        try:
+            inside = _in_graph(part)
+        except _CannotTrace:
+            inside = _in_parts(part)
+        found.norms_of |= inside.norms_of
+        found.without |= inside.without
     return found
 
 
@@ -63,9 +82,7 @@ def _in_graph(model: nn.Module) -> Feeders:
     # what a net's own code raises for a proxy can be anything
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"torch.fx cannot trace {type(model).__name__} ({reason}): give an input of it as example="
-        ) from error
+        raise _CannotTrace(f"torch.fx cannot trace {type(model).__name__} ({reason})") from error
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def called(node: Any) -> nn.Module | None:

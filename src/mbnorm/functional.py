@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from mbnorm.backends import aten, cpu, traceable, triton
 from mbnorm.blend import VARIANCE_RULES, VarianceRule, statistics_dtype
-from mbnorm.gradient import RememberedGradient
+from mbnorm.gradient import RememberedGradient, stacked, write
 from mbnorm.trial import triton_works_for
 
 Backend: TypeAlias = Literal["auto", "traceable", "aten", "cpu", "triton"]
 Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-KERNELS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton}
-"""The backends that have a backward of their own."""
+KERNELS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton, "traceable": traceable}
+"""The backends by name; the last needs its backward only where a gradient is remembered."""
 
 
 class BlendedBatchNorm(NamedTuple):
@@ -177,7 +177,7 @@ def normalize(
 ) -> tuple[Tensor, Rows]:
     """Do as `blended_batch_norm` with arguments that are known to be right; return ``y`` and a record.
 
-    Without ``gradient``, and by the backend "traceable", the gradient is the exact one.
+    Without ``gradient`` the gradient is the exact one.
     """
     dtype = statistics_dtype(x.dtype)
     if not isinstance(batch_weight, Tensor):
@@ -188,8 +188,12 @@ def normalize(
     if x.numel() == 0:
         y = F.batch_norm(x, *past[:2], weight, bias, False, 0.0, eps)
         return y, (*torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device), *past)
-    if backend == "traceable":
+    if backend == "traceable" and gradient is None:
         return traceable.forward(x, weight, bias, *past, variance_rule, eps)
+    if gradient is not None and torch.compiler.is_compiling():
+        others = *gradient.buffers, gradient.stores, backend, variance_rule, eps
+        y, *rows = _CompiledBlendedBatchNorm.apply(x, weight, bias, *past, *others)  # type: ignore[no-untyped-call]
+        return y, (*rows, *past)
     run = KernelRun(KERNELS[backend], *past, variance_rule, eps, gradient)
     return run_differentiably(run, x, weight, bias), run.rows
 
@@ -244,10 +248,10 @@ class KernelRun:
             rules = self.variance_rule, self.eps
             # batched gradients are of a transform, which has no state
             gradient = None if torch._C._functorch.is_legacy_batchedtensor(dy) else self.gradient
-            read = None if gradient is None else gradient.read(statistics_dtype(x.dtype))
+            read = None if gradient is None else gradient.read(self.rows[-1])
             dx, dw, db = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0], read)
             if gradient is not None:
-                gradient.commit((db, dw), x.numel() // x.shape[1], self.rows[-1])
+                gradient.commit((db, dw), x.numel() // x.shape[1])
             return dx, dw, db
         # create_graph: the gradient must be differentiable itself
         past_mean, past_var, batch_weight = Record(*self.rows)[4:]
@@ -328,6 +332,51 @@ class _BlendedBatchNorm(torch.autograd.Function):
         _, *needs = ctx.needs_input_grad
         dx, dw, db = ctx.run.backward(dy, *ctx.saved_tensors, needs)
         return None, dx, dw if needs[1] else None, db if needs[2] else None
+
+
+class _CompiledBlendedBatchNorm(torch.autograd.Function):
+    """A forward with a remembered gradient as torch.compile can trace it: of tensors, with one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        past_mean: Tensor,
+        past_var: Tensor,
+        batch_weight: Tensor,
+        gradient_mean: Tensor,
+        gradient_scale: Tensor,
+        stores: bool,
+        backend: Chosen,
+        variance_rule: VarianceRule,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        past = past_mean, past_var, batch_weight
+        y, rows = KERNELS[backend].forward(x, weight, bias, *past, variance_rule, eps)
+        ctx.save_for_backward(x, weight, batch_weight, *([rows] if isinstance(rows, Tensor) else rows))
+        # saved tensors must not change, and these do
+        ctx.gradient = gradient_mean, gradient_scale
+        ctx.rules = stores, backend, variance_rule, eps
+        statistics = Record(*rows)[:4]
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, batch_weight, *saved = ctx.saved_tensors
+        stores, backend, variance_rule, eps = ctx.rules
+        mean, scale = ctx.gradient
+        rows = saved[0] if len(saved) == 1 else tuple(saved)
+        read = stacked(mean, scale, batch_weight)
+        dx, dw, db = KERNELS[backend].backward(
+            dy, x, weight, rows, variance_rule, eps, ctx.needs_input_grad[0], read
+        )
+        if stores:
+            write(mean, scale, read, (db, dw), x.numel() // x.shape[1])
+        _, needs_weight, needs_bias, *others = ctx.needs_input_grad
+        return dx, dw if needs_weight else None, db if needs_bias else None, *([None] * len(others))
 
 
 def in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

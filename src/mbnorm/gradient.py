@@ -18,11 +18,13 @@ class RememberedGradient:
     Let dy be the gradient of the output, a the batch's weight in the forward, and
 
     .. math::
-        g = a\,\mathrm{E}[dy] + (1-a)\,G, \qquad s = a\,\mathrm{E}[dy\,\hat x] + (1-a)\,S, \qquad
+        b = 1 - (1-a)^2, \qquad
+        g = b\,\mathrm{E}[dy] + (1-b)\,G, \qquad s = b\,\mathrm{E}[dy\,\hat x] + (1-b)\,S, \qquad
         dx = w\,\frac{dy - g - z\,s}{\sqrt{\mathrm{var}+\epsilon}}, \qquad G, S \leftarrow g, s
 
     with z the normalized input :math:`\hat x`, or for the averaged variance rule the input normalized around
-    the mean of the batch. With G = S = 0, or a = 1, this is the exact gradient of the forward.
+    the mean of the batch. With a = 1 this is the exact gradient of the forward. The past's weight is the
+    square of what it is in the forward: its memory is half as long, which was measured to be best.
 
     The first backward pass through the forward reads G and S and writes them; later ones, and those of
     repetitions of the forward, read what it read and write nothing. What is not finite is not written.
@@ -42,40 +44,56 @@ class RememberedGradient:
         self._read: Tensor | None = None
         self._written = False
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Return G and S as the first backward pass found them, shape (2, C), in a dtype."""
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """G and S."""
+        return self._mean, self._scale
+
+    def read(self, batch_weight: Tensor) -> Tensor:
+        """Return G, S and b as the first backward pass found them, shape (3, C).
+
+        Args:
+            batch_weight: a, 0-dim or shape (C,), in the dtype of the input's statistics.
+        """
         if self._read is None:
             # a copy
-            self._read = torch.stack((self._mean, self._scale)).to(dtype)
+            self._read = stacked(self._mean, self._scale, batch_weight)
         return self._read
 
-    def commit(self, sums: tuple[Tensor, Tensor], n: int, batch_weight: Tensor) -> None:
+    def commit(self, sums: tuple[Tensor, Tensor], n: int) -> None:
         """Write what follows from a backward pass, if it is the first that comes here.
 
         Args:
             sums: of dy and of dy times the normalized input, shape (C,) each.
             n: values per channel.
-            batch_weight: a, 0-dim or shape (C,).
         """
-        if not self.stores or self._written:
-            return
-        self._written = True
-        read = self.read(sums[0].dtype)
-        found = torch.lerp(read, torch.stack(sums) / n, batch_weight)
-        found = torch.where((found.abs() < math.inf).all(), found, read)
-        self._mean.copy_(found[0])
-        self._scale.copy_(found[1])
+        if self.stores and not self._written and self._read is not None:
+            self._written = True
+            write(self._mean, self._scale, self._read, sums, n)
 
 
-def check_gradient(gradient: str, backend: str, process_group: object) -> None:
+def stacked(mean: Tensor, scale: Tensor, batch_weight: Tensor) -> Tensor:
+    """Return G, S and b as the backends take them, shape (3, C)."""
+    weight = (batch_weight * (2 - batch_weight)).expand_as(mean)
+    return torch.stack((mean.to(weight.dtype), scale.to(weight.dtype), weight))
+
+
+def write(mean: Tensor, scale: Tensor, read: Tensor, sums: tuple[Tensor, Tensor], n: int) -> None:
+    """Blend the means of a batch's gradient with what was read, and write G and S if all is finite."""
+    past = read[:2]
+    found = torch.lerp(past, torch.stack(sums) / n, read[2])
+    found = torch.where((found.abs() < math.inf).all(), found, past)
+    mean.copy_(found[0])
+    scale.copy_(found[1])
+
+
+def check_gradient(gradient: str, sync: object) -> None:
     """Refuse what is no way to the gradient, or none with the other options.
 
     Raises:
-        ValueError: ``gradient`` is none, or it is "remembered" among ranks or by the backend "traceable".
+        ValueError: ``gradient`` is none, or it is "remembered" among ranks that are late.
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
-    if gradient == "remembered" and process_group is not None:
-        raise ValueError('gradient="remembered" is of one process: process_group must be None')
-    if gradient == "remembered" and backend == "traceable":
-        raise ValueError('gradient="remembered" needs a backend with a backward pass, got "traceable"')
+    if gradient == "remembered" and sync == "late":
+        raise ValueError('sync="late" needs gradient="exact": ranks that do not wait would remember others')

@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 from torch.fx import Proxy
@@ -49,8 +48,9 @@ def groups_of(channels: int) -> int:
 def normalize_images(model: nn.Module, layers: set[_BatchNorm], report: ConversionReport) -> None:
     """Put a `PerImageNorm` behind layers of a model, and tell the report.
 
-    Each of them becomes the first of a `torch.nn.Sequential` of two, and its scale and shift the second's:
-    one that starts at 0, as in residual nets, would leave nothing to normalize.
+    Each of them becomes the first of a `torch.nn.Sequential` of two, and its scale and shift, the same
+    parameters, become the second's: optimizers that have them keep them, and a scale that starts at 0, as in
+    residual nets, leaves the first something to normalize.
     """
     made: dict[nn.Module, nn.Module] = {}
     for _, parent in named(model, nn.Module):
@@ -60,20 +60,17 @@ def normalize_images(model: nn.Module, layers: set[_BatchNorm], report: Conversi
                     made[child] = _pair_of(child)
                 parent._modules[name] = made[child]
     report.notes.append(
-        f"{len(made)} layers normalize each image, too, and are the first of two now: give the new "
-        "parameters to the optimizer"
+        f"{len(made)} layers normalize each image, too: they are the first of two now, and the second has "
+        "their scale and shift"
     )
 
 
-@torch.no_grad()
 def _pair_of(layer: _BatchNorm) -> nn.Sequential:
     channels = layer.num_features
-    behind = PerImageNorm(groups_of(channels), channels, layer.eps, layer.weight is not None)
-    if layer.weight is not None:
-        behind.to(layer.weight)
-        behind.weight.copy_(layer.weight)
-        layer.weight.fill_(1.0)
-    if layer.weight is not None and layer.bias is not None:
-        behind.bias.copy_(layer.bias)
-        layer.bias.zero_()
+    behind = PerImageNorm(groups_of(channels), channels, layer.eps, affine=False)
+    behind.affine = layer.affine
+    for name in ("weight", "bias"):
+        behind.register_parameter(name, layer._parameters[name])
+        layer.register_parameter(name, None)
+    layer.affine = False
     return nn.Sequential(layer, behind).train(layer.training)

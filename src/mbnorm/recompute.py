@@ -11,6 +11,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -45,6 +46,11 @@ def backward_runs() -> bool:
 def transforms_run() -> bool:
     """Return whether this call comes from inside a function transform, as `torch.func.vmap`."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def differentiated_in_other_ways() -> bool:
+    """Return whether a function transform or forward-mode differentiation runs."""
+    return transforms_run() or forward_ad._current_level >= 0
 
 
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:

@@ -48,6 +48,8 @@ def backward(
     ``past`` is what `mbnorm.backends.cpu.backward` takes.
     """
     batch_mean, _, mean, var, _, _, batch_weight = rows
+    if past is not None:
+        batch_weight = past[2]
     # upcast so that half gradients are rounded once, after the last addition
     dtype = statistics_dtype(x.dtype)
     dy, values = dy.to(dtype), x.to(dtype)

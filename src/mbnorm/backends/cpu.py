@@ -120,7 +120,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return ``(dx, dw, db)`` for the record of a forward.
 
-    ``past``, shape (2, C), is what `mbnorm.gradient.RememberedGradient` has read; None is the exact gradient.
+    ``past``, shape (3, C), is what `mbnorm.gradient.RememberedGradient` reads: what it remembers of the two
+    means, and the weight of this batch's. None is the exact gradient.
     """
     dx, dw, db = _backward(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db

@@ -128,7 +128,8 @@ template <class A>
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[3 * at.channels]);
   A *scale = coefficients.get(), *slope = scale + at.channels, *offset = slope + at.channels;
-  const double share = *record.weight / double(at.rows()), history = past ? 1 - *record.weight : 0;
+  const double weight_of_batch = past ? past[2 * at.channels] : *record.weight;
+  const double share = weight_of_batch / double(at.rows()), history = past ? 1 - weight_of_batch : 0;
   const std::unique_ptr<A[]> nothing(past ? nullptr : new A[2 * at.channels]());
   const A *past_mean = past ? past : nothing.get(), *past_scale = past_mean + at.channels;
   two_passes<Products>(
@@ -201,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   const int64_t C = at.channels;
   const Tensor dw = vector(C, record), db = vector(C, record);
   dispatch(source, [&]<class A>(A, Type type) {
-    const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C), remembered(past, 2 * C);
+    const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C), remembered(past, 3 * C);
     const Record<A> rows(data<A>(*saved.held), C);
     backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p, rows,
                 remembered.p, pooled, eps, data<A>(dw), data<A>(db));

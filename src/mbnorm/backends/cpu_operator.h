@@ -31,8 +31,8 @@ template <class A>
 void forward(const Layout& at, Type type, const void* x, void* y, const A* weight, const A* bias, bool pooled,
              double eps, const Record<A>& record);
 
-// dx may be null, and so may `past`: for each channel the remembered mean of dy, and after those that of dy
-// times the normalized input.
+// dx may be null, and so may `past`: for each channel the remembered mean of dy, after those that of dy times
+// the normalized input, and the weight of the batch's own beside them.
 template <class A>
 void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx, const A* weight,
               const Record<A>& record, const A* past, bool pooled, double eps, A* dw, A* db);

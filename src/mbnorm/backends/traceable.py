@@ -41,6 +41,41 @@ def forward(
     return y.to(x.dtype), (*statistics, past_mean, past_var, batch_weight)
 
 
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rows: tuple[Tensor, ...],
+    variance_rule: VarianceRule,
+    eps: float,
+    need_dx: bool,
+    past: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return ``(dx, dw, db)`` for the rows that `forward` returned.
+
+    ``past`` is what `mbnorm.backends.cpu.backward` takes.
+    """
+    batch_mean, _, mean, var, _, _, batch_weight = rows
+    dims = [d for d in range(x.dim()) if d != 1]
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    gradient, values = dy.to(mean.dtype), x.to(mean.dtype)
+    rstd = torch.rsqrt(var + eps)
+    db = gradient.sum(dims)
+    dw = (gradient * (values - mean.view(per_channel))).sum(dims) * rstd
+    if not need_dx:
+        return None, dw, db
+    n = x.numel() // x.shape[1]
+    if past is None:
+        level, slope = batch_weight * db / n, batch_weight * dw / n
+    else:
+        level, slope = torch.lerp(past[:2], torch.stack((db, dw)) / n, past[2])
+    center = mean if variance_rule == "pooled" else batch_mean
+    z = (values - center.view(per_channel)) * rstd.view(per_channel)
+    scale = rstd if weight is None else weight * rstd
+    dx = (gradient - level.view(per_channel) - z * slope.view(per_channel)) * scale.view(per_channel)
+    return dx.to(x.dtype), dw, db
+
+
 def differentiable_gradients(
     dy: Tensor,
     x: Tensor,

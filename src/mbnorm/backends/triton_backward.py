@@ -73,7 +73,10 @@ def _input_gradient(
         scale *= tl.load(weight_ptr + offs_c, mask=channel_mask, other=0.0)
     # of the pooled variance the gradient is about the blended mean, of the averaged about the batch's
     centre = tl.load(record_ptr + (2 * channels if POOLED else 0) + offs_c, mask=channel_mask, other=0.0)
-    batch_weight = tl.load(record_ptr + 6 * channels)
+    if past_ptr is None:
+        batch_weight = tl.load(record_ptr + 6 * channels)
+    else:
+        batch_weight = tl.load(past_ptr + 2 * channels)
     share = batch_weight / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw

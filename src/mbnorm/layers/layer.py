@@ -1,7 +1,6 @@
 """The layer: torch's batch norm around the blended operator, with a memory that says what is blended in."""
 
 import math
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, cast
@@ -28,6 +27,7 @@ from mbnorm.recompute import (
     Call,
     CallLog,
     Node,
+    differentiated_in_other_ways,
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
@@ -109,7 +109,7 @@ class HistoryBatchNorm(_BatchNorm):
         """Start with an empty memory; also turns a batch norm into one of ours."""
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        check_gradient(gradient, backend, process_group)
+        check_gradient(gradient, sync)
         self._sharing = Sharing.among(process_group, sync, backend)
         self.memory = memory
         self.backend: Backend = backend
@@ -180,7 +180,7 @@ class HistoryBatchNorm(_BatchNorm):
 
     def share_with(self, process_group: ProcessGroup, sync: Sync = True) -> None:
         """Share the memory with other ranks from now on, or with none; all must hold the same one."""
-        check_gradient(self.gradient, self.backend, process_group)
+        check_gradient(self.gradient, sync)
         self.settle()
         self._sharing = Sharing.among(process_group, sync, self.backend)
 
@@ -501,8 +501,6 @@ class HistoryBatchNorm(_BatchNorm):
 
         # torch.compile cannot trace collectives on the way to a memory
         reason = unsafe_to_compile() if self._sharing is None else "process_group= needs eager mode"
-        if self.gradient == "remembered":
-            reason = "the gradient is remembered in eager mode"
         if not seal.is_cut_alike(self):
             reason = "channels were cut: the memory starts anew in eager mode"
         if reason:
@@ -511,7 +509,8 @@ class HistoryBatchNorm(_BatchNorm):
             return y
         n = _values_per_channel(input)
         past = saved_by_compiled_code(self.read(n))
-        y, rows = self.blend(input, past, choose(input, self.backend))
+        gradient = self.remembered_gradient()
+        y, rows = self.blend(input, past, choose(input, self.backend), gradient)
         if n > 0 and self.stores:
             self.store(rows, n, input.shape[0])
         return y
@@ -551,7 +550,7 @@ class HistoryBatchNorm(_BatchNorm):
             return prepared.run(self, input)
         self._calls.drop_done()
         past = self.read(n)
-        gradient = None if self._gradient == "exact" else self.remembered_gradient()
+        gradient = self.remembered_gradient()
         y, rows, node = self.blend_watched(input, past, backend, gradient)
         self._calls.remember(Call(n, rows, past, gradient), node)
         if n > 0 and self.stores:
@@ -596,8 +595,10 @@ class HistoryBatchNorm(_BatchNorm):
         """Return what a batch of ``n`` values per channel is blended with."""
         return self.memory.read(self.state, n)
 
-    def remembered_gradient(self) -> RememberedGradient:
-        """Return what the backward passes of a forward now will read and write."""
+    def remembered_gradient(self) -> RememberedGradient | None:
+        """Return what the backward passes of a forward now will read and write, if anything."""
+        if self._gradient == "exact":
+            return None
         mean, scale = (cast(Tensor, self._buffers[name]) for name in GRADIENT_BUFFERS)
         return RememberedGradient(mean, scale, stores=self.stores)
 
@@ -613,7 +614,7 @@ class HistoryBatchNorm(_BatchNorm):
         weight = self.weight if weight is None else weight
         rules = self.memory.variance_rule, self.eps
         if isinstance(past, PooledPast):
-            return past.normalize(input, weight, self.bias, *rules)
+            return past.normalize(input, weight, self.bias, *rules, gradient)
         return normalize(input, weight, self.bias, *past, *rules, backend, gradient)
 
     def blend_watched(
@@ -624,15 +625,11 @@ class HistoryBatchNorm(_BatchNorm):
         gradient: RememberedGradient | None = None,
     ) -> tuple[Tensor, Rows, Node | None]:
         """Return output and record, and the node that the backward pass comes through last."""
-        if backend != "traceable":
+        if differentiated_in_other_ways():
+            gradient = None
+        if backend != "traceable" or gradient is not None:
             y, rows = self.blend(input, past, backend, gradient)
             return y, rows, y.grad_fn
-        if gradient is not None and not transforms_run() and has_values(input):
-            # the same words for each layer: Python's default filter shows them once
-            warnings.warn(
-                f'gradient="remembered" is of the CPU and CUDA: on {input.device} the gradient is exact',
-                stacklevel=2,
-            )
         # many nodes: put one of their own in front of them all
         if input.requires_grad or self.weight is None:
             input = input.view_as(input)

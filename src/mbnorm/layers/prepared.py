@@ -119,7 +119,7 @@ class PreparedForward:
         calls = layer._calls
         calls.drop_done()
         layer.seal.behind = True
-        gradient = None if layer._gradient == "exact" else layer.remembered_gradient()
+        gradient = layer.remembered_gradient()
         run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules, gradient)
         y = run_differentiably(run, input, *self._parameters)
         calls.remember(Call(self._n, run.rows, gradient=gradient), y.grad_fn)

@@ -137,9 +137,10 @@ class Sharing:
         if pooled.n == 0:
             return layer.blend(input, layer.read(0), backend)[0]
         past = PooledPast(layer.read(pooled.n), pooled, group)
-        y, rows, node = layer.blend_watched(input, past, backend)
+        gradient = layer.remembered_gradient()
+        y, rows, node = layer.blend_watched(input, past, backend, gradient)
         # it is known again by the statistics of this part
-        layer._calls.remember(Call(n, local, past), node)
+        layer._calls.remember(Call(n, local, past, gradient), node)
         if layer.stores:
             layer.store((pooled.mean, pooled.var, *rows[2:4]), pooled.n, pooled.m)
         return y
