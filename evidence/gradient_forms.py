@@ -20,7 +20,7 @@ from mbnorm.experiments.workers import in_processes
 from mbnorm.functional import KernelRun
 from mbnorm.measures import EARLY, MEASURED_WEIGHT
 
-SHIPPED = "averaged, weight 1 - (1 - a)^2"
+SHIPPED = "averaged, a quarter as long"
 SCENES = next(task for task in TUNED if task.data == "segments")
 TASKS = (MLP, SCENES, NUCLEI, CIFAR10)
 RATE = 0.1
@@ -55,10 +55,6 @@ Form: TypeAlias = Callable[[Pass], Tensor]
 
 def _averaged(weight: Callable[[Pass], Tensor]) -> Form:
     return lambda at: torch.lerp(at.past, at.own, weight(at))
-
-
-def _times(factor: float) -> Form:
-    return _averaged(lambda at: (factor * at.batch_weight).clamp_max(1.0))
 
 
 def _integral(at: Pass) -> Tensor:
@@ -96,14 +92,21 @@ def _measured(at: Pass) -> Tensor:
     return own.new_tensor(max(error, 0.0) / (noise + max(error, 0.0)))
 
 
+def _power(power: int) -> Form:
+    return _averaged(lambda at: 1 - (1 - at.batch_weight) ** power)
+
+
 FORMS: dict[str, Form] = {
-    SHIPPED: _averaged(lambda at: at.batch_weight * (2 - at.batch_weight)),
-    **{f"averaged, weight {factor:g} a": _times(factor) for factor in (0.25, 1.0, 2.0, 4.0, 8.0)},
+    SHIPPED: _power(4),
+    "averaged, as long a memory": _power(1),
+    "averaged, half as long": _power(2),
+    "averaged, an eighth as long": _power(8),
+    "averaged, four times as long": _averaged(lambda at: at.batch_weight / 4),
     "averaged, measured weight": _averaged(_measured),
     "nothing remembered": _averaged(lambda at: torch.ones_like(at.batch_weight)),
-    "integral, weight a": _integral,
-    "integral, weight 4 a": lambda at: _integral(
-        at._replace(batch_weight=(4 * at.batch_weight).clamp_max(1.0))
+    "integral, as long a memory": _integral,
+    "integral, a quarter as long": lambda at: _integral(
+        at._replace(batch_weight=1 - (1 - at.batch_weight) ** 4)
     ),
 }
 
@@ -207,10 +210,11 @@ CLAIM = Claim(
     ),
     measured=(
         f"`{OURS}` at batch 2 and the rate {RATE} for a batch of 64, measured on training images that no "
-        "training sees. a is the batch's weight in the forward pass. The integral form accumulates, with "
-        "its weight, what is left of both means once they have been taken out. The measured weight is the "
-        "one of least error, from the noise of a batch's mean of the gradient and the error of the "
-        f"remembered one, both measured as the forward pass measures its own. {NO_DIFFERENCE}"
+        "training sees. Lengths are beside the forward's memory: an average whose past weighs the fourth "
+        "power is a quarter as long. The integral form accumulates what is left of both means once they "
+        "have been taken out. The measured weight is the one of least error, from the noise of a batch's "
+        "mean of the gradient and the error of the remembered one, both measured as the forward pass "
+        f"measures its own. {NO_DIFFERENCE}"
     ),
     rows=_rows,
     tables=_tables,

@@ -6,28 +6,27 @@ from benchmarks.rows import Row
 from evidence.arena import MEASURED, drawn, measured_rows, tables_of, verdict
 from evidence.claim import Claim, Tell
 from evidence.lists import TUNED, Entrant
+from mbnorm.gradient import Gradient
 
-EXACT = (("gradient", "exact"),)
-BOTH = (("gradient", "remembered"),)
-CENTERED = (*BOTH, ("center_filters", True))
-PER_IMAGE = (*CENTERED, ("per_image", True))
+REMEMBERED = (("gradient", "remembered"),)
 
 
-def matched(options: tuple[tuple[str, object], ...], values: int) -> Entrant:
-    """Return the flagship with options, matching the noise of so many values."""
+def matched(gradient: Gradient, values: int, *, centered: bool = False, per_image: bool = False) -> Entrant:
+    """Return the flagship with options; it matches the noise of so many values."""
+    options = ("gradient", gradient), ("center_filters", centered), ("per_image", per_image)
     return Entrant("matched", None, (*options, ("matched_values", values)))
 
 
-LEAST_ERROR = 10**6
-"""So many values no memory reaches: what is left of the rule is the weight of the least error."""
-
+CHOSEN = matched("remembered", 128, centered=True, per_image=True)
 CANDIDATES = (
-    matched(EXACT, 32),
-    *(matched(BOTH, values) for values in (32, 128)),
-    *(matched(CENTERED, values) for values in (32, 128, LEAST_ERROR)),
-    *(matched(PER_IMAGE, values) for values in (32, 128)),
-    Entrant("momentum-constant", None, BOTH),
-    Entrant("memorized", None, BOTH),
+    matched("exact", 32),
+    matched("remembered", 32),
+    matched("remembered", 128),
+    matched("exact", 128, centered=True),
+    *(matched("remembered", values, centered=True) for values in (32, 128, 512)),
+    CHOSEN,
+    Entrant("momentum-constant", None, REMEMBERED),
+    Entrant("memorized", None, REMEMBERED),
 )
 RIVALS = (
     Entrant("batch"),
@@ -56,6 +55,6 @@ CLAIM = Claim(
     tables=lambda rows: tables_of(TUNED, ENTRANTS, rows),
     draw=lambda rows, panels: drawn(TUNED, ENTRANTS, rows, panels),
     panels=len(TUNED),
-    verdict=lambda rows: verdict(TUNED, RIVALS, matched(PER_IMAGE, 128), rows),
+    verdict=lambda rows: verdict(TUNED, RIVALS, CHOSEN, rows),
     seeds=3,
 )

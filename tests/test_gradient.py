@@ -74,7 +74,7 @@ def test_gradient_and_state_are_the_references(kind, rank, backend):
         rule = layer.memory.variance_rule
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach()
-        past = 1 - (1 - a) ** 2, g, s, rule, layer.eps
+        past = 1 - (1 - a) ** 4, g, s, rule, layer.eps
         dx, dw, db, g, s = reference.remembered_gradient(dy, x, weight, mB, *blended, *past)
         layer.weight.grad = layer.bias.grad = None
         x.requires_grad_()
@@ -129,7 +129,7 @@ def test_every_layout_has_the_references_gradient(kind, shape, memory_format, ba
         mB, vB, _ = reference.batch_statistics(x)
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach() if affine else None
-        past = 1 - (1 - a) ** 2, g, s, rule, layer.eps
+        past = 1 - (1 - a) ** 4, g, s, rule, layer.eps
         dx, _, _, g, s = reference.remembered_gradient(dy, x, weight, mB, *blended, *past)
         layer(x.requires_grad_()).backward(dy)
         torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)
