@@ -167,7 +167,9 @@ def measured_rows(
 def tables_of(tasks: Sequence[Task], entrants: Sequence[Entrant], rows: Sequence[Row]) -> list[Table]:
     """Return a table for each task, and one of the ranks over all."""
     known = Known(rows)
-    tables = [_table_of(task, entrants, known) for task in tasks]
+    tables = [
+        _table_of(task, entrants, known) for task in tasks if any(known.scores(task, one) for one in entrants)
+    ]
     ranks = {
         name: (fmean(place for place in found if place), found)
         for name, found in _ranks(tasks, entrants, known).items()
@@ -183,15 +185,16 @@ def tables_of(tasks: Sequence[Task], entrants: Sequence[Entrant], rows: Sequence
 def _table_of(task: Task, entrants: Sequence[Entrant], known: Known) -> Table:
     plain = known.scores(task, BATCH)
     lines = []
-    for entrant in sorted(entrants, key=lambda entrant: _mean(known.scores(task, entrant)), reverse=True):
+    shown = [entrant for entrant in entrants if known.reports(task, entrant)]
+    for entrant in sorted(shown, key=lambda entrant: _mean(known.scores(task, entrant)), reverse=True):
         scores, reports = known.scores(task, entrant), known.reports(task, entrant)
         diverged = sum(row["status"] != "ok" for row in reports)
         lines.append(
             [
-                str(entrant),
-                f"{reports[0]['rate']:g}" if reports else "-",
+                entrant.label,
+                f"{reports[0]['rate']:g}",
                 mean_cell(list(scores.values()), 1, PERCENT),
-                f"{fmean(row['test_error'] for row in reports):.1f}" if reports else "-",
+                f"{fmean(row['test_error'] for row in reports):.1f}",
                 "-" if entrant == BATCH else difference_cell(paired_difference(scores, plain), 1),
                 str(len(reports)),
                 str(diverged),
@@ -209,9 +212,9 @@ def _ranks(tasks: Sequence[Task], entrants: Sequence[Entrant], known: Known) -> 
     batch size than the task's, which show what small batches cost, have none.
     """
     rivals = [entrant for entrant in entrants if entrant.batch_size is None]
-    places: dict[str, list[int | None]] = {str(entrant): [] for entrant in rivals}
+    places: dict[str, list[int | None]] = {entrant.label: [] for entrant in rivals}
     for task in tasks:
-        scores = {str(entrant): known.scores(task, entrant) for entrant in rivals}
+        scores = {entrant.label: known.scores(task, entrant) for entrant in rivals}
         complete = len({frozenset(found) for found in scores.values()}) == 1 and all(scores.values())
         for name, found in scores.items():
             above = sum(_mean(other) > _mean(found) for other in scores.values())
@@ -226,6 +229,8 @@ def verdict(tasks: Sequence[Task], entrants: Sequence[Entrant], ours: Entrant, r
     found: dict[str, list[str]] = {"behind": [], "before": [], "no different from": []}
     for task in tasks:
         scores = known.scores(task, ours)
+        if not all(known.scores(task, other) for other in others):
+            continue
         best = max(others, key=lambda entrant: _mean(known.scores(task, entrant)))
         difference = paired_difference(scores, known.scores(task, best))
         if difference is None or difference.half_width is None:
@@ -233,10 +238,12 @@ def verdict(tasks: Sequence[Task], entrants: Sequence[Entrant], ours: Entrant, r
         side = "no different from"
         if difference.decided:
             side = "behind" if difference.mean < 0 else "before"
-        said = f"{_mean(scores):.1f} against {_mean(known.scores(task, best)):.1f} of {best}"
+        said = f"{_mean(scores):.1f} against {_mean(known.scores(task, best)):.1f} of {best.label}"
         found[side].append(f"{task.name} ({said})")
     named = {side: "; ".join(tasks_there) for side, tasks_there in found.items() if tasks_there}
-    return " ".join(f"`{ours}` is {side} the best of the others in {text}." for side, text in named.items())
+    return " ".join(
+        f"`{ours.label}` is {side} the best of the others in {text}." for side, text in named.items()
+    )
 
 
 def drawn(
@@ -245,7 +252,8 @@ def drawn(
     """Draw the scores of each task in a panel, each seed and their mean."""
     known = Known(rows)
     for task, panel in zip(tasks, panels, strict=True):
-        ordered = sorted(entrants, key=lambda entrant: _mean(known.scores(task, entrant)))
+        shown = [entrant for entrant in entrants if known.scores(task, entrant)]
+        ordered = sorted(shown, key=lambda entrant: _mean(known.scores(task, entrant)))
         for place, entrant in enumerate(ordered):
             scores = list(known.scores(task, entrant).values())
             found = estimate(scores, PERCENT)
@@ -254,7 +262,7 @@ def drawn(
             color = "C3" if entrant.method in OURS else "C0"
             panel.plot([found.low, found.high], [place, place], color=color, linewidth=3, alpha=0.4)
             panel.plot(scores, [place] * len(scores), ".", color=color)
-        panel.set_yticks(range(len(ordered)), [str(entrant) for entrant in ordered], fontsize=8)
+        panel.set_yticks(range(len(ordered)), [entrant.label for entrant in ordered], fontsize=8)
         panel.set_xlabel("test score, %", fontsize=8)
         panel.set_title(task.name, fontsize=9)
         panel.plot([], [], color="C3", label="mbnorm's (dots: seeds; bars: 95 % interval of the mean)")

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.rows import Row
 from evidence.arena import Step, trained
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
-from evidence.lists import CIFAR10, MLP, NUCLEI, TUNED, Entrant, Task
+from evidence.lists import MLP, TUNED, Entrant, Task
 from evidence.trained import score_of, where
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
 from mbnorm.experiments.workers import in_processes
@@ -21,8 +21,8 @@ from mbnorm.functional import KernelRun
 from mbnorm.measures import EARLY, MEASURED_WEIGHT
 
 SHIPPED = "averaged, a quarter as long"
-SCENES = next(task for task in TUNED if task.data == "segments")
-TASKS = (MLP, SCENES, NUCLEI, CIFAR10)
+VGG, SCENES = (next(task for task in TUNED if task.model == model) for model in ("vgg-small", "segment"))
+TASKS = (MLP, VGG, SCENES)
 RATE = 0.1
 OURS = Entrant(
     "matched", None, (("gradient", "remembered"), ("center_filters", True), ("matched_values", 128))

@@ -87,6 +87,17 @@ class Entrant:
         options = "".join(f" {name}={value}" for name, value in self.options)
         return self.method + options + ("" if self.batch_size is None else f" at {self.batch_size}")
 
+    @property
+    def label(self) -> str:
+        """Return what tables and plots call it."""
+        words = []
+        for name, value in self.options:
+            if value is not False:
+                words.append(
+                    name if value is True else value if isinstance(value, str) else f"{name}={value}"
+                )
+        return " ".join([self.method, *words]) + ("" if self.batch_size is None else f" at {self.batch_size}")
+
     def net(self, run: Run, data: Data) -> nn.Module:
         """Return the untrained net of a run."""
         if not self.options:

@@ -1,10 +1,11 @@
 """What the flagship's rule is to be: chosen here, on the list of tasks that tune."""
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from benchmarks.rows import Row
-from evidence.arena import MEASURED, drawn, measured_rows, tables_of, verdict
-from evidence.claim import Claim, Tell
+from evidence.arena import MEASURED, Known, drawn, measured_rows, tables_of, verdict
+from evidence.claim import Claim, Table, Tell
 from evidence.lists import TUNED, Entrant
 from mbnorm.gradient import Gradient
 
@@ -17,14 +18,22 @@ def matched(gradient: Gradient, values: int, *, centered: bool = False, per_imag
     return Entrant("matched", None, (*options, ("matched_values", values)))
 
 
-CHOSEN = matched("remembered", 128, centered=True, per_image=True)
+CHOSEN = matched("remembered", 128, centered=True)
+PER_IMAGE = matched("remembered", 128, centered=True, per_image=True)
+CHANGES = {
+    "128 values for 32, not centered": (matched("remembered", 128), matched("remembered", 32)),
+    "remembered for exact, 128, centered": (CHOSEN, matched("exact", 128, centered=True)),
+    "centered for not, 128": (CHOSEN, matched("remembered", 128)),
+    "each image too": (PER_IMAGE, CHOSEN),
+}
+"""What a change adds: with it, and without."""
 CANDIDATES = (
     matched("exact", 32),
     matched("remembered", 32),
     matched("remembered", 128),
     matched("exact", 128, centered=True),
-    *(matched("remembered", values, centered=True) for values in (32, 128, 512)),
     CHOSEN,
+    PER_IMAGE,
     Entrant("momentum-constant", None, REMEMBERED),
     Entrant("memorized", None, REMEMBERED),
 )
@@ -45,6 +54,21 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     return measured_rows(TUNED, ENTRANTS, seeds, tell, known)
 
 
+def _changes(rows: Sequence[Row]) -> Table:
+    """Return by how many points each change moves the mean score of each task."""
+    known = Known(rows)
+    lines = []
+    for change, (new, old) in CHANGES.items():
+        gains = []
+        for task in TUNED:
+            found = [known.scores(task, entrant).values() for entrant in (new, old)]
+            gains.append(fmean(found[0]) - fmean(found[1]) if all(found) else None)
+        cells = ["-" if gain is None else f"{gain:+.1f}" for gain in gains]
+        whole = [gain for gain in gains if gain is not None]
+        lines.append([change, *cells, f"{fmean(whole):+.1f}" if whole else "-"])
+    return ["what a change adds, points", *(task.name for task in TUNED), "mean"], lines
+
+
 CLAIM = Claim(
     sentence=(
         "Candidates for the flagship's rule: a gradient that is remembered, centered filters, each image's "
@@ -52,7 +76,7 @@ CLAIM = Claim(
     ),
     measured=MEASURED,
     rows=_rows,
-    tables=lambda rows: tables_of(TUNED, ENTRANTS, rows),
+    tables=lambda rows: [_changes(rows), *tables_of(TUNED, ENTRANTS, rows)],
     draw=lambda rows, panels: drawn(TUNED, ENTRANTS, rows, panels),
     panels=len(TUNED),
     verdict=lambda rows: verdict(TUNED, RIVALS, CHOSEN, rows),

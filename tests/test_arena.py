@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evidence import arena, confirmed, lists, real_data
+from evidence import arena, confirmed, gradient_forms, lists, real_data, rule
 from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
 from evidence.claim import as_markdown, draw, mean_cell
 from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
+from mbnorm import MatchedBatchNorm2d
 from mbnorm.experiments.data import load
 from mbnorm.experiments.estimates import PERCENT
 from mbnorm.experiments.records import read
@@ -241,9 +242,38 @@ def test_pages_have_the_numbers_of_the_real_data(page):
         assert mean_cell(list(known.scores(task, entrant).values()), 1, PERCENT) in text.replace(" %", "")
 
 
-def test_what_is_not_measured_yet_has_no_score():
-    (_, lines), _ = tables_of([TASK], [BATCH], chosen(BATCH, 0.1))
-    assert lines == [["batch", "-", "-", "-", "-", "0", "0"]]
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_pages_have_the_numbers_of_the_rule(page):
+    root = Path(__file__).parent.parent
+    known = Known(read(root / "docs" / "results" / "rule" / "data.jsonl", dict))
+    text = (root / page).read_text(encoding="utf-8")
+    for task in (lists.CIFAR10, lists.NUCLEI):
+        assert mean_cell(list(known.scores(task, rule.CHOSEN).values()), 1, PERCENT) in text
+
+
+def test_what_is_not_measured_yet_is_not_shown():
+    other = Entrant("group")
+    rows = chosen(BATCH, 0.1) + chosen(other, 0.1)
+    assert len(tables_of([TASK], [BATCH, other], rows)) == 1
+    (_, lines), _ = tables_of([TASK], [BATCH, other], rows + reported(other, [50.0, 50.0, 50.0]))
+    assert [line[0] for line in lines] == ["group"]
+
+
+def test_labels_name_what_is_switched_on():
+    options = ("gradient", "exact"), ("center_filters", True), ("per_image", False), ("matched_values", 8)
+    assert Entrant("matched", 4, options).label == "matched exact center_filters matched_values=8 at 4"
+
+
+def test_the_changes_of_a_rule_are_shown():
+    new, old = rule.CHANGES["each image too"]
+    rows = [
+        row
+        for entrant, score in ((new, 60.0), (old, 50.0))
+        for row in chosen(entrant, 0.1, rule.TUNED[0]) + reported(entrant, [score] * 3, task=rule.TUNED[0])
+    ]
+    (headings, lines), *_ = rule.CLAIM.tables(rows)
+    assert headings[1] == rule.TUNED[0].name
+    assert lines[-1] == ["each image too", "+10.0", *["-"] * (len(rule.TUNED) - 1), "+10.0"]
 
 
 def test_the_real_data_are_shown_and_drawn(tmp_path):
@@ -300,3 +330,45 @@ def test_what_an_earlier_rule_was_tried_on_counts_as_tuned():
     tasks, shown = confirmed.newest(rows)
     assert all(task.note.startswith("counts as tuned") for task in tasks)
     assert Known(shown).scores(CONFIRMED[0], OURS) == {0: 75.0, 1: 75.0, 2: 75.0}
+
+
+def test_the_shipped_way_to_remember_is_the_layers_own():
+    own, swapped = (MatchedBatchNorm2d(4, gradient="remembered", matched_values=512) for _ in range(2))
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x, dy = torch.randn(2, 2, 4, 3, 3, generator=draws)
+        again = x.clone().requires_grad_()
+        own(x.requires_grad_()).backward(dy)
+        with gradient_forms.remembering(gradient_forms.FORMS[gradient_forms.SHIPPED]):
+            swapped(again).backward(dy)
+        torch.testing.assert_close(again.grad, x.grad)
+        torch.testing.assert_close(swapped.gradient_scale, own.gradient_scale)
+
+
+@pytest.mark.parametrize("name", gradient_forms.FORMS)
+def test_every_way_to_remember_trains(name):
+    layer = MatchedBatchNorm2d(4, gradient="remembered", matched_values=512)
+    draws = torch.Generator().manual_seed(0)
+    with gradient_forms.remembering(gradient_forms.FORMS[name]):
+        for _ in range(3):
+            x, dy = torch.randn(2, 2, 4, 3, 3, generator=draws)
+            layer(x.requires_grad_()).backward(dy)
+            assert x.grad.isfinite().all()
+    assert layer.gradient_mean.abs().max() > 0
+
+
+def test_ways_to_remember_are_shown_and_drawn(tmp_path):
+    of = [
+        (name, task, seed)
+        for name in gradient_forms.FORMS
+        for task in gradient_forms.TASKS
+        for seed in (0, 1, 2)
+    ]
+    rows = [
+        {"form": name, "task": task.name, "seed": seed, "status": "ok", "accuracy": 50.0 + len(name) + seed}
+        for name, task, seed in of
+    ]
+    text = as_markdown(gradient_forms.CLAIM, rows, "python -m evidence gradient-forms")
+    assert text.startswith("Mean score over the tasks: averaged, four times as long")
+    draw(gradient_forms.CLAIM, rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -290,7 +290,7 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     opcheck(operators.forward.default, (x, weight, bias, *past, a, True, EPS))
     opcheck(operators.forward.default, (x, None, None, *past, a, False, EPS))
     record = torch.stack((*past, *past, *past, a.expand(shape[1])))
-    for need_dx, past_gradient in ((True, None), (False, None), (True, torch.stack(past))):
+    for need_dx, past_gradient in ((True, None), (False, None), (True, torch.stack((*past, past[1])))):
         opcheck(operators.backward.default, (x, x, weight, record, past_gradient, True, EPS, need_dx))
 
 
@@ -303,7 +303,7 @@ def test_sizes_that_do_not_fit_are_refused():
         cpu.backward(x[:2], x, None, torch.ones(7, 9), "pooled", EPS, True)
     with pytest.raises(RuntimeError, match="parameters of 63 values"):
         cpu.backward(x, x, None, torch.ones(4, 9), "pooled", EPS, True)
-    with pytest.raises(RuntimeError, match="parameters of 18 values"):
+    with pytest.raises(RuntimeError, match="parameters of 27 values"):
         cpu.backward(x, x, None, torch.ones(7, 9), "pooled", EPS, True, torch.ones(9))
 
 

@@ -1,6 +1,7 @@
 """Each image's own statistics behind those of the batches."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -31,9 +32,12 @@ def test_maps_are_normalized_as_by_torchs_group_norm():
     torch.testing.assert_close(PerImageNorm(8, 16)(x), nn.GroupNorm(8, 16)(x))
 
 
-def test_maps_of_one_position_are_left_as_they_are():
-    x = torch.randn(2, 16, 1, 1)
-    assert PerImageNorm(8, 16)(x) is x
+def test_maps_of_one_position_are_scaled_and_shifted_alone():
+    x, layer = torch.randn(2, 16, 1, 1), PerImageNorm(8, 16)
+    torch.nn.init.uniform_(layer.weight)
+    torch.nn.init.uniform_(layer.bias)
+    expected = x * layer.weight.view(16, 1, 1) + layer.bias.view(16, 1, 1)
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("method", ["matched", "momentum", "memorized"])
@@ -155,3 +159,52 @@ def test_a_reverted_net_can_be_scripted():
     x = torch.randn(2, 3, 8, 8)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
+
+
+def stock():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.BatchNorm2d(16))
+    for _ in range(3):
+        model(torch.randn(4, 3, 8, 8))
+    nn.init.uniform_(model[1].weight)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:the filters that were loaded are not centered")
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_stock_checkpoint_loads_into_a_converted_net(centered):
+    trained, (model, _) = stock().eval(), converted(center_filters=centered)
+    with pytest.warns(UserWarning, match="per-image") as caught:
+        model.load_state_dict(trained.state_dict())
+    assert sum("without per-image normalization" in str(w.message) for w in caught) == 2
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.eval()(x), trained(x))
+    assert "active=False" in repr(model[1][1])
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint is of a net without per-image normalization")
+def test_what_was_switched_off_becomes_one_layer_when_reverted():
+    trained, (model, _) = stock().eval(), converted(center_filters=False)
+    model.load_state_dict(trained.state_dict())
+    revert(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model.state_dict().keys() == trained.state_dict().keys()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), trained(x))
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint is of a net without per-image normalization")
+def test_a_checkpoint_of_its_own_switches_it_on_again():
+    (own, _), (model, _) = converted(center_filters=False), converted(center_filters=False)
+    model.load_state_dict(stock().state_dict())
+    model.load_state_dict(own.state_dict())
+    assert model[1][1].active
+
+
+def test_copies_load_stock_checkpoints_too():
+    trained, (model, _) = stock().eval(), converted(center_filters=False)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.warns(UserWarning, match="without per-image normalization"):
+        model.load_state_dict(trained.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.eval()(x), trained(x))

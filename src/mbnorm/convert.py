@@ -24,7 +24,7 @@ from mbnorm.layers import (
     MomentumBatchNorm3d,
 )
 from mbnorm.memories.memory import Memory
-from mbnorm.per_image import normalize_images
+from mbnorm.per_image import normalize_images, rejoin
 from mbnorm.values import is_trained, known_finite
 
 Method: TypeAlias = Literal["matched", "momentum", "memorized"]
@@ -236,6 +236,7 @@ def revert(model: nn.Module) -> ConversionReport:
       0: MemorizedBatchNorm2d -> BatchNorm2d
     """
     report = ConversionReport()
+    rejoin(model)
     for name, layer in named(model, _BatchNorm):
         if not isinstance(layer, HistoryBatchNorm):
             continue

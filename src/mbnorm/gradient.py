@@ -90,11 +90,6 @@ def write(mean: Tensor, scale: Tensor, read: Tensor, sums: tuple[Tensor, Tensor]
     scale.copy_(found[1])
 
 
-def default_gradient(sync: object) -> Gradient:
-    """Return what layers that remember their gradients do with these ranks."""
-    return "exact" if sync == "late" else "remembered"
-
-
 def check_gradient(gradient: str, sync: object) -> None:
     """Refuse what is no way to the gradient, or none with the other options.
 

@@ -1,6 +1,7 @@
 """Each image's own statistics, after those of the batches."""
 
-from typing import cast
+import warnings
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
@@ -14,13 +15,22 @@ GROUPS = 8
 
 
 class PerImageNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` of maps: an input of one position per channel is left as it is.
+    """`torch.nn.GroupNorm` of maps: of an input of one position per channel it has scale and shift alone.
+
+    Attributes:
+        active: whether it normalizes; not once a checkpoint was loaded whose net had none.
 
     >>> import torch
     >>> x = torch.randn(2, 8, 1, 1)
-    >>> PerImageNorm(4, 8)(x) is x
+    >>> torch.equal(PerImageNorm(4, 8)(x), x)
     True
     """
+
+    active: bool
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.active = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each group of channels of each image."""
@@ -31,9 +41,18 @@ class PerImageNorm(nn.GroupNorm):
                 name = input.tracer.path_of_module(self)
                 return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
         # a group of so few values is worth nothing
-        if input.numel() == input.size(0) * input.size(1):
-            return input
-        return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        if self.active and input.numel() > input.size(0) * input.size(1):
+            return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        per_channel = [1, -1] + [1] * (input.dim() - 2)
+        if self.weight is not None:
+            input = input * self.weight.to(input.dtype).view(per_channel)
+        if self.bias is not None:
+            input = input + self.bias.to(input.dtype).view(per_channel)
+        return input
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        return super().extra_repr() + ("" if self.active else ", active=False")
 
 
 def groups_of(channels: int) -> int:
@@ -73,4 +92,40 @@ def _pair_of(layer: _BatchNorm) -> nn.Sequential:
         behind.register_parameter(name, layer._parameters[name])
         layer.register_parameter(name, None)
     layer.affine = False
-    return nn.Sequential(layer, behind).train(layer.training)
+    pair = nn.Sequential(layer, behind).train(layer.training)
+    pair.register_load_state_dict_pre_hook(_load_one_layer)  # type: ignore[no-untyped-call]
+    return pair
+
+
+def rejoin(model: nn.Module) -> None:
+    """Make one layer again of those whose images are not normalized any more."""
+    for _, parent in named(model, nn.Module):
+        for name, child in parent._modules.items():
+            parts = list(child.children()) if isinstance(child, nn.Sequential) else []
+            if len(parts) == 2 and isinstance(parts[1], PerImageNorm) and not parts[1].active:
+                norm, behind = parts
+                for parameter in ("weight", "bias"):
+                    norm.register_parameter(parameter, behind._parameters[parameter])
+                cast(_BatchNorm, norm).affine = cast(PerImageNorm, behind).affine
+                parent._modules[name] = norm
+
+
+def _load_one_layer(pair: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let two layers take the state of one, which a net had that was not normalized by image."""
+    norm, behind = pair.children()
+    assert isinstance(behind, PerImageNorm)
+    if f"{prefix}running_var" not in state:
+        if f"{prefix}0.running_var" in state:
+            behind.active = True
+        return
+    if behind.active:
+        # the same words for each layer: Python's default filter shows them once
+        warnings.warn(
+            "the checkpoint is of a net without per-image normalization: it is off from now on",
+            stacklevel=2,
+        )
+        behind.active = False
+    places = {"weight": "1", "bias": "1"} | {name: "0" for name, _ in norm.named_buffers(recurse=False)}
+    for name, place in places.items():
+        if prefix + name in state:
+            state[f"{prefix}{place}.{name}"] = state.pop(prefix + name)

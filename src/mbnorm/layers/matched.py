@@ -95,7 +95,7 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
             whole batch's enter the memory at the next forward, for which no rank waits.
         gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
             norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
-            keeps 2 C numbers more, needs eager mode and one process, and is not a derivative.
+            keeps 2 C numbers more, is not a derivative, and does not go with sync="late".
 
     Raises:
         TypeError: ``process_group`` is none.
