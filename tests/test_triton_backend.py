@@ -144,6 +144,27 @@ def test_everything_matches_the_reference(shape, layout, dtype, a, variance_rule
 
 
 @pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+@on_every_shape
+def test_a_remembered_gradient_is_the_references(shape, layout, variance_rule):
+    x, dy = (make_input(shape, torch.float64, layout, seed=seed) for seed in (0, 5))
+    weight, bias = make_parameters(shape[1], torch.float64)
+    mean, scale = make_input((2, shape[1]), torch.float64, seed=6)
+    past, a, b = near_statistics(x), 0.3, 0.8
+    of_forward = *(t.to(DEVICE) for t in (*past, torch.tensor(a, dtype=torch.float64))), variance_rule, EPS
+    x_there, dy_there, weight_there, bias_there = (t.to(DEVICE) for t in (x, dy, weight, bias))
+    _, record = kernels.forward(x_there, weight_there, bias_there, *of_forward)
+    read = torch.stack((mean, scale, torch.full_like(mean, b))).to(DEVICE)
+    found = kernels.backward(dy_there, x_there, weight_there, record, variance_rule, EPS, True, read)
+    blended = reference.mix(*reference.batch_statistics(x)[:2], *past, a, variance_rule)
+    batch_mean, *_ = reference.batch_statistics(x)
+    wanted = reference.remembered_gradient(
+        dy, x, weight, batch_mean, *blended, b, mean, scale, variance_rule, EPS
+    )
+    for got, want in zip(found, wanted, strict=False):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
 @on_each_kind
 def test_parameters_are_optional(shape, layout, variance_rule):
     x = make_input(shape, torch.float64, layout)
