@@ -1,12 +1,12 @@
 """What the flagship's rule is to be: chosen here, on the list of tasks that tune."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 
 from benchmarks.rows import Row
 from evidence.arena import MEASURED, Known, drawn, measured_rows, tables_of, verdict
-from evidence.claim import Claim, Table, Tell
+from evidence.claim import Claim, Table, Tell, difference_cell
 from evidence.lists import TUNED, Entrant
+from mbnorm.experiments.estimates import paired_difference
 from mbnorm.gradient import Gradient
 
 REMEMBERED = (("gradient", "remembered"),)
@@ -55,18 +55,19 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
 
 
 def _changes(rows: Sequence[Row]) -> Table:
-    """Return by how many points each change moves the mean score of each task."""
+    """Return by how many points each change moves the score of each task, seed by seed."""
     known = Known(rows)
-    lines = []
-    for change, (new, old) in CHANGES.items():
-        gains = []
-        for task in TUNED:
-            found = [known.scores(task, entrant).values() for entrant in (new, old)]
-            gains.append(fmean(found[0]) - fmean(found[1]) if all(found) else None)
-        cells = ["-" if gain is None else f"{gain:+.1f}" for gain in gains]
-        whole = [gain for gain in gains if gain is not None]
-        lines.append([change, *cells, f"{fmean(whole):+.1f}" if whole else "-"])
-    return ["what a change adds, points", *(task.name for task in TUNED), "mean"], lines
+    lines = [
+        [
+            change,
+            *(
+                difference_cell(paired_difference(known.scores(task, new), known.scores(task, old)), 1)
+                for task in TUNED
+            ),
+        ]
+        for change, (new, old) in CHANGES.items()
+    ]
+    return ["what a change adds, points", *(task.name for task in TUNED)], lines
 
 
 CLAIM = Claim(

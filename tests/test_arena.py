@@ -273,7 +273,7 @@ def test_the_changes_of_a_rule_are_shown():
     ]
     (headings, lines), *_ = rule.CLAIM.tables(rows)
     assert headings[1] == rule.TUNED[0].name
-    assert lines[-1] == ["each image too", "+10.0", *["-"] * (len(rule.TUNED) - 1), "+10.0"]
+    assert lines[-1] == ["each image too", "+10.0 ± 0.0", *["-"] * (len(rule.TUNED) - 1)]
 
 
 def test_the_real_data_are_shown_and_drawn(tmp_path):

@@ -370,7 +370,7 @@ def test_copies_have_their_own(way):
 
 def test_convert_and_revert():
     net = nn.Sequential(nn.BatchNorm2d(3))
-    convert(net, gradient="remembered", per_image=False)
+    convert(net, gradient="remembered")
     assert {"gradient_mean", "gradient_scale"} <= dict(net[0].named_buffers()).keys()
     trained(net[0])
     revert(net)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from mbnorm import MatchedBatchNorm2d, convert, revert
 from mbnorm.per_image import PerImageNorm, groups_of
@@ -129,6 +130,15 @@ def test_an_optimizer_built_before_trains_what_was_moved():
     model(torch.randn(2, 3, 4, 4)).square().mean().backward()
     optimizer.step()
     assert (model[1][1].bias != 0).all()
+
+
+def test_a_layer_whose_scale_is_computed_stays_as_it_is():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    report = convert(model, per_image=True)
+    assert isinstance(model[0], MatchedBatchNorm2d)
+    assert any("1 layers do not, since their scale or shift is computed" in note for note in report.notes)
+    assert model(torch.randn(2, 8, 4, 4)).shape == (2, 8, 4, 4)
 
 
 def test_a_layer_without_a_shift_has_none_behind():

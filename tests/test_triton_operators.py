@@ -49,8 +49,8 @@ def test_the_operators_are_well_formed(shape, layout, dtype):
     a = torch.tensor(0.3, device=DEVICE)
     opcheck(OPERATORS.forward.default, (x, weight, bias, *past, a, True, EPS))
     record = torch.stack((*past, *past, *past, a.expand(shape[1])))
-    for need_dx in (True, False):
-        opcheck(OPERATORS.backward.default, (x, x, weight, record, None, True, EPS, need_dx))
+    for need_dx, past_gradient in ((True, None), (False, None), (True, torch.stack((*past, past[1])))):
+        opcheck(OPERATORS.backward.default, (x, x, weight, record, past_gradient, True, EPS, need_dx))
 
 
 def averages_of(channels):

@@ -72,9 +72,13 @@ def normalize_images(model: nn.Module, layers: set[_BatchNorm], report: Conversi
     residual nets, leaves the first something to normalize.
     """
     made: dict[nn.Module, nn.Module] = {}
+    computed: set[nn.Module] = set()
     for _, parent in named(model, nn.Module):
         for name, child in parent._modules.items():
             if isinstance(child, _BatchNorm) and child in layers:
+                if not {"weight", "bias"} <= child._parameters.keys():
+                    computed.add(child)
+                    continue
                 if child not in made:
                     made[child] = _pair_of(child)
                 parent._modules[name] = made[child]
@@ -82,6 +86,11 @@ def normalize_images(model: nn.Module, layers: set[_BatchNorm], report: Conversi
         f"{len(made)} layers normalize each image, too: they are the first of two now, and the second has "
         "their scale and shift"
     )
+    if computed:
+        report.notes.append(
+            f"{len(computed)} layers do not, since their scale or shift is computed from others: remove the "
+            "pruning or parametrization first"
+        )
 
 
 def _pair_of(layer: _BatchNorm) -> nn.Sequential:
