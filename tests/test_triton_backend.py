@@ -20,6 +20,7 @@ from helpers import (
 
 from mbnorm.backends import aten
 from mbnorm.backends import triton as kernels
+from mbnorm.gradient import stacked, write
 
 if find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
@@ -162,6 +163,29 @@ def test_a_remembered_gradient_is_the_references(shape, layout, variance_rule):
     )
     for got, want in zip(found, wanted, strict=False):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize(("store", "spoiled"), [(True, False), (False, False), (True, True)])
+@on_each_kind
+def test_a_backward_that_remembers_does_as_one_after_a_read_and_before_a_write(shape, layout, store, spoiled):
+    x, dy = (made_for_device(shape, torch.float32, layout, seed=seed) for seed in (0, 5))
+    weight, bias = (p.to(DEVICE) for p in make_parameters(shape[1], torch.float32))
+    mean, scale = made_for_device((2, shape[1]), torch.float32, seed=6)
+    if spoiled:
+        dy[0, 0] = torch.inf
+    past = *(p.to(DEVICE, torch.float32) for p in near_statistics(x.cpu())), torch.tensor(0.3, device=DEVICE)
+    _, record = kernels.forward(x, weight, bias, *past, "pooled", EPS)
+    remembered = mean.clone(), scale.clone()
+    *found, read = kernels.remembering_backward(dy, x, weight, record, remembered, "pooled", EPS, True, store)
+    torch.testing.assert_close(read, stacked(mean, scale, record[-1]))
+    wanted = kernels.backward(dy, x, weight, record, "pooled", EPS, True, read)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+    if store:
+        write(mean, scale, read, (found[2], found[1]), x.numel() // shape[1])
+    assert not spoiled or torch.equal(mean, read[0])
+    torch.testing.assert_close(remembered, (mean, scale))
 
 
 @pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])

@@ -36,6 +36,7 @@ KERNELS = {
         triton_backward.sums_part,
         triton_backward.add_parts,
         triton_backward.input_gradient_part,
+        triton_backward.remember,
         triton_memory.read_ring,
         triton_memory.commit,
     )
@@ -67,6 +68,7 @@ def compile_for(target, kernel, dtype, rows, size="i32", **others):
         "UNBIASED": True,
         "EARLY": True,
         "REPLACES": False,
+        "STORE": True,
     }
     constants |= {"outer": 1} if rows else {}
     constants = {k: v for k, v in (constants | others).items() if k in kernel.arg_names}
@@ -134,6 +136,15 @@ def test_every_kernel_compiles_for_sizes_of_one_and_for_huge_ones(name):
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", False, **ones)) > 1000
     assert len(compile_for(TARGETS["sm_90"], kernel, "fp32", True, **ones)) > 1000
     assert len(compile_for(TARGETS["sm_90"], kernel, "bf16", False, size="i64")) > 1000
+
+
+@pytest.mark.parametrize("name", ["backward_whole", "input_gradient_part"])
+@pytest.mark.parametrize(
+    "without", [["past_scale_ptr"], ["past_ptr", "past_scale_ptr"]], ids=["read", "exact"]
+)
+def test_the_backward_compiles_for_what_was_read_before_and_for_nothing_remembered(without, name):
+    made = compile_for(TARGETS["sm_90"], KERNELS[name], "fp32", False, **dict.fromkeys(without))
+    assert len(made) > 1000
 
 
 def test_the_backward_compiles_without_an_input_gradient():

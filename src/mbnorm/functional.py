@@ -248,10 +248,21 @@ class KernelRun:
             rules = self.variance_rule, self.eps
             # batched gradients are of a transform, which has no state
             gradient = None if torch._C._functorch.is_legacy_batchedtensor(dy) else self.gradient
-            read = None if gradient is None else gradient.read(self.rows[-1])
+            if gradient is None:
+                found: tuple[Tensor | None, ...] = self.kernels.backward(
+                    dy, x, weight, self.rows, *rules, needs[0]
+                )
+                return found
+            if self._reads_in_kernels(gradient):
+                how = *rules, needs[0], gradient.stores
+                *found, past = self.kernels.remembering_backward(
+                    dy, x, weight, self.rows, gradient.buffers, *how
+                )
+                gradient.was_read(past)
+                return found
+            read = gradient.read(self.rows[-1])
             dx, dw, db = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0], read)
-            if gradient is not None:
-                gradient.commit((db, dw), x.numel() // x.shape[1])
+            gradient.commit((db, dw), x.numel() // x.shape[1])
             return dx, dw, db
         # create_graph: the gradient must be differentiable itself
         past_mean, past_var, batch_weight = Record(*self.rows)[4:]
@@ -263,6 +274,14 @@ class KernelRun:
             )
         )
         return [next(wanted) if need else None for need in needs]
+
+    def _reads_in_kernels(self, gradient: RememberedGradient) -> bool:
+        return (
+            gradient.is_unread
+            and hasattr(self.kernels, "remembering_backward")
+            and isinstance(self.rows, Tensor)
+            and all(t.dtype == self.rows.dtype and t.is_contiguous() for t in gradient.buffers)
+        )
 
 
 class FusedRun(KernelRun):

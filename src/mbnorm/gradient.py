@@ -52,6 +52,15 @@ class RememberedGradient:
         """G and S."""
         return self._mean, self._scale
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether no backward pass has come here."""
+        return self._read is None
+
+    def was_read(self, past: Tensor) -> None:
+        """Keep what a backend has read, that of the first backward pass; it has written what it had to."""
+        self._read, self._written = past, True
+
     def read(self, batch_weight: Tensor) -> Tensor:
         """Return G, S and b as the first backward pass found them, shape (3, C).
 

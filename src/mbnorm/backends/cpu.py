@@ -31,10 +31,12 @@ SOURCES = tuple(
     )
 )
 RECORD_ROWS = 7
+PAST_ROWS = 3
 
 _library: Any = None
 _forward: Any = None
 _backward: Any = None
+_remembering_backward: Any = None
 _forward_with_average: Any = None
 _forward_with_ring: Any = None
 _commit_to_average: Any = None
@@ -61,6 +63,7 @@ def _bind() -> None:
     for name, shapes in (
         ("forward", _forward_shapes),
         ("backward", _backward_shapes),
+        ("remembering_backward", _remembering_backward_shapes),
         ("forward_with_average", _forward_shapes),
         ("forward_with_ring", _forward_shapes),
         ("commit_to_average", _nothing),
@@ -79,6 +82,11 @@ def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     need_dx = others[-1]
     return torch.empty_like(x) if need_dx else x.new_empty(0), _per_channel(x), _per_channel(x)
+
+
+def _remembering_backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, need_dx, _store = others
+    return *_backward_shapes(dy, x, need_dx), _per_channel(x, PAST_ROWS)
 
 
 def _nothing(*_: Any) -> None:
@@ -125,6 +133,28 @@ def backward(
     """
     dx, dw, db = _backward(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db
+
+
+def remembering_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    record: Tensor,
+    remembered: tuple[Tensor, Tensor],
+    variance_rule: VarianceRule,
+    eps: float,
+    need_dx: bool,
+    store: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Do as `backward` with ``remembered`` as the past; return it, too, and ``store`` the batch or not.
+
+    ``remembered`` are the buffers of a `mbnorm.gradient.RememberedGradient`, in the dtype of the record.
+    """
+    how = variance_rule == "pooled", eps, need_dx, store
+    dx, dw, db, past = _remembering_backward(dy, x, weight, record, *remembered, *how)
+    if store:
+        increment_version(remembered)
+    return dx if need_dx else None, dw, db, past
 
 
 def forward_with_average(

@@ -1,11 +1,17 @@
-// The law of mixing two sets of statistics (mbnorm/blend.py), and the constants of what an average measures
-// (mbnorm/measures.py).
+// The law of mixing two sets of statistics (mbnorm/blend.py), the constants of what an average measures
+// (mbnorm/measures.py), and what a batch weighs in the memory of the backward (mbnorm/gradient.py).
 
 #pragma once
 
 namespace mbnorm {
 
 constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, MOST_IF_ALIKE = 4;
+
+// The past weighs the fourth power of what it weighs in the forward.
+inline double weight_in_gradient(double batch_weight) {
+  const double squared = (1 - batch_weight) * (1 - batch_weight);
+  return 1 - squared * squared;
+}
 
 // New statistics weigh `a`.
 struct Blend {

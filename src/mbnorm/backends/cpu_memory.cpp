@@ -28,18 +28,6 @@ void copy(A* to, const A* from, int64_t number) {
   std::memcpy(to, from, number * sizeof(A));
 }
 
-template <class A>
-bool all_finite(const A* values, int64_t number) {
-  // a value that is not finite has a zeroth multiple of NaN, and so has their sum
-  constexpr int LANES = 16;
-  A sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= number; i += LANES)
-    for (int j = 0; j < LANES; ++j) sums[j] += values[i + j] * 0;
-  for (; i < number; ++i) sums[0] += values[i] * 0;
-  return std::all_of(sums, sums + LANES, [](A sum) { return sum == 0; });
-}
-
 // What an average has measured, in the order of its tensor. There was no batch before where `samples` is
 // negative; where there are statistics all the same, it is minus the number of batches that they stand for.
 template <class A>

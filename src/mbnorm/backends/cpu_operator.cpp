@@ -210,6 +210,39 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
 
+// Do so with the past that `mean` and `scale` are, write it into the fourth result, and, if `store`, replace
+// the two by their blend with the batch's, if all of that is finite.
+std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(
+    const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& record, const Tensor& mean,
+    const Tensor& scale, bool pooled, double eps, bool need_dx, bool store) {
+  const int64_t C = x.size(1), n = x.numel() / C;
+  const Tensor past = matrix(3, C, record);
+  const auto each_type = [&](const auto& f) {
+    mean.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+  };
+  each_type([&]<class A>(A) {
+    A* read = data<A>(past);
+    std::copy_n(state<A>(mean, C), C, read);
+    std::copy_n(state<A>(scale, C), C, read + C);
+    const A* weights = state<A>(record, Record<A>::ROWS * C) + 6 * C;
+    std::fill_n(read + 2 * C, C, A(weight_in_gradient(*weights)));
+  });
+  const auto [dx, dw, db] = backward_op(dy, x, weight, record, past, pooled, eps, need_dx);
+  if (store)
+    each_type([&]<class A>(A) {
+      const A *read = data<A>(past), *sums[] = {data<A>(db), data<A>(dw)};
+      std::unique_ptr<A[]> blended(new A[2 * C]);
+      const double share = read[2 * C] / double(n), history = 1 - double(read[2 * C]);
+      for (int which = 0; which < 2; ++which)
+        for (int64_t c = 0; c < C; ++c)
+          blended[which * C + c] = share * sums[which][c] + history * read[which * C + c];
+      if (!all_finite(blended.get(), 2 * C)) return;
+      std::copy_n(blended.get(), C, data<A>(mean));
+      std::copy_n(blended.get() + C, C, data<A>(scale));
+    });
+  return {dx, dw, db, past};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
@@ -219,11 +252,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
       "bool need_dx) -> (Tensor dx, Tensor dw, Tensor db)");
+  m.def(
+      "remembering_backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor(a!) mean, "
+      "Tensor(b!) scale, bool pooled, float eps, bool need_dx, bool store) -> "
+      "(Tensor dx, Tensor dw, Tensor db, Tensor past)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbnorm_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("remembering_backward", TORCH_BOX(&remembering_backward_op));
 }
 
 }  // namespace mbnorm

@@ -2,9 +2,23 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "cpu_kernels.h"
 
 namespace mbnorm {
+
+template <class A>
+bool all_finite(const A* values, int64_t number) {
+  // a value that is not finite has a zeroth multiple of NaN, and so has their sum
+  constexpr int LANES = 16;
+  A sums[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= number; i += LANES)
+    for (int j = 0; j < LANES; ++j) sums[j] += values[i + j] * 0;
+  for (; i < number; ++i) sums[0] += values[i] * 0;
+  return std::all_of(sums, sums + LANES, [](A sum) { return sum == 0; });
+}
 
 // What a forward leaves behind: seven rows of a number per channel. `weight` is that of the batch, in every
 // column.

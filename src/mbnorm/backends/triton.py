@@ -139,3 +139,24 @@ def backward(
     run = _backward.backward if is_plain(dy, x, weight) else _operators.backward.default
     dx, dw, db = run(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
     return dx if need_dx else None, dw, db
+
+
+def remembering_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    record: Tensor,
+    remembered: tuple[Tensor, Tensor],
+    variance_rule: VarianceRule,
+    eps: float,
+    need_dx: bool,
+    store: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Do as `backward` with the past that ``remembered`` is; return it, too, and ``store`` or not."""
+    plain = is_plain(dy, x, weight)
+    run = _backward.remembering_backward if plain else _operators.remembering_backward.default
+    how = variance_rule == "pooled", eps, need_dx, store
+    dx, dw, db, past = run(dy, x, weight, record, *remembered, *how)
+    if plain and store:
+        torch.autograd.graph.increment_version(remembered)
+    return dx if need_dx else None, dw, db, past

@@ -12,6 +12,11 @@ from mbnorm.backends.triton_launch import contiguous, empty_like, kind_of, launc
 from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_range
 from mbnorm.blend import statistics_dtype
 
+PAST_ROWS = 3
+"""Of what is read of a remembered gradient: its two means, and what the batch weighs beside them."""
+MOST_AT_ONCE = 1024
+"""Channels that one program remembers at a time."""
+
 
 @triton.jit
 def _sums(
@@ -44,6 +49,19 @@ def _sums(
 
 
 @triton.jit
+def _weight_of_batch(record_ptr, past_ptr, past_scale_ptr, channels):
+    """Return what the batch weighs beside the past, which is one tensor, or two that are remembered."""
+    if past_ptr is not None and past_scale_ptr is None:
+        weight = tl.load(past_ptr + 2 * channels)
+    else:
+        weight = tl.load(record_ptr + 6 * channels)
+        if past_ptr is not None:
+            squared = (1 - weight) * (1 - weight)
+            weight = 1 - squared * squared
+    return weight
+
+
+@triton.jit
 def _input_gradient(
     dy_ptr,
     x_ptr,
@@ -51,6 +69,7 @@ def _input_gradient(
     weight_ptr,
     record_ptr,
     past_ptr,
+    past_scale_ptr,
     dw,
     db,
     offs_c,
@@ -73,16 +92,14 @@ def _input_gradient(
         scale *= tl.load(weight_ptr + offs_c, mask=channel_mask, other=0.0)
     # of the pooled variance the gradient is about the blended mean, of the averaged about the batch's
     centre = tl.load(record_ptr + (2 * channels if POOLED else 0) + offs_c, mask=channel_mask, other=0.0)
-    if past_ptr is None:
-        batch_weight = tl.load(record_ptr + 6 * channels)
-    else:
-        batch_weight = tl.load(past_ptr + 2 * channels)
+    batch_weight = _weight_of_batch(record_ptr, past_ptr, past_scale_ptr, channels)
     share = batch_weight / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
     slope = share * rstd * dw
     if past_ptr is not None:
         level += (1 - batch_weight) * tl.load(past_ptr + offs_c, mask=channel_mask, other=0.0)
-        past_scale = tl.load(past_ptr + channels + offs_c, mask=channel_mask, other=0.0)
+        scale_ptr = past_ptr + channels if past_scale_ptr is None else past_scale_ptr
+        past_scale = tl.load(scale_ptr + offs_c, mask=channel_mask, other=0.0)
         slope += (1 - batch_weight) * rstd * past_scale
     for back in range(begin, end):
         step = begin + end - 1 - back
@@ -102,6 +119,7 @@ def backward_whole(
     weight_ptr,
     record_ptr,
     past_ptr,
+    past_scale_ptr,
     dw_ptr,
     db_ptr,
     channels,
@@ -151,6 +169,7 @@ def backward_whole(
             weight_ptr,
             record_ptr,
             past_ptr,
+            past_scale_ptr,
             dw,
             db,
             offs_c,
@@ -245,6 +264,7 @@ def input_gradient_part(
     weight_ptr,
     record_ptr,
     past_ptr,
+    past_scale_ptr,
     dw_ptr,
     db_ptr,
     channels,
@@ -273,6 +293,7 @@ def input_gradient_part(
         weight_ptr,
         record_ptr,
         past_ptr,
+        past_scale_ptr,
         dw,
         db,
         offs_c,
@@ -289,6 +310,51 @@ def input_gradient_part(
     )
 
 
+@triton.jit(do_not_specialize=["n"])
+def remember(
+    record_ptr,
+    dw_ptr,
+    db_ptr,
+    mean_ptr,
+    scale_ptr,
+    past_ptr,
+    channels,
+    n,
+    STORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write the past into ``past``, and replace it by its blend with the batch, if that is finite."""
+    STATE: tl.constexpr = record_ptr.dtype.element_ty
+    weight = _weight_of_batch(record_ptr, mean_ptr, scale_ptr, channels)
+    share = weight / tl.cast(n, STATE)
+    wrong = tl.zeros((BLOCK_C,), tl.int32)
+    for first in range(0, channels, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)
+        mask = offs_c < channels
+        mean = tl.load(mean_ptr + offs_c, mask=mask, other=0.0)
+        scale = tl.load(scale_ptr + offs_c, mask=mask, other=0.0)
+        tl.store(past_ptr + offs_c, mean, mask=mask)
+        tl.store(past_ptr + channels + offs_c, scale, mask=mask)
+        tl.store(past_ptr + 2 * channels + offs_c, tl.zeros((BLOCK_C,), STATE) + weight, mask=mask)
+        mean = (1 - weight) * mean + share * tl.load(db_ptr + offs_c, mask=mask, other=0.0)
+        scale = (1 - weight) * scale + share * tl.load(dw_ptr + offs_c, mask=mask, other=0.0)
+        finite = (tl.abs(mean) < float("inf")) & (tl.abs(scale) < float("inf"))
+        wrong += tl.where(mask & (finite == 0), 1, 0)
+    if STORE:
+        finite = tl.sum(wrong, 0) == 0
+        # no thread overwrites what another has yet to read
+        tl.debug_barrier()
+        for first in range(0, channels, BLOCK_C):
+            offs_c = first + tl.arange(0, BLOCK_C)
+            mask = offs_c < channels
+            mean = tl.load(past_ptr + offs_c, mask=mask, other=0.0)
+            scale = tl.load(past_ptr + channels + offs_c, mask=mask, other=0.0)
+            mean = (1 - weight) * mean + share * tl.load(db_ptr + offs_c, mask=mask, other=0.0)
+            scale = (1 - weight) * scale + share * tl.load(dw_ptr + offs_c, mask=mask, other=0.0)
+            tl.store(mean_ptr + offs_c, mean, mask=mask & finite)
+            tl.store(scale_ptr + offs_c, scale, mask=mask & finite)
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -300,6 +366,45 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dx``, empty if it is not needed, ``dw`` and ``db``."""
+    return _backward(dy, x, weight, record, past, None, pooled, eps, need_dx)
+
+
+def remembering_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    record: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    pooled: bool,
+    eps: float,
+    need_dx: bool,
+    store: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do as `backward` with ``mean`` and ``scale`` as the past; return it, too, and ``store`` or not."""
+    gradients = _backward(dy, x, weight, record, mean, scale, pooled, eps, need_dx)
+    _, dw, db = gradients
+    kind = kind_of(x)
+    past = x.new_empty((PAST_ROWS, kind.channels), dtype=kind.state)
+    block = min(triton.next_power_of_2(kind.channels), MOST_AT_ONCE)
+    values = record.contiguous(), dw, db, mean, scale, past
+    with on_device_of(x):
+        key = kind.number, store
+        launch(remember, (1, 1), key, *values, kind.channels, kind.n, store, block)
+    return *gradients, past
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    record: Tensor,
+    past: Tensor | None,
+    past_scale: Tensor | None,
+    pooled: bool,
+    eps: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kind = kind_of(x)
     x = x if kind.dense else x.contiguous()
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
@@ -309,8 +414,8 @@ def backward(
     dw, db = (x.new_empty(channels, dtype=kind.state) for _ in range(2))
     grid, warps = (made.blocks, made.splits), made.warps
     weight, past, record = contiguous(weight), contiguous(past), record.contiguous()
-    values = dy, x, dx, weight, record, past, dw, db
-    key: Any = kind.number, weight is None, past is None, need_dx, pooled, eps
+    values = dy, x, dx, weight, record, past, past_scale, dw, db
+    key: Any = kind.number, weight is None, past is None, past_scale is None, need_dx, pooled, eps
     rules = *kind.sizes, eps, pooled, *kind.layout
     with on_device_of(x):
         if made.splits == 1:
@@ -332,6 +437,18 @@ def _shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor
     return empty_like(x) if need_dx else x.new_empty(0), dw, db
 
 
+def _remembering_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, need_dx, _store = others
+    past = x.new_empty((PAST_ROWS, x.shape[1]), dtype=statistics_dtype(x.dtype))
+    return *_shapes(dy, x, need_dx), past
+
+
+register(
+    "remembering_backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor(a!) mean, "
+    "Tensor(b!) scale, bool pooled, float eps, bool need_dx, bool store) -> (Tensor, Tensor, Tensor, Tensor)",
+    remembering_backward,
+    _remembering_shapes,
+)
 register(
     "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
     "bool need_dx) -> (Tensor, Tensor, Tensor)",
