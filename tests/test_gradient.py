@@ -499,3 +499,15 @@ def test_the_gradient_of_a_layer_cannot_be_changed():
 def test_the_repr_shows_what_is_remembered():
     assert "gradient=remembered" in repr(build("matched"))
     assert "gradient" not in repr(build("matched", gradient="exact"))
+
+
+@pytest.mark.parametrize("change", [MatchedBatchNorm2d.reset_running_stats, MatchedBatchNorm2d.seed])
+def test_a_backward_pass_after_a_reset_or_a_new_start_writes_nothing(change):
+    layer = trained(build("matched"))
+    x, dy = batch(4)
+    y = layer(x.requires_grad_())
+    change(layer)
+    before = own(layer)
+    y.backward(dy)
+    for got, want in zip(own(layer), before, strict=True):
+        assert torch.equal(got, want)

@@ -204,7 +204,10 @@ class CallLog:
         return CallLog, ()
 
     def clear(self) -> None:
-        """Forget all forwards."""
+        """Forget all forwards; their backward passes write nothing."""
+        for call in self.calls:
+            if call.gradient is not None:
+                call.gradient.stores = False
         self.calls.clear()
 
     def drop_done(self) -> None:
