@@ -9,9 +9,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mbnorm.leaves import leaf_of
 from mbnorm.values import has_values
 
 Layer: TypeAlias = _ConvNd | nn.Linear
@@ -69,6 +71,18 @@ class _Centered:
     def dimensions(self) -> int:
         """Dimensions of the weight."""
         return 2 if isinstance(self, nn.Linear) else 2 + len(cast(_ConvNd, self).kernel_size)
+
+    def forward(self, input: Tensor, *others: Any) -> Tensor:
+        """Do as torch's layer; to torch.fx it is a leaf, as that is."""
+        if isinstance(input, Proxy):
+            return leaf_of(self, input, *others)
+        return cast(Tensor, super().forward(input, *others))  # type: ignore[misc]
+
+    def reset_parameters(self) -> None:
+        """Draw new weights as torch's layer does, and center them."""
+        super().reset_parameters()  # type: ignore[misc]
+        if has_values(self.weight):
+            center(cast(Layer, self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -128,6 +142,8 @@ CENTERED: dict[type[nn.Module], type[nn.Module]] = {
 _STOCK = {centered: stock for stock, centered in CENTERED.items()}
 
 _layers: "WeakSet[Any]" = WeakSet()
+_early: "WeakSet[torch.optim.Optimizer]" = WeakSet()
+"""Optimizers whose present step has been followed before torch calls the hook."""
 _follows = False
 # copies may be made in one thread while another trains
 _lock = Lock()
@@ -162,10 +178,22 @@ def _follow(layer: _Centered) -> None:
             _follows = True
 
 
+def center_early(optimizer: torch.optim.Optimizer) -> None:
+    """Center what a step has changed for a hook of the optimizer's own: torch calls ours after those."""
+    if _layers:
+        _center_layers_of(optimizer)
+        _early.add(optimizer)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if optimizer in _early:
+        _early.discard(optimizer)
+    elif _layers:
+        _center_layers_of(optimizer)
+
+
+def _center_layers_of(optimizer: torch.optim.Optimizer) -> None:
     """Center the layers whose weights an optimizer has changed: after its step, so after their backward."""
-    if not _layers:
-        return
     with _lock:
         layers = list(_layers)
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

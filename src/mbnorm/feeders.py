@@ -1,14 +1,16 @@
 """Which convolutions and linear layers feed the batch norms of a net."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from mbnorm.values import has_values
 
 Feeder: TypeAlias = _ConvNd | nn.Linear
 
@@ -69,6 +71,34 @@ def _in_parts(model: nn.Module) -> Feeders:
     return found
 
 
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Undo what a trace does beside its graph: a forward may keep proxies, count, or draw random numbers."""
+    # those of TorchScript are no dictionaries, and a trace stays out of them
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    registered: list[tuple[Any, dict[str, Any]]] = [
+        (entries, dict(entries))
+        for module in modules
+        for entries in (module._parameters, module._buffers, module._modules)
+    ]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if has_values(buffer)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for entries, entries_before in registered:
+            entries.clear()
+            entries.update(entries_before)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(
@@ -78,7 +108,8 @@ class _Tracer(fx.Tracer):
 
 def _in_graph(model: nn.Module) -> Feeders:
     try:
-        graph = _Tracer().trace(model)
+        with _left_as_it_is(model):
+            graph = _Tracer().trace(model)
     # what a net's own code raises for a proxy can be anything
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -100,7 +131,8 @@ def _in_graph(model: nn.Module) -> Feeders:
         ):
             elsewhere.add(module)
     # weights that a forward reads by themselves
-    read = {id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(parameters.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
     elsewhere |= {m for m in modules.values() if isinstance(m, (_ConvNd, nn.Linear)) and id(m.weight) in read}
     return _sorted(uses, elsewhere)
 

@@ -9,6 +9,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.conversion import ConversionReport, named
+from mbnorm.leaves import leaf_of
 
 GROUPS = 8
 """Of channels, in each image; fewer where that leaves less than two channels a group."""
@@ -37,9 +38,7 @@ class PerImageNorm(nn.GroupNorm):
         # two conditions: TorchScript leaves out what is behind the first alone
         if not is_scripting():  # noqa: SIM102
             if isinstance(input, Proxy):
-                # a leaf, as torch's own layers are
-                name = input.tracer.path_of_module(self)
-                return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
+                return leaf_of(self, input)
         # a group of so few values is worth nothing
         if self.active and input.numel() > input.size(0) * input.size(1):
             return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -22,6 +22,7 @@ from mbnorm.layers.prepared import PreparedForward
 from mbnorm.layers.seal import SEAL, Seal
 from mbnorm.layers.sharing import Sharing
 from mbnorm.layers.state_dict import fit_state_dict, options_written
+from mbnorm.leaves import leaf_of
 from mbnorm.memories.memory import CUMULATIVE, RAW, InferenceUpdate, Memory, Past, State
 from mbnorm.recompute import (
     Call,
@@ -449,8 +450,11 @@ class HistoryBatchNorm(_BatchNorm):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the memory's buffers."""
-        return sum(t.numel() * t.element_size() for t in self.state) if self.has_memory else 0
+        """Bytes of the buffers that remember, for the forward and for the backward."""
+        if not self.has_memory:
+            return 0
+        remembered = (*self.state, *(cast(Tensor, self._buffers[name]) for name in self._gradient_buffers))
+        return sum(t.numel() * t.element_size() for t in remembered)
 
     def extra_repr(self) -> str:
         """Return torch's description, the memory's options and size, and who shares it."""
@@ -477,7 +481,7 @@ class HistoryBatchNorm(_BatchNorm):
 
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return self._leaf_of(input)
+            return leaf_of(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and not (self.has_memory or torch.compiler.is_compiling()):
             self._take_given_statistics()
@@ -564,11 +568,6 @@ class HistoryBatchNorm(_BatchNorm):
         from mbnorm.tracing import exports
 
         return bool(exports())
-
-    def _leaf_of(self, input: Proxy) -> Tensor:
-        """Return what torch.fx notes of torch's own layers: one call of a module, in both modes."""
-        name = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
-        return cast(Tensor, input.tracer.create_proxy("call_module", name, (input,), {}))
 
     def fused_kernels(self, input: Tensor, backend: Chosen) -> ModuleType | None:
         """Return the kernels that read and commit as well, if there are any for this memory and input."""
