@@ -194,7 +194,7 @@ class MatchedNorm(MomentumNorm):
         self,
         channels: int,
         *,
-        matched_values: int = 32,
+        matched_values: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
         eps: float = 1e-5,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mbnorm import MatchedBatchNorm2d, center_filters, convert, revert
+from mbnorm import DoubleForward, MatchedBatchNorm2d, center_filters, convert, revert
 from mbnorm.centered import CENTERED, CenteredConv2d, is_centered
 from mbnorm.experiments import nets
 from mbnorm.feeders import _in_forward, _in_graph
@@ -167,8 +167,8 @@ def test_the_parts_of_a_net_are_traced_where_it_cannot_be():
 
 def test_what_cannot_be_traced_is_converted_without_centered_filters():
     model = Branching()
-    report = convert(model, center_filters=True)
-    assert any("norm has no centered filters: torch.fx cannot trace Branching" in n for n in report.notes)
+    report = convert(model)
+    assert any("no centered filters for norm: torch.fx cannot trace Branching" in n for n in report.notes)
     assert isinstance(model.norm, MatchedBatchNorm2d)
 
 
@@ -412,21 +412,97 @@ def test_a_layer_without_values_is_taken_as_it_is():
     assert sums(model[0]) < 1e-4
 
 
-def test_convert_centers_where_it_is_asked_to():
+@pytest.mark.parametrize(
+    ("method", "options", "centers"),
+    [
+        ("matched", {}, True),
+        ("matched", {"center_filters": False}, False),
+        ("momentum", {"batch_size": 2}, False),
+        ("memorized", {"memory_size": 4}, False),
+        ("momentum", {"batch_size": 2, "center_filters": True}, True),
+    ],
+    ids=str,
+)
+def test_convert_centers_filters_with_matched_and_where_it_is_asked_to(method, options, centers):
     model = net()
-    report = convert(model, center_filters=True)
-    assert {"0", "1", "3", "4", "8", "9"} == report.converted.keys()
-    assert sums(model[0]) < 1e-5
-    plain = net()
-    convert(plain)
-    assert type(plain[0]) is nn.Conv2d
+    report = convert(model, method, **options)
+    assert {"1", "4", "9"} | ({"0", "3", "8"} if centers else set()) == report.converted.keys()
+    assert (sums(model[0]) < 1e-5) == centers
+
+
+def test_convert_leaves_the_filters_of_a_net_alone_in_which_a_batch_norm_is_trained():
+    model = net()
+    model[1].running_mean.add_(1)
+    before = [p.clone() for p in model.parameters()]
+    report = convert(model)
+    assert {"1", "4", "9"} == report.converted.keys()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_converts_report_notes_what_has_no_centered_filters():
-    model = Wired()
-    report = convert(model, center_filters=True)
+    report = convert(Wired())
     assert report.skipped == {}
-    assert "of_sum has no centered filters: no convolution or linear layer feeds it directly" in report.notes
+    note = "no centered filters for of_sum: no convolution or linear layer feeds it directly"
+    assert note in report.notes
+
+
+def test_converts_report_names_a_few_and_counts_the_rest():
+    pairs = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))]
+    (note,) = convert(nn.Sequential(*pairs)).notes
+    assert note == "no centered filters for 0, 2, 4, 6 and 2 more: each of its filters has one input channel"
+
+
+class Careless(nn.Module):
+    """Keeps what it saw, counts its calls, and draws numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.calls = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.last = x
+        self.calls += 1
+        self.count += 1
+        return self.norm(self.conv(x)) + torch.rand(1)
+
+
+def test_a_search_for_filters_leaves_the_net_and_the_random_numbers_alone():
+    model = Careless()
+    before, drawn = set(vars(model)), torch.random.get_rng_state()
+    assert len(convert(model).converted) == 2
+    assert (set(vars(model)), model.calls, float(model.count)) == (before, 0, 0.0)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_new_weights_are_centered():
+    model = centered()
+    model[0].reset_parameters()
+    assert sums(model[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d, nn.Linear])
+def test_torch_fx_takes_them_as_leaves(kind):
+    size = () if kind is nn.Linear else (3,)
+    norm = nn.BatchNorm1d(4) if kind is nn.Linear else nn.BatchNorm2d(4)
+    model = nn.Sequential(kind(3, 4, *size), norm)
+    center_filters(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+
+
+def test_a_second_forward_after_a_step_sees_centered_filters():
+    model = centered()
+    seen = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert(model, "memorized", memory_size=4)
+    DoubleForward(model, optimizer)
+    model[0].register_forward_hook(lambda layer, *_: seen.append(float(sums(layer))))
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+    assert len(seen) == 6
+    assert max(seen) < 1e-5
 
 
 def test_only_the_layers_of_the_stepped_optimizer_are_looked_at():

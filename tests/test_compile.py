@@ -38,7 +38,6 @@ on_every_method = pytest.mark.parametrize("method", METHODS)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated"),
 ]
 
 

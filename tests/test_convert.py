@@ -223,18 +223,23 @@ def test_momentum_follows_the_batch_size(m, weight):
     assert layer.momentum == pytest.approx(1 - 0.9 ** (m / 32))
 
 
-def test_the_default_matches_the_noise():
+@pytest.mark.parametrize("method", [[], ["matched"]], ids=["nothing", "matched"])
+def test_matched_is_the_default_and_needs_nothing(method):
     layer = nn.BatchNorm1d(3)
-    convert(layer)
-    assert (layer.matched_values, layer.measured) == (32, True)
+    convert(layer, *method)
+    assert (layer.matched_values, layer.measured, layer.gradient) == (128, True, "remembered")
     assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 
-def test_matched_needs_nothing():
+def test_ranks_that_are_late_have_the_exact_gradient_unless_one_asks_for_another():
     layer = nn.BatchNorm1d(3)
-    convert(layer, "matched")
-    assert (layer.matched_values, layer.measured) == (32, True)
-    assert (layer.early_weight, layer.momentum) == (8, 0.1)
+    convert(layer, process_group="world", sync="late")
+    assert (layer.gradient, MatchedBatchNorm1d(3, process_group="world", sync="late").gradient) == (
+        "exact",
+        "exact",
+    )
+    with pytest.raises(ValueError, match='sync="late" needs gradient="exact"'):
+        convert(nn.BatchNorm1d(3), process_group="world", sync="late", gradient="remembered")
 
 
 def test_options_win_over_the_batch_size():
@@ -399,7 +404,7 @@ def test_wrong_arguments_convert_nothing(arguments, error, words):
 @on_every_method
 def test_stock_checkpoints_load_strictly_into_a_converted_model(method):
     stock, model = net(), net(trained=False)
-    convert(model, method)
+    convert(model, method, center_filters=False)
     model.load_state_dict(stock.state_dict(), strict=True)
     assert torch.equal(model.eval()(images()), stock.eval()(images()))
     torch.testing.assert_close(model[0].norm.read(8).mean, stock[0].norm.running_mean)
@@ -409,7 +414,7 @@ def test_stock_checkpoints_load_strictly_into_a_converted_model(method):
 def test_meta_models_are_converted(method):
     with torch.device("meta"):
         model = net(trained=False)
-    report = convert(model, method)
+    report = convert(model, method, center_filters=False)
     assert len(report.converted) == 2
     assert model[0].norm.memory_mean.is_meta
 

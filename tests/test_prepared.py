@@ -124,7 +124,7 @@ CHANGES = {
     "not tracking": set_attribute("track_running_stats", False),
     "eval mode": lambda layer: layer.eval(),
     "shared": lambda layer: layer.share_with("world"),
-    "shared late": lambda layer: layer.share_with("world", "late"),
+    "gradient": set_attribute("_gradient", "exact"),
     "reset": lambda layer: layer.reset_running_stats(),
     "seeded": lambda layer: layer.seed(),
     "loaded": lambda layer: layer.load_state_dict(made_like(layer).state_dict()),

@@ -43,6 +43,7 @@ CHANNELS = 5
 
 def make_layer(name, dims=2, **options):
     kind, own = (LAYERS | REMEMBERING)[name]
+    own = {"gradient": "exact"} | own
     layer = getattr(mbnorm, f"{kind}BatchNorm{dims}d")(CHANNELS, dtype=torch.float64, **own, **options)
     weight, bias = make_parameters(CHANNELS, torch.float64)
     with torch.no_grad():

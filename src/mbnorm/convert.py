@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mbnorm import centering
-from mbnorm.centered import release
+from mbnorm.centered import CENTERED, release
 from mbnorm.conversion import ConversionReport, named
+from mbnorm.feeders import Feeder
+from mbnorm.gradient import default_gradient
 from mbnorm.layers import (
     HistoryBatchNorm,
     MatchedBatchNorm1d,
@@ -32,6 +34,8 @@ Method: TypeAlias = Literal["matched", "momentum", "memorized"]
 SAMPLES_REMEMBERED = 128
 IDEAL_BATCH_SIZE = 32
 INFERENCE_MOMENTUM = 0.9
+NAMED = 4
+"""Layers that a note names; it counts the others."""
 LAYER_OPTIONS = ("backend", "process_group", "sync", "gradient")
 """Options that the layers have whatever their memory."""
 
@@ -49,7 +53,7 @@ def convert(
     method: Method = "matched",
     *,
     batch_size: int | None = None,
-    center_filters: bool = False,
+    center_filters: bool | None = None,
     per_image: bool = False,
     example: Any = None,
     **options: Any,
@@ -57,19 +61,20 @@ def convert(
     """Turn the batch norms of ``model`` into layers with a memory, in place.
 
     The module objects themselves change their type, so parameters, hooks, sharing, optimizers built
-    before, device, dtype and modes stay, and eval mode gives the same output bit for bit. Only
+    before, device, dtype and modes stay. In a trained net eval mode gives the same output bit for bit. Only
     `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` themselves are converted: a subclass may do more than
     normalize. A trained batch norm, whose running statistics are not all 0 and 1, starts the memory from
     these, whatever num_batches_tracked says.
 
     Args:
         model: any module, a batch norm itself included.
-        method: "matched" (ours: each layer measures which history weight to use; needs nothing else),
-            "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
+        method: "matched" (ours: each layer measures which history weight to use, and remembers the gradient;
+            needs nothing else), "momentum" (Yong et al., ECCV 2020) or "memorized" (Guo et al., AAAI 2018).
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
-        center_filters: center the filters in front of untrained layers, as `center_filters` does.
+        center_filters: center the filters in front of untrained layers, as `mbnorm.center_filters` does.
+            None does so for "matched" in a net none of whose batch norms is trained.
         per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
             That is a layer of its own, which takes over scale and shift, and stays when the net is reverted.
             The two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.1.weight`` from then on.
@@ -86,7 +91,8 @@ def convert(
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> print(convert(model))
-    1 converted, 0 skipped
+    2 converted, 0 skipped
+      0: Conv2d -> CenteredConv2d, feeds 1
       1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
     """
     if method not in get_args(Method):
@@ -94,13 +100,13 @@ def convert(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     table = dict(zip(_STOCK, _OURS[method], strict=True))
-    options = _defaults(method, batch_size) | options
+    options = _defaults(method, batch_size, options.get("sync")) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
     report = ConversionReport()
+    if center_filters is None:
+        center_filters = method == "matched" and _is_from_scratch(model)
     if center_filters:
-        centered = centering.center_filters(model, example)
-        report.converted.update(centered.converted)
-        report.notes += [f"{name} has no centered filters: {why}" for name, why in centered.skipped.items()]
+        _center_filters(model, example, report)
     starts = set()
     idle = []
     of_maps: set[_BatchNorm] = set()
@@ -126,6 +132,28 @@ def convert(
     if not (report.converted or report.skipped):
         report.notes.append(without_batch_norm(model))
     return report
+
+
+def _is_from_scratch(model: nn.Module) -> bool:
+    """Return whether there is something to center in a net, and none of its batch norms is trained."""
+    statistics = ((m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm))
+    trained = (mean is not None and var is not None and is_trained(mean, var) for mean, var in statistics)
+    return any(isinstance(m, Feeder) for m in model.modules()) and not any(trained)
+
+
+def _center_filters(model: nn.Module, example: Any, report: ConversionReport) -> None:
+    centered = centering.center_filters(model, example)
+    report.converted.update(centered.converted)
+    not_centered: dict[str, list[str]] = {}
+    modules = dict(named(model, nn.Module))
+    for name, why in centered.skipped.items():
+        if type(modules[name]) not in CENTERED.values():
+            not_centered.setdefault(why, []).append(name)
+    report.notes += [f"no centered filters for {_first(names)}: {why}" for why, names in not_centered.items()]
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def without_batch_norm(model: nn.Module) -> str:
@@ -260,8 +288,10 @@ def revert(model: nn.Module) -> ConversionReport:
     return report
 
 
-def _defaults(method: Method, batch_size: int | None) -> dict[str, Any]:
-    if batch_size is None or method == "matched":
+def _defaults(method: Method, batch_size: int | None, sync: object) -> dict[str, Any]:
+    if method == "matched":
+        return {"gradient": default_gradient(sync)}
+    if batch_size is None:
         return {}
     if method == "memorized":
         return {"memory_size": -(-SAMPLES_REMEMBERED // batch_size)}

@@ -99,6 +99,11 @@ def write(mean: Tensor, scale: Tensor, read: Tensor, sums: tuple[Tensor, Tensor]
     scale.copy_(found[1])
 
 
+def default_gradient(sync: object) -> Gradient:
+    """Return the gradient that Matched layers have if none is asked for."""
+    return "exact" if sync == "late" else "remembered"
+
+
 def check_gradient(gradient: str, sync: object) -> None:
     """Refuse what is no way to the gradient, or none with the other options.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mbnorm.distributed import ProcessGroup, Sync
 from mbnorm.functional import Backend
-from mbnorm.gradient import Gradient
+from mbnorm.gradient import Gradient, default_gradient
 from mbnorm.layers.layer import HistoryBatchNorm
 from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.memories.memory import option
@@ -31,16 +31,18 @@ class _MatchedBatchNorm(HistoryBatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
-        matched_values: int = 32,
+        matched_values: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
         sync: Sync = True,
-        gradient: Gradient = "exact",
+        gradient: Gradient | None = None,
     ) -> None:
         memory = MeasuredAverage(matched_values, measured, early_weight)
         torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        if gradient is None:
+            gradient = default_gradient(sync)
         super().__init__(*torchs, memory, backend, process_group, sync, gradient)
 
 
@@ -93,9 +95,10 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
             every rank waits for them. "late" normalizes with those of this rank's part, and lets the
             whole batch's enter the memory at the next forward, for which no rank waits.
-        gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
-            norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
-            keeps 2 C numbers more, is not a derivative, and does not go with sync="late".
+        gradient: "remembered" averages the two means that batch norm takes out of a gradient over batches,
+            too; see `mbnorm.gradient.RememberedGradient`. It keeps 2 C numbers more, is not the derivative of
+            the forward, and does not go with sync="late". "exact" is the derivative. None is "remembered",
+            and with sync="late" "exact".
 
     Raises:
         TypeError: ``process_group`` is none.

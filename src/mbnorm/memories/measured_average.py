@@ -45,7 +45,7 @@ class MeasuredAverage(Average):
     options = ("matched_values", "measured", "early_weight")
     written = ("matched_values", "measured")
 
-    def __init__(self, matched_values: int = 32, measured: bool = True, early_weight: float = 8.0) -> None:
+    def __init__(self, matched_values: int = 128, measured: bool = True, early_weight: float = 8.0) -> None:
         if not matched_values >= 1:
             raise ValueError(f"matched_values must be at least 1, got {matched_values}")
         if not 0 <= early_weight < math.inf:
