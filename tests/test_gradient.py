@@ -54,6 +54,7 @@ def own(layer):
     return layer.gradient_mean.clone(), layer.gradient_scale.clone()
 
 
+@pytest.mark.contract("GR-1")
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 @on_every_kind
@@ -100,6 +101,7 @@ def error(layer, dtype):
     return (x.grad.double() - exact.grad).abs().max().item()
 
 
+@pytest.mark.contract("GR-1")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_lower_precision_errs_at_most_twice_as_much_as_batch_norm(backend, dtype):
@@ -111,6 +113,7 @@ def test_lower_precision_errs_at_most_twice_as_much_as_batch_norm(backend, dtype
     assert error(ours, dtype) <= 2 * error(nn.BatchNorm2d(3), dtype)
 
 
+@pytest.mark.contract("GR-1")
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("shape", "memory_format"), LAYOUTS, ids=layout_id)
@@ -147,6 +150,7 @@ def test_the_forward_is_that_of_the_exact_gradient(kind):
         y.backward(dy)
 
 
+@pytest.mark.contract("GR-1")
 @on_every_kind
 def test_where_the_batch_counts_alone_it_is_the_exact_gradient(kind):
     """The first batch has no past in the forward either."""
@@ -168,6 +172,7 @@ def test_a_full_past_keeps_the_gradient_orthogonal_to_shift_and_scale():
     assert (x.grad * x.detach()).sum((0, 2, 3)).abs().max() < 1e-4
 
 
+@pytest.mark.contract("GR-2")
 def test_a_second_backward_of_a_forward_reads_the_same_and_writes_nothing():
     layer = trained(build("matched"))
     x, dy = batch(5)
@@ -180,6 +185,7 @@ def test_a_second_backward_of_a_forward_reads_the_same_and_writes_nothing():
     assert all(map(torch.equal, own(layer), written))
 
 
+@pytest.mark.contract("GR-2")
 def test_two_losses_have_the_gradients_of_one_past():
     layer = trained(build("matched"))
     x, dy = batch(5)
@@ -198,6 +204,7 @@ def test_two_losses_have_the_gradients_of_one_past():
     torch.testing.assert_close(second, again.grad)
 
 
+@pytest.mark.contract("GR-2")
 def test_gradients_of_inputs_alone_are_remembered_too():
     layer, other = trained(build("matched")), trained(build("matched"))
     x, dy = batch(5)
@@ -207,6 +214,7 @@ def test_gradients_of_inputs_alone_are_remembered_too():
     assert all(map(torch.equal, own(layer), own(other)))
 
 
+@pytest.mark.contract("GR-2")
 def test_gradients_of_parameters_alone_are_remembered_too():
     layer, other = trained(build("matched")), trained(build("matched"))
     x, dy = batch(5)
@@ -215,6 +223,7 @@ def test_gradients_of_parameters_alone_are_remembered_too():
     assert all(map(torch.equal, own(layer), own(other)))
 
 
+@pytest.mark.contract("GR-2")
 def test_several_forwards_before_their_backwards_are_remembered_in_the_order_of_these():
     layer = build("momentum")
     (x1, dy1), (x2, dy2) = batch(1), batch(2)
@@ -232,6 +241,7 @@ def _means(y, dy):
     return dy.mean((0, 2, 3)), (dy * y.detach()).mean((0, 2, 3))
 
 
+@pytest.mark.contract("GR-3")
 @pytest.mark.parametrize("how", ["no_update", "momentum=0"])
 def test_what_is_not_stored_is_read_and_not_written(how):
     layer = trained(build("matched"))
@@ -253,6 +263,7 @@ def test_what_is_not_stored_is_read_and_not_written(how):
     assert not torch.allclose(x.grad, again.grad)
 
 
+@pytest.mark.contract("GR-3")
 def test_eval_mode_has_torchs_gradient():
     layer = trained(build("matched")).eval()
     before = own(layer)
@@ -263,6 +274,7 @@ def test_eval_mode_has_torchs_gradient():
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-3")
 def test_a_graph_of_the_gradient_is_of_the_exact_one_and_nothing_is_written():
     layer, exact = trained(build("matched")), build("matched", gradient="exact")
     exact.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("gradient")})
@@ -275,6 +287,7 @@ def test_a_graph_of_the_gradient_is_of_the_exact_one_and_nothing_is_written():
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-4")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_remembered(value):
     layer = trained(build("matched"))
@@ -285,6 +298,7 @@ def test_what_is_not_finite_is_not_remembered(value):
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-5")
 @pytest.mark.parametrize("reentrant", [False, True])
 @on_every_kind
 def test_checkpointing_remembers_each_backward_once(kind, reentrant):
@@ -298,6 +312,7 @@ def test_checkpointing_remembers_each_backward_once(kind, reentrant):
         assert all(map(torch.equal, own(plain), own(saving)))
 
 
+@pytest.mark.contract("GR-5")
 def test_a_checkpoint_of_a_block_that_is_called_twice():
     plain, saving = trained(build("matched")), trained(build("matched"))
     x, dy = batch(5)
@@ -309,6 +324,7 @@ def test_a_checkpoint_of_a_block_that_is_called_twice():
     assert all(map(torch.equal, own(plain), own(saving)))
 
 
+@pytest.mark.contract("GR-3")
 def test_the_second_forward_leaves_it_alone():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), build("matched"))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -323,12 +339,14 @@ def test_the_second_forward_leaves_it_alone():
         assert before[0].abs().max() > 0
 
 
+@pytest.mark.contract("GR-6")
 def test_resetting_forgets():
     layer = trained(build("matched"))
     layer.reset_running_stats()
     assert all((t == 0).all() for t in own(layer))
 
 
+@pytest.mark.contract("GR-6")
 def test_a_state_dict_brings_it_back():
     layer = trained(build("matched"))
     other = build("matched")
@@ -336,6 +354,7 @@ def test_a_state_dict_brings_it_back():
     assert all(map(torch.equal, own(layer), own(other)))
 
 
+@pytest.mark.contract("GR-6")
 def test_a_checkpoint_of_exact_gradients_loads_with_nothing_remembered():
     exact, layer = trained(build("matched", gradient="exact")), trained(build("matched"))
     with pytest.warns(UserWarning, match="written with gradient='exact'"):
@@ -344,6 +363,7 @@ def test_a_checkpoint_of_exact_gradients_loads_with_nothing_remembered():
     assert torch.equal(layer.memory_mean, exact.memory_mean)
 
 
+@pytest.mark.contract("GR-6")
 def test_a_layer_with_exact_gradients_loads_without_it():
     exact, layer = build("matched", gradient="exact"), trained(build("matched"))
     with pytest.warns(UserWarning, match="written with gradient='remembered'"):
@@ -351,6 +371,7 @@ def test_a_layer_with_exact_gradients_loads_without_it():
     assert torch.equal(layer.memory_mean, exact.memory_mean)
 
 
+@pytest.mark.contract("GR-6")
 def test_a_stock_checkpoint_loads_with_nothing_remembered():
     layer = build("matched")
     stock = nn.BatchNorm2d(3)
@@ -359,6 +380,7 @@ def test_a_stock_checkpoint_loads_with_nothing_remembered():
     assert all((t == 0).all() for t in own(layer))
 
 
+@pytest.mark.contract("GR-6")
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_have_their_own(way):
     layer = trained(build("matched"))
@@ -368,6 +390,7 @@ def test_copies_have_their_own(way):
     assert not torch.equal(own(layer)[0], own(other)[0])
 
 
+@pytest.mark.contract("GR-6")
 def test_convert_and_revert():
     net = nn.Sequential(nn.BatchNorm2d(3))
     convert(net, gradient="remembered")
@@ -383,11 +406,13 @@ def test_exact_gradients_keep_nothing():
     )
 
 
+@pytest.mark.contract("GR-6")
 def test_half_keeps_it_in_float32():
     layer = trained(build("matched")).half()
     assert layer.gradient_mean.dtype == torch.float32
 
 
+@pytest.mark.contract("GR-7")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @on_every_kind
@@ -406,6 +431,7 @@ def test_compiled_code_remembers_as_eager(kind, backend):
         torch.testing.assert_close(dict(other.named_buffers()), dict(eager.named_buffers()))
 
 
+@pytest.mark.contract("GR-7")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_code_that_calls_a_layer_twice_remembers_both():
     torch._dynamo.reset()
@@ -425,6 +451,7 @@ def test_an_unknown_gradient_is_refused():
         MatchedBatchNorm2d(3, gradient="mine")
 
 
+@pytest.mark.contract("GR-8")
 def test_ranks_that_do_not_wait_have_exact_gradients():
     with pytest.raises(ValueError, match=r'sync="late" needs gradient="exact"'):
         MomentumBatchNorm2d(3, history_weight=0.5, gradient="remembered", process_group="world", sync="late")
@@ -441,6 +468,7 @@ def test_one_step_of_training_is_no_derivative_of_its_loss():
     assert not torch.allclose(x.grad, again.grad)
 
 
+@pytest.mark.contract("GR-1")
 @pytest.mark.parametrize(("own", "given"), [("float64", "float32"), ("float32", "float64")])
 def test_layers_and_inputs_may_differ_in_precision(own, given):
     layer = build("matched", dtype=getattr(torch, own))
@@ -451,6 +479,7 @@ def test_layers_and_inputs_may_differ_in_precision(own, given):
     assert layer.gradient_mean.abs().max() > 0
 
 
+@pytest.mark.contract("GR-3")
 def test_batched_gradients_are_exact_and_write_nothing():
     layer, exact = trained(build("matched")), trained(build("matched", gradient="exact"))
     before = own(layer)
@@ -463,6 +492,7 @@ def test_batched_gradients_are_exact_and_write_nothing():
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-6")
 @pytest.mark.parametrize(
     "change", [lambda layer: layer.to("cpu"), lambda layer: layer.float(), nn.Module.eval]
 )
@@ -475,6 +505,7 @@ def test_the_buffers_are_the_same_tensors_after_a_move_that_moves_nothing(change
     assert layer.gradient_scale is buffers[1]
 
 
+@pytest.mark.contract("GR-6")
 def test_a_state_of_its_own_tensors_keeps_the_memory():
     layer = trained(build("matched"))
     state = layer.state_dict()
@@ -486,6 +517,7 @@ def test_a_state_of_its_own_tensors_keeps_the_memory():
     assert torch.equal(layer.memory_measured, memory)
 
 
+@pytest.mark.contract("GR-8")
 def test_sharing_late_is_refused_too():
     with pytest.raises(ValueError, match="needs gradient="):
         build("matched").share_with("world", "late")
@@ -501,6 +533,7 @@ def test_the_repr_shows_what_is_remembered():
     assert "gradient" not in repr(build("matched", gradient="exact"))
 
 
+@pytest.mark.contract("GR-4")
 @pytest.mark.parametrize("change", [MatchedBatchNorm2d.reset_running_stats, MatchedBatchNorm2d.seed])
 def test_a_backward_pass_after_a_reset_or_a_new_start_writes_nothing(change):
     layer = trained(build("matched"))

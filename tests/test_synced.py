@@ -94,7 +94,7 @@ def train(rank, name, dims, sync, options):
     return trace
 
 
-@pytest.mark.contract("DD-3", "DD-5")
+@pytest.mark.contract("DD-3", "DD-5", "GR-8")
 @pytest.mark.parametrize("dims", SHAPES)
 @pytest.mark.parametrize("name", LAYERS | REMEMBERING)
 def test_pooled_ranks_are_one_process_with_the_whole_batch(two_ranks, name, dims):
