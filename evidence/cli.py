@@ -18,6 +18,7 @@ from evidence import (
     fine_tuning,
     gap,
     gradient_forms,
+    loss_scale,
     noise,
     oracle,
     orthogonality,
@@ -50,6 +51,7 @@ CLAIMS: dict[str, Claim] = {
     "oracle": oracle.CLAIM,
     "orthogonality": orthogonality.CLAIM,
     "gradient-forms": gradient_forms.CLAIM,
+    "loss-scale": loss_scale.CLAIM,
     "fine-tuning": fine_tuning.CLAIM,
     "fine-tuning-confirmed": fine_tuning.CONFIRMED,
 }

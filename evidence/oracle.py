@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
 from evidence.lists import MLP, Entrant, data_of
+from evidence.rule import matched
 from evidence.trained import loss_cell, score_of, where
 from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
@@ -26,8 +27,8 @@ ORACLES = (THROUGH, CONSTANT)
 ENTRANTS = {
     "batch norm at 2": Entrant("batch"),
     "batch norm at 32": Entrant("batch", LARGE),
-    "matched, exact": Entrant("matched", None, (("gradient", "exact"),)),
-    "matched, remembered": Entrant("matched", None, (("gradient", "remembered"),)),
+    "matched, exact": matched("exact", 32),
+    "matched, remembered": matched("remembered", 32),
 }
 NAMES = (*ORACLES, *ENTRANTS)
 RATE = 0.1

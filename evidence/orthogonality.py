@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, mean_cell
 from evidence.lists import MLP, Entrant, data_of
+from evidence.rule import matched
 from evidence.trained import where
 from mbnorm.experiments.estimates import PERCENT
 from mbnorm.experiments.grid import Run
@@ -19,8 +20,8 @@ from mbnorm.experiments.training import fit
 ENTRANTS = {
     "batch norm at 2": Entrant("batch"),
     "batch norm at 32": Entrant("batch", 32),
-    "matched, exact": Entrant("matched", None, (("gradient", "exact"),)),
-    "matched, remembered": Entrant("matched", None, (("gradient", "remembered"),)),
+    "matched, exact": matched("exact", 32),
+    "matched, remembered": matched("remembered", 32),
 }
 RATE = 0.1
 IMAGES_TOGETHER = 100

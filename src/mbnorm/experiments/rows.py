@@ -102,8 +102,9 @@ def caption(tables: Tables, baseline: Method) -> str:
         "other seeds could change; "
         '"test set ±" says what another test set of the same size could: the half width of the 95 % interval '
         "over draws of its samples, as a mean over the runs. From one seed all methods start at the same "
-        f"weights and see the same batches, so each is compared with {baseline} seed by seed: the difference "
-        f"is the mean over the seeds for which both have a score. {NO_DIFFERENCE} A run that diverged is "
+        "weights, which some of them center, and see the same batches, so each is compared with "
+        f"{baseline} seed by seed: the difference is the mean over the seeds for which both have a score. "
+        f"{NO_DIFFERENCE} A run that diverged is "
         "measured like any other and is part of the means; one that failed has no score, and is counted. "
         "The losses are those of the trained net on its training data, with its layers in train mode and in "
         "eval mode. "
