@@ -12,6 +12,7 @@ from benchmarks.rows import Row, machine
 from evidence import (
     averages,
     batch_size,
+    batches_of_128,
     confirmed,
     cost,
     double_forward,
@@ -42,6 +43,7 @@ CLAIMS: dict[str, Claim] = {
     "rates": rates.CLAIM,
     "cost": cost.CLAIM,
     "double-forward": double_forward.CLAIM,
+    "batches-of-128": batches_of_128.CLAIM,
     "suite": suite.CLAIM,
     "averages": averages.CLAIM,
     "recommendation": recommendation.CLAIM,

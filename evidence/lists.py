@@ -103,8 +103,8 @@ class Entrant:
         if not self.options:
             return net_for(run, data)
         model = net_for(replace(run, method="batch"), data)
-        # the rest of the name is the schedule, which the training has
-        method = self.method.partition("-")[0]
+        # the rest of the name is a schedule or a second forward, which the training has
+        method = self.method.partition("-")[0].partition("+")[0]
         assert method in get_args(Converted)
         convert(model, cast(Converted, method), batch_size=run.setting.batch_size, **dict(self.options))
         return model

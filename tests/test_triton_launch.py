@@ -151,6 +151,23 @@ def test_a_step_launches_what_is_compiled_for_its_shape(device, shape, layout, w
         device.launches.clear()
 
 
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((2, 8, 3, 3), ["backward_whole"]),
+        ((8, 64, 112, 112), ["sums_part", "add_parts", "input_gradient_part"]),
+    ],
+    ids=["whole", "parts"],
+)
+def test_a_backward_that_remembers_launches_one_kernel_more(device, shape, wanted):
+    norm, x = matched(shape[1]), torch.randn(shape)
+    y, record = norm.forward(x)
+    remembered = torch.zeros(shape[1]), torch.zeros(shape[1])
+    device.launches.clear()
+    kernels.remembering_backward(y, x, norm.weight, record, remembered, "pooled", norm.eps, True, True)
+    assert device.launches == [*wanted, "remember"]
+
+
 def test_a_forward_that_stores_nothing_is_one_launch(device):
     for build in (momentum, matched):
         build(8).forward(torch.randn(2, 8, 3, 3), store=False)
