@@ -185,7 +185,7 @@ on_seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 @on_seeds
 @pytest.mark.parametrize("method", ["matched", "diagnosed", "memorized"])
 def test_on_large_maps_a_converted_net_starts_where_it_was(method, seed):
-    # the nine: 0.007 to 0.073
+    # the largest of the nine: 0.04
     assert share_of_batch_norms(method, seed, 0, 2) < 0.1
 
 
@@ -198,9 +198,9 @@ def test_on_large_maps_the_number_of_values_alone_starts_as_batch_norm(seed):
 @pytest.mark.contract("FT-1")
 @on_seeds
 @pytest.mark.parametrize(
-    # the largest of three seeds: 0.21 and 0.33, 0.13 and 0.14, 0.05 and 0.09
+    # the largest of three seeds: 0.04 and 0.30, 0.13 and 0.14, 0.05 and 0.09
     ("method", "early", "late"),
-    [("matched", 0.3, 0.5), ("diagnosed", 0.2, 0.2), ("memorized", 0.1, 0.2)],
+    [("matched", 0.1, 0.4), ("diagnosed", 0.2, 0.2), ("memorized", 0.1, 0.2)],
 )
 def test_on_large_maps_a_converted_net_stays_nearer_to_where_it_was(method, early, late, seed):
     assert share_of_batch_norms(method, seed, 2, 50) < early
