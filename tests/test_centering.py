@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from mbnorm import DoubleForward, MatchedBatchNorm2d, center_filters, convert, revert
 from mbnorm.centered import CENTERED, CenteredConv2d, is_centered
 from mbnorm.experiments import nets
-from mbnorm.feeders import _in_forward, _in_graph
+from mbnorm.feeders import _in_forward, _in_graph, _left_as_it_is, feeders
 
 
 def net():
@@ -99,7 +101,10 @@ def test_layers_in_front_of_batch_norms_are_centered_and_no_others():
 def test_an_example_shows_what_tracing_shows(make):
     model = make()
     names = {module: name for name, module in model.named_modules()}
-    traced, shown = _in_graph(model), _in_forward(model, torch.randn(2, 3, 16, 16))
+    traced = _in_graph(model).sorted()
+    with _left_as_it_is(model):
+        shown = _in_forward(model, torch.randn(2, 3, 16, 16)).sorted()
+    assert {names[layer] for layer in traced.raw} == {names[layer] for layer in shown.raw}
     by_trace, by_example = (
         {names[layer]: [names[norm] for norm in norms] for layer, norms in found.norms_of.items()}
         for found in (traced, shown)
@@ -140,7 +145,7 @@ def test_a_net_that_cannot_be_traced_needs_an_example():
     report = center_filters(Branching())
     assert not report.converted
     assert "cannot trace Branching" in report.skipped["norm"]
-    assert "give an input of the net as example=" in report.skipped["norm"]
+    assert "an input of the net as example=" in report.skipped["norm"]
     report = center_filters(Branching(), torch.randn(2, 3, 8, 8))
     assert list(report.converted) == ["conv"]
 
@@ -415,19 +420,20 @@ def test_a_layer_without_values_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("method", "options", "centers"),
     [
-        ("matched", {}, True),
-        ("matched", {"center_filters": False}, False),
-        ("momentum", {"batch_size": 2}, False),
-        ("memorized", {"memory_size": 4}, False),
-        ("momentum", {"batch_size": 2, "center_filters": True}, True),
+        ("matched", {}, {"3", "8"}),
+        ("matched", {"center_filters": True}, {"0", "3", "8"}),
+        ("matched", {"center_filters": False}, set()),
+        ("momentum", {"batch_size": 2}, set()),
+        ("memorized", {"memory_size": 4}, set()),
+        ("momentum", {"batch_size": 2, "center_filters": True}, {"0", "3", "8"}),
     ],
     ids=str,
 )
 def test_convert_centers_filters_with_matched_and_where_it_is_asked_to(method, options, centers):
     model = net()
     report = convert(model, method, **options)
-    assert {"1", "4", "9"} | ({"0", "3", "8"} if centers else set()) == report.converted.keys()
-    assert (sums(model[0]) < 1e-5) == centers
+    assert {"1", "4", "9"} | centers == report.converted.keys()
+    assert all((sums(model[int(name)]) < 1e-5) == (name in centers) for name in ("0", "3", "8"))
 
 
 def test_convert_leaves_the_filters_of_a_net_alone_in_which_a_batch_norm_is_trained():
@@ -452,27 +458,178 @@ def test_converts_report_names_a_few_and_counts_the_rest():
     assert note == "no centered filters for 0, 2, 4, 6 and 2 more: each of its filters has one input channel"
 
 
+def test_first_layers_are_those_that_no_matrix_stands_before():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b, self.c = nn.BatchNorm1d(4), *(nn.Linear(i, 4) for i in (4, 4, 8))
+            self.of_a, self.of_b, self.of_c = (nn.BatchNorm1d(4) for _ in range(3))
+
+        def forward(self, x):
+            x = torch.relu(self.norm(x)) * 2
+            y = self.of_b(self.b(self.of_a(self.a(x)).relu()))
+            return self.of_c(self.c(torch.cat((x, y), 1)))
+
+    for example in (None, torch.randn(3, 4)):
+        traced = Net()
+        report = convert(traced, example=example)
+        assert {"b", "c"} == {name for name in report.converted if len(name) == 1}
+        assert "no centered filters for a: it is a first layer" in report.notes
+    with _left_as_it_is(traced):
+        shown = _in_forward(traced, torch.randn(3, 4)).sorted()
+    assert shown.raw == {traced.a}
+    assert all(p.requires_grad for p in traced.parameters())
+
+
+def test_what_sums_of_the_inputs_say_is_learned():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+    convert(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(200):
+        x = torch.randn(8, 2)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        optimizer.step()
+    x = torch.randn(1000, 2)
+    assert (model.eval()(x).argmax(1) == (x.sum(1) > 0)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("norm", [nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, track_running_stats=False)])
+def test_convert_centers_nothing_in_front_of_what_it_does_not_convert(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), norm(4))
+    weights = model[2].weight.clone()
+    convert(model, center_filters=True)
+    assert torch.equal(model[2].weight, weights)
+
+
+def test_converting_again_centers_nothing():
+    model = net()
+    convert(model, center_filters=False)
+    assert convert(model).converted == {}
+    assert type(model[3]) is nn.Conv2d
+
+
+def test_lazy_nets_and_layers_without_a_weight_are_left_alone():
+    class Quantized(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            del self.weight
+
+        def forward(self, x):
+            return x
+
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    assert "no channels yet" in convert(lazy).skipped["1"]
+    other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Quantized(), nn.BatchNorm1d(4))
+    assert convert(other).converted.keys() == {"3"}
+
+
+def test_a_parametrized_weight_is_not_computed():
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), conv, nn.BatchNorm2d(4))
+    before = copy.deepcopy(model.state_dict())
+    convert(model)
+    assert all(
+        torch.equal(before[name], conv_state)
+        for name, conv_state in model.state_dict().items()
+        if name in before
+    )
+
+
+def test_a_layer_of_two_parts_that_feeds_something_else_in_one_is_left_alone():
+    shared = nn.Conv2d(3, 3, 1)
+
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), shared, nn.BatchNorm2d(3))
+            self.b = nn.Sequential(shared, nn.ReLU())
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > 0 else self.b(x)
+
+    model = Untraceable()
+    convert(model)
+    assert type(shared) is nn.Conv2d
+
+
+def test_output_sizes_are_passed_on():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, stride=2), nn.BatchNorm2d(4)
+    )
+    convert(model)
+    assert type(model[2]) is not nn.ConvTranspose2d
+    y = model[2](torch.randn(1, 4, 4, 4), output_size=(10, 10))
+    assert y.shape == (1, 4, 10, 10)
+
+
+def test_a_second_forward_that_fails_leaves_the_next_step_centered():
+    model = centered()
+    convert(model, "memorized", memory_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    double_forward = DoubleForward(model, optimizer)
+    x = torch.randn(2, 3, 8, 8)
+    model(x).square().sum().backward()
+    handle = model[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    handle.remove()
+    double_forward.remove()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert sums(model[0]) < 1e-4
+
+
+def test_a_load_of_other_layers_leaves_it_centered():
+    model = centered()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    model.load_state_dict({"1.weight": model[1].weight.detach().clone()}, strict=False)
+    assert type(model[0]) is CenteredConv2d
+
+
 class Careless(nn.Module):
-    """Keeps what it saw, counts its calls, and draws numbers."""
+    """Keeps what it saw, counts its calls, changes its weights, and draws numbers."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.calls = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), 0
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.calls, self.all = 0, []
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
         self.last = x
+        self.all.append(x)
         self.calls += 1
         self.count += 1
-        return self.norm(self.conv(x)) + torch.rand(1)
+        with torch.no_grad():
+            for parameter in self.stem.parameters():
+                parameter.mul_(0.9)
+        return self.norm(self.conv(self.stem(x))) + torch.rand(1) * random.random() * np.random.rand()
 
 
-def test_a_search_for_filters_leaves_the_net_and_the_random_numbers_alone():
-    model = Careless()
-    before, drawn = set(vars(model)), torch.random.get_rng_state()
-    assert len(convert(model).converted) == 2
-    assert (set(vars(model)), model.calls, float(model.count)) == (before, 0, 0.0)
-    assert torch.equal(torch.random.get_rng_state(), drawn)
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 4, 4)])
+def test_a_search_for_filters_leaves_the_net_and_the_random_numbers_alone(example):
+    model, hooked = Careless(), []
+    model.register_forward_hook(lambda *_: hooked.append(1))
+    before, weights = set(vars(model)), model.stem.weight.clone()
+    drawn = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    feeders(model, example)
+    if example is not None:
+        _restored_after(model, example)
+    assert (set(vars(model)), model.calls, model.all, hooked) == (before, 0, [], [])
+    assert (float(model.count), len(model._forward_hooks)) == (0.0, 1)
+    assert torch.equal(model.stem.weight, weights)
+    assert torch.equal(torch.random.get_rng_state(), drawn[0])
+    assert random.getstate() == drawn[1]
+    assert (np.random.get_state()[1] == drawn[2]).all()
+
+
+def _restored_after(model, example):
+    """A forward with an example, as a net that cannot be traced gets it."""
+    with _left_as_it_is(model):
+        _in_forward(model, example)
 
 
 def test_new_weights_are_centered():

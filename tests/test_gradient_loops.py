@@ -84,6 +84,47 @@ def test_a_gradient_penalty_adds_nothing_to_what_is_remembered():
     assert all(torch.isfinite(p.grad).all() for p in critic.parameters())
 
 
+def as_exact(net):
+    """A net with the same state whose layer has the exact gradient."""
+    exact = encoder()
+    exact[1] = MatchedBatchNorm1d(CHANNELS, gradient="exact")
+    exact.load_state_dict({k: v for k, v in net.state_dict().items() if "gradient_" not in k})
+    return exact
+
+
+def penalty_of(critic, x):
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return (slope.norm(2, dim=1) - 1).square().mean()
+
+
+def hessian_times_itself(net, x):
+    parameters = list(net.parameters())
+    first = torch.autograd.grad(net(x).square().mean(), parameters, create_graph=True)
+    return torch.autograd.grad(sum((g * g.detach()).sum() for g in first), parameters)
+
+
+@pytest.mark.contract("GR-3")
+def test_a_gradient_penalty_is_differentiated_exactly_and_writes_nothing():
+    critic = trained(encoder())
+    exact, before = as_exact(critic), remembered(critic)
+    (x,) = data(1)
+    for model in (critic, exact):
+        model.zero_grad()
+        penalty_of(model, x).backward()
+    torch.testing.assert_close([p.grad for p in critic.parameters()], [p.grad for p in exact.parameters()])
+    assert same(remembered(critic), before)
+
+
+@pytest.mark.contract("GR-3")
+def test_products_with_the_hessian_are_exact_and_write_nothing():
+    net = trained(encoder())
+    exact, before = as_exact(net), remembered(net)
+    (x,) = data(1)
+    torch.testing.assert_close(hessian_times_itself(net, x), hessian_times_itself(exact, x))
+    assert same(remembered(net), before)
+
+
 @pytest.mark.contract("GR-2")
 def test_gradients_of_each_task_as_pcgrad_takes_them_read_one_past():
     shared = trained(encoder())

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
@@ -72,11 +73,11 @@ class _Centered:
         """Dimensions of the weight."""
         return 2 if isinstance(self, nn.Linear) else 2 + len(cast(_ConvNd, self).kernel_size)
 
-    def forward(self, input: Tensor, *others: Any) -> Tensor:
+    def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """Do as torch's layer; to torch.fx it is a leaf, as that is."""
         if isinstance(input, Proxy):
-            return leaf_of(self, input, *others)
-        return cast(Tensor, super().forward(input, *others))  # type: ignore[misc]
+            return leaf_of(self, input, *others, **named)
+        return cast(Tensor, super().forward(input, *others, **named))  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Draw new weights as torch's layer does, and center them."""
@@ -88,10 +89,10 @@ class _Centered:
         super().__setstate__(state)  # type: ignore[misc]
         _follow(self)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         layer = cast(Layer, self)
-        if has_values(self.weight) and not is_centered(layer):
+        if f"{prefix}weight" in state_dict and has_values(self.weight) and not is_centered(layer):
             # the same words for each layer: Python's default filter shows them once
             warnings.warn(
                 "the filters that were loaded are not centered: they are kept as they are, and these layers "
@@ -178,11 +179,18 @@ def _follow(layer: _Centered) -> None:
             _follows = True
 
 
-def center_early(optimizer: torch.optim.Optimizer) -> None:
+@contextmanager
+def centered_early(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Center what a step has changed for a hook of the optimizer's own: torch calls ours after those."""
     if _layers:
         _center_layers_of(optimizer)
         _early.add(optimizer)
+    try:
+        yield
+    except BaseException:
+        # torch calls no further hook
+        _early.discard(optimizer)
+        raise
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -1,6 +1,6 @@
 """Centering of the filters that feed a model's batch norms."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,13 @@ from mbnorm.feeders import Feeder, feeders
 from mbnorm.values import has_values, is_trained
 
 
-def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
+def center_filters(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    norms: Collection[nn.Module] | None = None,
+    first_layers: bool = True,
+) -> ConversionReport:
     r"""Center the filters in front of a net's batch norms, in place, and keep them centered.
 
     .. math:: w_{oi} \leftarrow w_{oi} - \frac{1}{I} \sum_j w_{oj}
@@ -25,6 +31,10 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     Left alone, and named in the report: layers that feed something else than batch norms, depthwise
     convolutions, layers of other classes than torch's own, and those in front of a trained batch norm.
 
+    To see what feeds what, the net's ``forward`` runs once with torch.fx's proxies. What it does to the
+    net is undone. Weights that are written by other ways than ``load_state_dict`` are centered after the
+    next step; hooks of an optimizer see them before.
+
     The layers become subclasses of their classes, with the same parameters and state_dict. Filters that are
     loaded and not centered end it for their layer. `revert` makes the layers torch's own again, with the
     weights they have: do so before tools that look for torch's own classes, as quantization and export.
@@ -35,6 +45,10 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
         example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace. One
             forward of it shows what feeds what, but not what else is done with an output. Without one
             those parts of the net are looked at that torch.fx can trace.
+        norms: the batch norms in front of which to do so; None is all.
+        first_layers: whether to do so where inputs are the net's own. A centered layer does not see their
+            sum, which may be what is asked for of coordinates, features or colors. Layers that are the first
+            of a part that is seen alone count as such.
 
     Returns:
         A report of what was centered, and what was not and why.
@@ -55,16 +69,21 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     report = ConversionReport()
     names = {module: name for name, module in named(model, nn.Module)}
     others = {id(p) for m in names if m not in found.norms_of for p in m.parameters(recurse=False)}
-    for layer, norms in found.norms_of.items():
-        reason = _why_not(layer, norms, others)
+    for layer, fed_norms in found.norms_of.items():
+        if norms is not None and not any(norm in norms for norm in fed_norms):
+            continue
+        reason = _why_not(layer, fed_norms, others)
+        if reason is None and layer in found.raw and not first_layers:
+            reason = "it is a first layer"
         if reason is None:
             kind = type(layer).__name__
             keep_centered(layer)
-            fed = ", ".join(names[norm] for norm in norms)
+            fed = ", ".join(names[norm] for norm in fed_norms)
             report.converted[names[layer]] = f"{kind} -> {type(layer).__name__}, feeds {fed}"
         else:
             report.skipped[names[layer]] = reason
-    report.skipped.update({names[norm]: reason for norm, reason in found.without.items()})
+    without = ((norm, reason) for norm, reason in found.without.items() if norms is None or norm in norms)
+    report.skipped.update({names[norm]: reason for norm, reason in without})
     return report
 
 

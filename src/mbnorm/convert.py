@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from mbnorm import centering
 from mbnorm.centered import CENTERED, release
@@ -73,8 +74,10 @@ def convert(
         batch_size: samples m that each layer will see at a time. "memorized" gets memory_size =
             ceil(128 / m); "momentum" gets history_weight = max(0, 1 - m/32) and momentum =
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
-        center_filters: center the filters in front of untrained layers, as `mbnorm.center_filters` does.
-            None does so for "matched" in a net none of whose batch norms is trained.
+        center_filters: center the filters in front of the layers that are converted, as
+            `mbnorm.center_filters` does. None does so for "matched" in a net none of whose batch norms is
+            trained, but not for its first layers. Give False where weights are trained although no batch
+            norm is.
         per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
             That is a layer of its own, which takes over scale and shift, and stays when the net is reverted.
             The two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.1.weight`` from then on.
@@ -89,11 +92,11 @@ def convert(
         ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
         TypeError: the method has no such option; nothing is converted then.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     >>> print(convert(model))
     2 converted, 0 skipped
-      0: Conv2d -> CenteredConv2d, feeds 1
-      1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
+      3: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
+      2: Conv2d -> CenteredConv2d, feeds 3
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
@@ -103,12 +106,12 @@ def convert(
     options = _defaults(method, batch_size, options.get("sync")) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
     report = ConversionReport()
+    first_layers = center_filters is not None
     if center_filters is None:
         center_filters = method == "matched" and _is_from_scratch(model)
-    if center_filters:
-        _center_filters(model, example, report)
     starts = set()
     idle = []
+    made: set[nn.Module] = set()
     of_maps: set[_BatchNorm] = set()
     for name, layer in named(model, _BatchNorm):
         target = table.get(type(layer))
@@ -119,6 +122,7 @@ def convert(
         else:
             start = conversion.apply(layer, target)
             starts.add(start)
+            made.add(layer)
             report.converted[name] = (
                 f"{_STOCK_OF[target].__name__} -> {target.__name__}, memory {start.value}"
             )
@@ -126,6 +130,9 @@ def convert(
             if start is _Start.EMPTY and not isinstance(layer, nn.BatchNorm1d):
                 of_maps.add(layer)
     report.skipped.update(_foreign(model))
+    if center_filters and made:
+        centered = centering.center_filters(model, example, norms=made, first_layers=first_layers)
+        _add_centered(centered, model, report)
     if per_image:
         normalize_images(model, of_maps, report)
     report.notes += _notes(method, starts, idle, conversion)
@@ -136,13 +143,13 @@ def convert(
 
 def _is_from_scratch(model: nn.Module) -> bool:
     """Return whether there is something to center in a net, and none of its batch norms is trained."""
-    statistics = ((m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm))
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, LazyModuleMixin)]
+    statistics = ((norm.running_mean, norm.running_var) for norm in norms)
     trained = (mean is not None and var is not None and is_trained(mean, var) for mean, var in statistics)
     return any(isinstance(m, Feeder) for m in model.modules()) and not any(trained)
 
 
-def _center_filters(model: nn.Module, example: Any, report: ConversionReport) -> None:
-    centered = centering.center_filters(model, example)
+def _add_centered(centered: ConversionReport, model: nn.Module, report: ConversionReport) -> None:
     report.converted.update(centered.converted)
     not_centered: dict[str, list[str]] = {}
     modules = dict(named(model, nn.Module))
@@ -319,6 +326,6 @@ def _why_not(
             "SyncBatchNorm shares statistics across ranks: leave convert_sync_batchnorm out, and give our "
             'layers process_group="world"'
         )
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    if isinstance(layer, LazyModuleMixin):
         return f"{kind} has no channels yet: run a batch through the model first"
     return f"{kind} is a subclass that may do more than normalize"

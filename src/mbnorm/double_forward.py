@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from mbnorm.centered import center_early
+from mbnorm.centered import centered_early
 from mbnorm.layers.layer import HistoryBatchNorm
 from mbnorm.optimizer_steps import check_hooks, was_skipped
 from mbnorm.replay import Call, Mark, replaying
@@ -182,8 +182,8 @@ class DoubleForward:
         if mark is None:
             self._warn_of_no_forward()
         elif self._steps % self.every == 0 and self.model.training:
-            center_early(optimizer)
-            mark.replay(self.model, calls)
+            with centered_early(optimizer):
+                mark.replay(self.model, calls)
 
     def _warn_of_no_forward(self) -> None:
         if self._warned or not self.model.training:

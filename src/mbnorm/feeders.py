@@ -1,6 +1,10 @@
 """Which convolutions and linear layers feed the batch norms of a net."""
 
-from collections.abc import Iterable, Iterator
+import copy
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
@@ -14,6 +18,8 @@ from mbnorm.values import has_values
 
 Feeder: TypeAlias = _ConvNd | nn.Linear
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 @dataclass
 class Feeders:
@@ -22,14 +28,48 @@ class Feeders:
     Attributes:
         norms_of: the batch norms that each layer feeds.
         without: batch norms, and what stands in front of them.
+        raw: layers whose inputs no other layer has made: those of the net, or of a part that is seen alone.
     """
 
     norms_of: dict[Feeder, list[_BatchNorm]] = field(default_factory=dict)
     without: dict[_BatchNorm, str] = field(default_factory=dict)
+    raw: set[Feeder] = field(default_factory=set)
+
+
+@dataclass
+class _Seen:
+    """What a trace or a forward has shown.
+
+    Attributes:
+        uses: batch norms, and the layer whose output, untouched, is the input of each.
+        elsewhere: layers that feed something else, too.
+        raw: layers whose inputs no other layer has made.
+    """
+
+    uses: list[tuple[_BatchNorm, Feeder | None]] = field(default_factory=list)
+    elsewhere: set[Feeder] = field(default_factory=set)
+    raw: set[Feeder] = field(default_factory=set)
+
+    def add(self, other: "_Seen") -> None:
+        self.uses += other.uses
+        self.elsewhere |= other.elsewhere
+        self.raw |= other.raw
+
+    def sorted(self) -> Feeders:
+        """Keep the layers that feed norms alone."""
+        found = Feeders(raw=self.raw)
+        for norm, feeder in self.uses:
+            if feeder is None:
+                found.without.setdefault(norm, "no convolution or linear layer feeds it directly")
+            elif feeder in self.elsewhere:
+                found.without.setdefault(norm, "the layer that feeds it feeds something else, too")
+            elif norm not in found.norms_of.setdefault(feeder, []):
+                found.norms_of[feeder].append(norm)
+        return found
 
 
 def feeders(model: nn.Module, example: Any = None) -> Feeders:
-    """Find the layers whose outputs, untouched, are the inputs of batch norms.
+    """Find the layers whose outputs, untouched, are the inputs of batch norms; leave the model as it was.
 
     Args:
         model: any module.
@@ -38,16 +78,17 @@ def feeders(model: nn.Module, example: Any = None) -> Feeders:
             Without one the parts of the net are traced that can be, each by itself.
     """
     unseen = "no call of it is seen in a forward"
-    try:
-        found = _in_graph(model)
-    except _CannotTrace as error:
-        if example is None:
-            found = _in_parts(model)
-            unseen = f"{error}: give an input of the net as example="
-            # what comes into a part may be the output of a layer outside
-            found.without = dict.fromkeys(found.without, unseen)
-        else:
-            found = _in_forward(model, example)
+    with _left_as_it_is(model):
+        try:
+            found = _in_graph(model).sorted()
+        except _CannotTrace as error:
+            if example is None:
+                found = _in_parts(model).sorted()
+                unseen = f"{error}: give mbnorm.center_filters an input of the net as example="
+                # what comes into a part may be the output of a layer outside
+                found.without = dict.fromkeys(found.without, unseen)
+            else:
+                found = _in_forward(model, example).sorted()
     seen = {norm for norms in found.norms_of.values() for norm in norms} | found.without.keys()
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module not in seen:
@@ -55,25 +96,9 @@ def feeders(model: nn.Module, example: Any = None) -> Feeders:
     return found
 
 
-class _CannotTrace(Exception):
-    """torch.fx cannot trace a net, and why."""
-
-
-def _in_parts(model: nn.Module) -> Feeders:
-    found = Feeders()
-    for part in model.children():
-        try:
-            inside = _in_graph(part)
-        except _CannotTrace:
-            inside = _in_parts(part)
-        found.norms_of |= inside.norms_of
-        found.without |= inside.without
-    return found
-
-
 @contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what a trace does beside its graph: a forward may keep proxies, count, or draw random numbers."""
+    """Undo what a forward does beside its output: it may keep what it sees, count, or draw random numbers."""
     # those of TorchScript are no dictionaries, and a trace stays out of them
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(module, dict(vars(module))) for module in modules]
@@ -82,9 +107,18 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         for module in modules
         for entries in (module._parameters, module._buffers, module._modules)
     ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if has_values(buffer)]
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if has_values(t))
+    values = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    for module in modules:
+        own = vars(module)
+        own.update({name: OrderedDict() for name in _HOOKS})
+        own.update({name: copy.copy(v) for name, v in own.items() if type(v) in (list, dict, set)})
+    on_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if on_gpus else ()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         for module, before in attributes:
@@ -93,10 +127,27 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         for entries, entries_before in registered:
             entries.clear()
             entries.update(entries_before)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+        random.setstate(drawn[0])
+        if numpy is not None:
+            numpy.random.set_state(drawn[1])
+
+
+class _CannotTrace(Exception):
+    """torch.fx cannot trace a net, and why."""
+
+
+def _in_parts(model: nn.Module) -> _Seen:
+    found = _Seen()
+    for part in model.children():
+        try:
+            inside = _in_graph(part)
+        except _CannotTrace:
+            inside = _in_parts(part)
+        found.add(inside)
+    return found
 
 
 class _Tracer(fx.Tracer):
@@ -106,10 +157,9 @@ class _Tracer(fx.Tracer):
         )
 
 
-def _in_graph(model: nn.Module) -> Feeders:
+def _in_graph(model: nn.Module) -> _Seen:
     try:
-        with _left_as_it_is(model):
-            graph = _Tracer().trace(model)
+        graph = _Tracer().trace(model)
     # what a net's own code raises for a proxy can be anything
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -119,64 +169,77 @@ def _in_graph(model: nn.Module) -> Feeders:
     def called(node: Any) -> nn.Module | None:
         return modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
 
-    uses: list[tuple[_BatchNorm, Feeder | None]] = []
-    elsewhere: set[Feeder] = set()
+    found = _Seen()
+    made: set[fx.Node] = set()
     for node in graph.nodes:
         module = called(node)
+        after_a_layer = any(before in made for before in node.all_input_nodes)
+        if after_a_layer or (module is not None and _mixes(module)):
+            made.add(node)
         if isinstance(module, _BatchNorm):
             feeder = called(node.args[0]) if node.args else None
-            uses.append((module, feeder if isinstance(feeder, (_ConvNd, nn.Linear)) else None))
-        elif isinstance(module, (_ConvNd, nn.Linear)) and not all(
-            isinstance(called(user), _BatchNorm) for user in node.users
-        ):
-            elsewhere.add(module)
+            found.uses.append((module, feeder if isinstance(feeder, (_ConvNd, nn.Linear)) else None))
+        elif isinstance(module, (_ConvNd, nn.Linear)):
+            if not after_a_layer:
+                found.raw.add(module)
+            if not all(isinstance(called(user), _BatchNorm) for user in node.users):
+                found.elsewhere.add(module)
     # weights that a forward reads by themselves
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    read = {id(parameters.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
-    elsewhere |= {m for m in modules.values() if isinstance(m, (_ConvNd, nn.Linear)) and id(m.weight) in read}
-    return _sorted(uses, elsewhere)
+    read = {
+        id(parameters[str(n.target)]) for n in graph.nodes if n.op == "get_attr" and n.target in parameters
+    }
+    layers = (m for m in modules.values() if isinstance(m, (_ConvNd, nn.Linear)))
+    # the dictionary itself: a parametrized weight is computed whenever it is asked for
+    found.elsewhere |= {m for m in layers if id(m._parameters.get("weight")) in read}
+    return found
 
 
-@torch.no_grad()
-def _in_forward(model: nn.Module, example: Any) -> Feeders:
+def _mixes(module: nn.Module) -> bool:
+    """Return whether a module has matrices: norms and activations have numbers per channel at most."""
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+@contextmanager
+def _gradients_of_matrices_alone(model: nn.Module) -> Iterator[None]:
+    frozen = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
+
+
+def _in_forward(model: nn.Module, example: Any) -> _Seen:
     # kept, so that no other tensor takes the place of one; in-place operations change the version
     outputs: list[tuple[Tensor, int, Feeder]] = []
-    uses: list[tuple[_BatchNorm, Feeder | None]] = []
     fed_outputs: set[int] = set()
+    found = _Seen()
 
-    def remember(layer: nn.Module, _: Any, output: Any) -> None:
+    def remember(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor):
             outputs.append((output, output._version, cast(Feeder, layer)))
+        # what a layer has made has a gradient
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+            found.raw.add(cast(Feeder, layer))
 
     def recognize(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         fed = (f for t, version, f in outputs if inputs and t is inputs[0] and version == t._version)
         feeder = next(fed, None)
-        uses.append((cast(_BatchNorm, layer), feeder))
+        found.uses.append((cast(_BatchNorm, layer), feeder))
         if feeder is not None:
             fed_outputs.add(id(inputs[0]))
 
-    modes = {module: module.training for module in model.modules()}
-    hooks = [m.register_forward_hook(remember) for m in modes if isinstance(m, (_ConvNd, nn.Linear))]
-    hooks += [m.register_forward_pre_hook(recognize) for m in modes if isinstance(m, _BatchNorm)]
-    try:
+    for module in model.modules():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            module.register_forward_hook(remember)
+        elif isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(recognize)
+    with _gradients_of_matrices_alone(model):
         model.eval()(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
     # a layer one of whose outputs is no norm's input feeds something else, too
-    return _sorted(uses, {feeder for output, _, feeder in outputs if id(output) not in fed_outputs})
-
-
-def _sorted(uses: Iterable[tuple[_BatchNorm, Feeder | None]], elsewhere: set[Feeder]) -> Feeders:
-    """Keep the layers that feed norms alone."""
-    found = Feeders()
-    for norm, feeder in uses:
-        if feeder is None:
-            found.without.setdefault(norm, "no convolution or linear layer feeds it directly")
-        elif feeder in elsewhere:
-            found.without.setdefault(norm, "the layer that feeds it feeds something else, too")
-        elif norm not in found.norms_of.setdefault(feeder, []):
-            found.norms_of[feeder].append(norm)
+    found.elsewhere = {feeder for output, _, feeder in outputs if id(output) not in fed_outputs}
     return found

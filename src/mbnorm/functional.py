@@ -264,7 +264,8 @@ class KernelRun:
             dx, dw, db = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0], read)
             gradient.commit((db, dw), x.numel() // x.shape[1])
             return dx, dw, db
-        # create_graph: the gradient must be differentiable itself
+        # create_graph: the gradient must be differentiable itself, so it is exact, and so are later ones
+        self.gradient = None
         past_mean, past_var, batch_weight = Record(*self.rows)[4:]
         # the kernels' records have the weight in each channel's place
         past = past_mean, past_var, batch_weight if batch_weight.dim() == 0 else batch_weight[0]
