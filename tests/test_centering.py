@@ -519,6 +519,8 @@ def test_lazy_nets_and_layers_without_a_weight_are_left_alone():
         def forward(self, x):
             return x
 
+    partly = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LazyConv2d(4, 3))
+    assert {"1", "2"} == convert(partly).converted.keys()
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
     assert "no channels yet" in convert(lazy).skipped["1"]
     other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Quantized(), nn.BatchNorm1d(4))

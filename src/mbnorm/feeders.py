@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from mbnorm.values import has_values
 
@@ -107,7 +108,7 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         for module in modules
         for entries in (module._parameters, module._buffers, module._modules)
     ]
-    tensors = (t for t in (*model.parameters(), *model.buffers()) if has_values(t))
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t) and has_values(t))
     values = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -197,12 +198,12 @@ def _in_graph(model: nn.Module) -> _Seen:
 
 def _mixes(module: nn.Module) -> bool:
     """Return whether a module has matrices: norms and activations have numbers per channel at most."""
-    return any(parameter.dim() > 1 for parameter in module.parameters())
+    return any(is_lazy(parameter) or parameter.dim() > 1 for parameter in module.parameters())
 
 
 @contextmanager
 def _gradients_of_matrices_alone(model: nn.Module) -> Iterator[None]:
-    frozen = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
+    frozen = [p for p in model.parameters() if not is_lazy(p) and p.dim() < 2 and p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
