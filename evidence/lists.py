@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbnorm import convert
+from mbnorm.centered import release
 from mbnorm.convert import Method as Converted
 from mbnorm.experiments.data import Data, load
 from mbnorm.experiments.dataset import scaled
@@ -21,6 +22,7 @@ from mbnorm.experiments.losses import Loss
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling
 from mbnorm.experiments.training import net_for
+from mbnorm.feeders import feeders
 
 Start: TypeAlias = Literal["ImageNet", "segments"]
 
@@ -76,7 +78,8 @@ class Entrant:
     Attributes:
         method: what becomes of the batch norms.
         batch_size: where it is not the task's.
-        options: of `mbnorm.convert`, where they are not the method's; pairs of name and value.
+        options: of `mbnorm.convert`, where they are not the method's; pairs of name and value. With
+            ``first_layers`` all filters are centered but those of layers on the net's own inputs.
     """
 
     method: Method
@@ -106,7 +109,14 @@ class Entrant:
         # the rest of the name is a schedule or a second forward, which the training has
         method = self.method.partition("-")[0].partition("+")[0]
         assert method in get_args(Converted)
-        convert(model, cast(Converted, method), batch_size=run.setting.batch_size, **dict(self.options))
+        options = dict(self.options)
+        first = feeders(model).raw if options.pop("first_layers", None) else set()
+        weights = {layer: layer.weight.detach().clone() for layer in first}
+        options |= {"center_filters": True} if first else {}
+        convert(model, cast(Converted, method), batch_size=run.setting.batch_size, **options)
+        for layer, weight in weights.items():
+            release(layer)
+            layer.weight.data.copy_(weight)
         return model
 
 

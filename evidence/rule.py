@@ -20,10 +20,13 @@ def matched(gradient: Gradient, values: int, *, centered: bool = False, per_imag
 
 CHOSEN = matched("remembered", 128, centered=True)
 PER_IMAGE = matched("remembered", 128, centered=True, per_image=True)
+FIRST_LEFT = Entrant("matched", None, (("first_layers", "not in first layers"),))
+"""As chosen, but for the filters of layers on the net's own inputs. In MLPs `convert(model)` does so."""
 CHANGES = {
     "128 values for 32, not centered": (matched("remembered", 128), matched("remembered", 32)),
     "remembered for exact, 128, centered": (CHOSEN, matched("exact", 128, centered=True)),
     "centered for not, 128": (CHOSEN, matched("remembered", 128)),
+    "first layers not centered": (FIRST_LEFT, CHOSEN),
     "each image too": (PER_IMAGE, CHOSEN),
 }
 """What a change adds: with it, and without."""
@@ -33,6 +36,7 @@ CANDIDATES = (
     matched("remembered", 128),
     matched("exact", 128, centered=True),
     CHOSEN,
+    FIRST_LEFT,
     PER_IMAGE,
     Entrant("momentum-constant", None, REMEMBERED),
     Entrant("memorized", None, REMEMBERED),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evidence import arena, confirmed, gradient_forms, lists, real_data, rule
+from evidence import arena, batches_of_128, confirmed, gradient_forms, lists, real_data, rule
 from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
 from evidence.claim import as_markdown, draw, mean_cell
 from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
@@ -219,6 +219,25 @@ def test_a_task_that_not_all_have_been_measured_in_has_no_ranks():
     partly = rows + everything({OURS: [65.0]})
     *_, (_, ranks) = tables_of([TASK], [BATCH, OURS], partly)
     assert ranks == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([51.0, 52.0, 53.0], "Double-Forward gains with batches of 128: +1.0 ± 0.0 points, seed by seed."),
+        ([49.0, 50.0, 51.0], "Double-Forward loses with batches of 128: -1.0 ± 0.0 points, seed by seed."),
+        ([49.0, 51.0, 53.0], "Double-Forward makes no difference with batches of 128: (+0.0 ± 2.5) points,"),
+        ([51.0], ""),
+    ],
+)
+def test_the_claim_about_batches_of_128_says_what_a_second_forward_adds(scores, said):
+    (task,) = batches_of_128.TASKS
+    rows = [
+        found
+        for entrant, of in ((batches_of_128.WITHOUT, [50.0, 51.0, 52.0]), (batches_of_128.WITH, scores))
+        for found in chosen(entrant, 0.1, task) + reported(entrant, of, task=task)
+    ]
+    assert batches_of_128.CLAIM.verdict(rows).startswith(said)
 
 
 def test_the_verdict_says_nothing_of_too_few_seeds():

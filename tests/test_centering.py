@@ -420,19 +420,18 @@ def test_a_layer_without_values_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("method", "options", "centers"),
     [
-        ("matched", {}, {"3", "8"}),
-        ("matched", {"center_filters": True}, {"0", "3", "8"}),
-        ("matched", {"center_filters": False}, set()),
-        ("momentum", {"batch_size": 2}, set()),
-        ("memorized", {"memory_size": 4}, set()),
-        ("momentum", {"batch_size": 2, "center_filters": True}, {"0", "3", "8"}),
+        ("matched", {}, ["0", "3", "8"]),
+        ("matched", {"center_filters": False}, []),
+        ("momentum", {"batch_size": 2}, []),
+        ("memorized", {"memory_size": 4}, []),
+        ("momentum", {"batch_size": 2, "center_filters": True}, ["0", "3", "8"]),
     ],
     ids=str,
 )
 def test_convert_centers_filters_with_matched_and_where_it_is_asked_to(method, options, centers):
     model = net()
     report = convert(model, method, **options)
-    assert {"1", "4", "9"} | centers == report.converted.keys()
+    assert {"1", "4", "9", *centers} == report.converted.keys()
     assert all((sums(model[int(name)]) < 1e-5) == (name in centers) for name in ("0", "3", "8"))
 
 
@@ -474,11 +473,35 @@ def test_first_layers_are_those_that_no_matrix_stands_before():
         traced = Net()
         report = convert(traced, example=example)
         assert {"b", "c"} == {name for name in report.converted if len(name) == 1}
-        assert "no centered filters for a: it is a first layer" in report.notes
+        assert (
+            "no centered filters for a: it is a first layer, and the sum of its inputs may count"
+            in report.notes
+        )
     with _left_as_it_is(traced):
         shown = _in_forward(traced, torch.randn(3, 4)).sorted()
     assert shown.raw == {traced.a}
     assert all(p.requires_grad for p in traced.parameters())
+
+
+@pytest.mark.parametrize(
+    ("first", "centers"),
+    [
+        (nn.Linear(3, 4), False),
+        (nn.Conv1d(3, 4, 1), False),
+        (nn.Conv2d(3, 4, 1), False),
+        (nn.ConvTranspose2d(3, 4, 1), False),
+        (nn.Conv1d(3, 4, 3), True),
+        (nn.Conv2d(1, 4, 3), True),
+        (nn.Conv2d(3, 4, (1, 3)), True),
+        (nn.ConvTranspose2d(3, 4, 2), True),
+    ],
+    ids=str,
+)
+def test_first_layers_of_one_position_are_left_alone_unless_asked_for(first, centers):
+    norm = nn.BatchNorm2d(4) if first.weight.dim() == 4 else nn.BatchNorm1d(4)
+    model = nn.Sequential(first, norm)
+    assert ("0" in convert(copy.deepcopy(model)).converted) == centers
+    assert "0" in convert(model, center_filters=True).converted
 
 
 def test_what_sums_of_the_inputs_say_is_learned():

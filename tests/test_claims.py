@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from evidence import averages, double_forward, noise, oracle, orthogonality, recommendation, staleness, suite
+from evidence import (
+    averages,
+    double_forward,
+    loss_scale,
+    noise,
+    oracle,
+    orthogonality,
+    recommendation,
+    staleness,
+    suite,
+)
 from evidence.claim import Claim, as_markdown, draw, mean_cell
 from evidence.cli import CLAIMS, main
 from evidence.lists import MLP, data_of
@@ -37,6 +47,7 @@ PUBLISHED = [name for name in CLAIMS if (RESULTS / name / "table.md").exists()]
 OTHERS = (
     *("staleness", "noise", "averages", "recommendation", "double-forward", "gradient-forms"),
     *("fine-tuning", "fine-tuning-confirmed", "real-data", "rule", "confirmed", "oracle", "orthogonality"),
+    *("loss-scale", "batches-of-128"),
 )
 OK = Outcome("ok", 1.0, None, 90.0, 0.5, 0.25, 0.125, 91.0, 89.0)
 
@@ -130,6 +141,21 @@ def test_a_claim_that_trains_shows_every_run_and_draws(name, tmp_path):
     assert f"`python -m evidence {name}`" in text
     draw(CLAIMS[name], rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_scales_are_compared_with_none_seed_by_seed():
+    rows = [
+        {"name": name, "seed": seed, "accuracy": 90.0 + number + seed, "skipped": number}
+        for number, name in enumerate(loss_scale.SCALES)
+        for seed in range(3)
+    ]
+    ((_, lines),) = CLAIMS["loss-scale"].tables(rows)
+    assert [line[2:] for line in lines] == [
+        ["-", "0"],
+        ["+1.0 ± 0.0", "3"],
+        ["+2.0 ± 0.0", "6"],
+        ["+3.0 ± 0.0", "9"],
+    ]
 
 
 def test_runs_that_are_known_are_not_trained_again():

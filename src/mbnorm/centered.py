@@ -49,6 +49,11 @@ def is_depthwise(layer: Layer) -> bool:
     return alone or 1 < layer.groups == layer.in_channels
 
 
+def is_pointwise(layer: Layer) -> bool:
+    """Return whether each filter is applied to one position alone."""
+    return isinstance(layer, nn.Linear) or math.prod(layer.kernel_size) == 1
+
+
 def _filters(layer: Layer) -> Tensor:
     """Return a view of the weight; that of a transposed convolution as (groups, inputs, outputs, kernel)."""
     weight = layer.weight.detach()

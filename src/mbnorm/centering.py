@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.centered import CENTERED, is_depthwise, keep_centered
+from mbnorm.centered import CENTERED, is_depthwise, is_pointwise, keep_centered
 from mbnorm.conversion import ConversionReport, named
 from mbnorm.feeders import Feeder, feeders
 from mbnorm.values import has_values, is_trained
@@ -17,7 +17,7 @@ def center_filters(
     example: Any = None,
     *,
     norms: Collection[nn.Module] | None = None,
-    first_layers: bool = True,
+    pointwise_first: bool = True,
 ) -> ConversionReport:
     r"""Center the filters in front of a net's batch norms, in place, and keep them centered.
 
@@ -46,9 +46,9 @@ def center_filters(
             forward of it shows what feeds what, but not what else is done with an output. Without one
             those parts of the net are looked at that torch.fx can trace.
         norms: the batch norms in front of which to do so; None is all.
-        first_layers: whether to do so where inputs are the net's own. A centered layer does not see their
-            sum, which may be what is asked for of coordinates, features or colors. Layers that are the first
-            of a part that is seen alone count as such.
+        pointwise_first: whether to do so in linear layers and convolutions of one position whose inputs are
+            the net's own, or those of a part that is seen alone. Such a layer no longer sees the sum of its
+            inputs, which may be what is asked for of coordinates or features.
 
     Returns:
         A report of what was centered, and what was not and why.
@@ -73,8 +73,8 @@ def center_filters(
         if norms is not None and not any(norm in norms for norm in fed_norms):
             continue
         reason = _why_not(layer, fed_norms, others)
-        if reason is None and layer in found.raw and not first_layers:
-            reason = "it is a first layer"
+        if reason is None and not pointwise_first and layer in found.raw and is_pointwise(layer):
+            reason = "it is a first layer, and the sum of its inputs may count"
         if reason is None:
             kind = type(layer).__name__
             keep_centered(layer)

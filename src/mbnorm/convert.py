@@ -76,8 +76,8 @@ def convert(
             1 - 0.9^(m/32), until a `MomentumSchedule` takes over; "matched" does without.
         center_filters: center the filters in front of the layers that are converted, as
             `mbnorm.center_filters` does. None does so for "matched" in a net none of whose batch norms is
-            trained, but not for its first layers. Give False where weights are trained although no batch
-            norm is.
+            trained, but not in first layers that are linear or 1x1 convolutions. Give False where weights
+            are trained although no batch norm is.
         per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
             That is a layer of its own, which takes over scale and shift, and stays when the net is reverted.
             The two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.1.weight`` from then on.
@@ -92,11 +92,11 @@ def convert(
         ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
         TypeError: the method has no such option; nothing is converted then.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> print(convert(model))
     2 converted, 0 skipped
-      3: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
-      2: Conv2d -> CenteredConv2d, feeds 3
+      1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
+      0: Conv2d -> CenteredConv2d, feeds 1
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
@@ -106,7 +106,7 @@ def convert(
     options = _defaults(method, batch_size, options.get("sync")) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)
     report = ConversionReport()
-    first_layers = center_filters is not None
+    pointwise_first = center_filters is not None
     if center_filters is None:
         center_filters = method == "matched" and _is_from_scratch(model)
     starts = set()
@@ -131,7 +131,7 @@ def convert(
                 of_maps.add(layer)
     report.skipped.update(_foreign(model))
     if center_filters and made:
-        centered = centering.center_filters(model, example, norms=made, first_layers=first_layers)
+        centered = centering.center_filters(model, example, norms=made, pointwise_first=pointwise_first)
         _add_centered(centered, model, report)
     if per_image:
         normalize_images(model, of_maps, report)
