@@ -67,7 +67,7 @@ def module_of(path):
 FILES = {module_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
 BACKENDS = ("aten", "cpu", "traceable", "triton")
 LAYERS_OF_THE_HOUSE = [
-    {"blend", "measures", "values", "optimizer_steps", "conversion", "feeders"},
+    {"blend", "measures", "values", "optimizer_steps", "conversion", "feeders", "leaves"},
     {"backends", "memories", "gradient", "centered", "per_image"},
     {"averages"},
     {"trial"},
