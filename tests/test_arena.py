@@ -273,6 +273,16 @@ def test_the_readme_has_the_numbers_of_the_rule():
     assert shows("README.md", "rule", cifar10, nuclei)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_pages_have_the_numbers_of_the_confirming_list(page):
+    root = Path(__file__).parent.parent
+    tasks, rows = confirmed.newest(read(root / "docs" / "results" / "confirmed" / "data.jsonl", dict))
+    text = (root / page).read_text(encoding="utf-8").replace(" %", "")
+    for task in tasks:
+        for entrant in (confirmed.OURS, *([BATCH] if page == "README.md" else [])):
+            assert mean_cell(list(Known(rows).scores(task, entrant).values()), 1, PERCENT) in text
+
+
 def test_what_is_not_measured_yet_is_not_shown():
     other = Entrant("group")
     rows = chosen(BATCH, 0.1) + chosen(other, 0.1)
