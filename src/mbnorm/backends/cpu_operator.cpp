@@ -212,9 +212,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
 
 // Do so with the past that `mean` and `scale` are, write it into the fourth result, and, if `store`, replace
 // the two by their blend with the batch's, if all of that is finite.
-std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(
-    const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& record, const Tensor& mean,
-    const Tensor& scale, bool pooled, double eps, bool need_dx, bool store) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor& dy, const Tensor& x,
+                                                                   const Optional& weight,
+                                                                   const Tensor& record, const Tensor& mean,
+                                                                   const Tensor& scale, bool pooled,
+                                                                   double eps, bool need_dx, bool store) {
   const int64_t C = x.size(1), n = x.numel() / C;
   const Tensor past = matrix(3, C, record);
   const auto each_type = [&](const auto& f) {
@@ -227,7 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(
     const A* weights = state<A>(record, Record<A>::ROWS * C) + 6 * C;
     std::fill_n(read + 2 * C, C, A(weight_in_gradient(*weights)));
   });
-  const auto [dx, dw, db] = backward_op(dy, x, weight, record, past, pooled, eps, need_dx);
+  const auto found = backward_op(dy, x, weight, record, past, pooled, eps, need_dx);
+  // not by structured bindings, which clang++ keeps out of lambdas
+  const Tensor &dw = std::get<1>(found), &db = std::get<2>(found);
   if (store)
     each_type([&]<class A>(A) {
       const A *read = data<A>(past), *sums[] = {data<A>(db), data<A>(dw)};
@@ -240,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(
       std::copy_n(blended.get(), C, data<A>(mean));
       std::copy_n(blended.get() + C, C, data<A>(scale));
     });
-  return {dx, dw, db, past};
+  return {std::get<0>(found), dw, db, past};
 }
 
 }  // namespace
