@@ -504,10 +504,21 @@ def test_first_layers_of_one_position_are_left_alone_unless_asked_for(first, cen
     assert "0" in convert(model, center_filters=True).converted
 
 
-def test_what_sums_of_the_inputs_say_is_learned():
+def test_an_example_that_does_not_fit_converts_nothing():
+    model = Branching()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="channels"):
+        convert(model, example=torch.randn(2, 5, 8, 8))
+    assert type(model.norm) is nn.BatchNorm2d
+    assert model.training
+    assert all(torch.equal(weights[name], found) for name, found in model.state_dict().items())
+
+
+@pytest.mark.parametrize("centers", [None, True], ids=["by default", "all"])
+def test_the_sum_of_the_inputs_is_learned_unless_all_filters_are_centered(centers):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
-    convert(model)
+    convert(model, center_filters=centers)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(200):
         x = torch.randn(8, 2)
@@ -515,7 +526,8 @@ def test_what_sums_of_the_inputs_say_is_learned():
         nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
         optimizer.step()
     x = torch.randn(1000, 2)
-    assert (model.eval()(x).argmax(1) == (x.sum(1) > 0)).float().mean() > 0.9
+    accuracy = (model.eval()(x).argmax(1) == (x.sum(1) > 0)).float().mean()
+    assert accuracy < 0.6 if centers else accuracy > 0.9
 
 
 @pytest.mark.parametrize("norm", [nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, track_running_stats=False)])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from mbnorm import MomentumBatchNorm2d, MomentumSchedule, center_filters
+from mbnorm import MomentumBatchNorm2d, MomentumSchedule
 from mbnorm.centered import CENTERED
+from mbnorm.centering import center_in_front_of
 from mbnorm.experiments.data import digits
 from mbnorm.experiments.grid import (
     Run,
@@ -112,7 +113,8 @@ def test_every_method_starts_at_the_same_weights(model, method):
     setting = Setting(model, 2, "shuffled", 0.1, 1)
     ours, plain = (initial_model(Run(m, setting, 3)) for m in (method, "batch"))
     if any(type(layer) in CENTERED.values() for layer in ours.modules()):
-        center_filters(plain, pointwise_first=False)
+        norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        center_in_front_of(norms, plain, None, pointwise_first=False)
     # a parametrization keeps the weight it was given beside the filters that it makes of it
     ours, plain = (
         [

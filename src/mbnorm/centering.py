@@ -12,13 +12,7 @@ from mbnorm.feeders import Feeder, feeders
 from mbnorm.values import has_values, is_trained
 
 
-def center_filters(
-    model: nn.Module,
-    example: Any = None,
-    *,
-    norms: Collection[nn.Module] | None = None,
-    pointwise_first: bool = True,
-) -> ConversionReport:
+def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
     r"""Center the filters in front of a net's batch norms, in place, and keep them centered.
 
     .. math:: w_{oi} \leftarrow w_{oi} - \frac{1}{I} \sum_j w_{oj}
@@ -45,10 +39,6 @@ def center_filters(
         example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace. One
             forward of it shows what feeds what, but not what else is done with an output. Without one
             those parts of the net are looked at that torch.fx can trace.
-        norms: the batch norms in front of which to do so; None is all.
-        pointwise_first: whether to do so in linear layers and convolutions of one position whose inputs are
-            the net's own, or those of a part that is seen alone. Such a layer no longer sees the sum of its
-            inputs, which may be what is asked for of coordinates or features.
 
     Returns:
         A report of what was centered, and what was not and why.
@@ -65,12 +55,25 @@ def center_filters(
     >>> model[0].weight.sum((1, 2, 3)).abs().max() < 1e-5
     tensor(True)
     """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return center_in_front_of(norms, model, example, pointwise_first=True)
+
+
+def center_in_front_of(
+    norms: Collection[nn.Module], model: nn.Module, example: Any, *, pointwise_first: bool
+) -> ConversionReport:
+    """Do as `center_filters` in front of some batch norms.
+
+    Without ``pointwise_first`` linear layers and convolutions of one position are left alone whose inputs are
+    the net's own, or those of a part that is seen alone. Centered, such a layer does not see the sum of its
+    inputs, which may be what is asked for of coordinates or features.
+    """
     found = feeders(model, example)
     report = ConversionReport()
     names = {module: name for name, module in named(model, nn.Module)}
     others = {id(p) for m in names if m not in found.norms_of for p in m.parameters(recurse=False)}
     for layer, fed_norms in found.norms_of.items():
-        if norms is not None and not any(norm in norms for norm in fed_norms):
+        if not any(norm in norms for norm in fed_norms):
             continue
         reason = _why_not(layer, fed_norms, others)
         if reason is None and not pointwise_first and layer in found.raw and is_pointwise(layer):
@@ -82,8 +85,7 @@ def center_filters(
             report.converted[names[layer]] = f"{kind} -> {type(layer).__name__}, feeds {fed}"
         else:
             report.skipped[names[layer]] = reason
-    without = ((norm, reason) for norm, reason in found.without.items() if norms is None or norm in norms)
-    report.skipped.update({names[norm]: reason for norm, reason in without})
+    report.skipped.update({names[norm]: reason for norm, reason in found.without.items() if norm in norms})
     return report
 
 

@@ -90,13 +90,14 @@ def convert(
 
     Raises:
         ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
+            What ``model`` raises for ``example`` is raised before anything is converted, too.
         TypeError: the method has no such option; nothing is converted then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> print(convert(model))
     2 converted, 0 skipped
-      1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
       0: Conv2d -> CenteredConv2d, feeds 1
+      1: BatchNorm2d -> MatchedBatchNorm2d, memory starts empty
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
@@ -109,20 +110,23 @@ def convert(
     pointwise_first = center_filters is not None
     if center_filters is None:
         center_filters = method == "matched" and _is_from_scratch(model)
+    converted = {m for m in model.modules() if type(m) in table and _has_statistics(cast(_BatchNorm, m))}
+    if center_filters and converted:
+        # first, since an example may be wrong
+        centered = centering.center_in_front_of(converted, model, example, pointwise_first=pointwise_first)
+        _add_centered(centered, model, report)
     starts = set()
     idle = []
-    made: set[nn.Module] = set()
     of_maps: set[_BatchNorm] = set()
     for name, layer in named(model, _BatchNorm):
         target = table.get(type(layer))
         if target is None:
             report.skipped[name] = _why_not(layer, table, conversion)
-        elif not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
+        elif layer not in converted:
             report.skipped[name] = "track_running_stats=False keeps no statistics to remember"
         else:
             start = conversion.apply(layer, target)
             starts.add(start)
-            made.add(layer)
             report.converted[name] = (
                 f"{_STOCK_OF[target].__name__} -> {target.__name__}, memory {start.value}"
             )
@@ -130,15 +134,16 @@ def convert(
             if start is _Start.EMPTY and not isinstance(layer, nn.BatchNorm1d):
                 of_maps.add(layer)
     report.skipped.update(_foreign(model))
-    if center_filters and made:
-        centered = centering.center_filters(model, example, norms=made, pointwise_first=pointwise_first)
-        _add_centered(centered, model, report)
     if per_image:
         normalize_images(model, of_maps, report)
     report.notes += _notes(method, starts, idle, conversion)
     if not (report.converted or report.skipped):
         report.notes.append(without_batch_norm(model))
     return report
+
+
+def _has_statistics(layer: _BatchNorm) -> bool:
+    return layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None
 
 
 def _is_from_scratch(model: nn.Module) -> bool:

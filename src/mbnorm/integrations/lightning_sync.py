@@ -20,7 +20,8 @@ class MemorySyncBatchNorm(TorchSyncBatchNorm):
     `torch.nn.SyncBatchNorm`, as without the plugin.
 
     Args:
-        sync: as in `mbnorm.MatchedBatchNorm2d`.
+        sync: as in `mbnorm.MatchedBatchNorm2d`. "late" takes layers with gradient="exact" alone, as
+            ``mbnorm.convert(model, gradient="exact")`` makes them.
     """
 
     def __init__(self, sync: Sync = True) -> None:
