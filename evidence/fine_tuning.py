@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
+from numpy import format_float_positional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,7 +148,7 @@ class Column(NamedTuple):
     rows: Sequence[Row]
 
     def __str__(self) -> str:
-        return f"rate {self.rate:g}, {self.steps} steps"
+        return f"rate {format_float_positional(self.rate)}, {self.steps:,} steps"
 
     def scores(self, method: Method) -> dict[int, float]:
         """Return the score of a method from each seed."""
