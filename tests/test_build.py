@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbnorm.backends import build, cpu
+from mbnorm.backends import build, cpu, library
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -27,64 +27,133 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
+def libraries(folder):
+    return sorted(folder.glob("*.so"))
+
+
+def compiler_that(tmp_path, body):
+    """A compiler that says which version it is, and does what the shell makes of ``body``."""
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] && exit\n{body}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def test_a_build_is_kept_and_used_again(source, folder, monkeypatch):
-    build.load("small", [source])
-    (library,) = folder.iterdir()
-    monkeypatch.setattr(build, "_build", None)
-    build.load("small", [source])
-    assert list(folder.iterdir()) == [library]
+    library.load("small", [source])
+    (kept,) = libraries(folder)
+    monkeypatch.setattr(library, "compile_library", None)
+    library.load("small", [source])
+    assert libraries(folder) == [kept]
 
 
-@pytest.mark.parametrize("change", ["source", "flags", "torch", "processor"])
-def test_a_build_is_not_used_for_anything_else(source, change, monkeypatch):
-    before = build.fingerprint(build.compiler(), [source])
-    assert build.fingerprint(build.compiler(), [source]) == before
+def test_a_build_is_announced_and_its_end_is_told(source, folder, capfd):
+    library.load("small", [source])
+    first, last = capfd.readouterr().err.splitlines()
+    assert first == "mbnorm: compiling its CPU kernels, once for this machine; this takes some 20 seconds"
+    assert last.startswith("mbnorm: compiled them in ")
+    library.load("small", [source])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ["source", "flags", "torch", "processor", "compiler"])
+def test_a_build_is_not_used_for_anything_else(source, folder, change, monkeypatch):
+    library.load("small", [source])
     if change == "source":
         source.write_text("int answer() { return 43; }\n")
     elif change == "flags":
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+        monkeypatch.setattr(library, "FLAGS", (*build.FLAGS, "-g"))
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99")
+    elif change == "compiler":
+        monkeypatch.setenv("CXX", "c++ -g")
     else:
-        monkeypatch.setattr(build, "_processor", lambda: "flags: mmx")
-    assert build.fingerprint(build.compiler(), [source]) != before
+        monkeypatch.setattr(library, "_processor", lambda: "flags: mmx")
+    library.load("small", [source])
+    assert len(libraries(folder)) == 2
 
 
-def test_a_damaged_file_is_built_again(source, folder):
-    library = folder / f"small-{build.fingerprint(build.compiler(), [source])}.so"
-    folder.mkdir()
-    library.write_text("not a library")
-    build.load("small", [source])
-    assert library.read_bytes() != b"not a library"
+def test_a_build_outlives_its_compiler(source, folder, monkeypatch):
+    library.load("small", [source])
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    library.load("small", [source])
+    source.write_text("int answer() { return 43; }\n")
+    with pytest.raises(build.NoCompilerError):
+        library.load("small", [source])
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(source, tmp_path, monkeypatch):
+def test_a_damaged_file_is_built_again(source, folder, tmp_path, monkeypatch):
+    library.load("small", [source])
+    (kept,) = libraries(folder)
+    # in another folder, for the system knows this one by its path
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("MBNORM_CACHE", str(other))
+    damaged = other / kept.name
+    damaged.write_text("not a library")
+    library.load("small", [source])
+    assert damaged.read_bytes() != b"not a library"
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(source, tmp_path, monkeypatch, capfd):
     blocked = tmp_path / "file"
     blocked.write_text("")
     private = tmp_path / "private"
     private.mkdir()
     monkeypatch.setenv("MBNORM_CACHE", str(blocked / "cache"))
-    monkeypatch.setattr(build.tempfile, "tempdir", str(private))
-    build.load("small", [source])
-    assert [p.suffix for p in private.glob("mbnorm-*/*")] == [".so"]
+    monkeypatch.setattr(library.tempfile, "tempdir", str(private))
+    library.load("small", [source])
+    assert list(private.iterdir()) == []
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith("mbnorm: its CPU kernels cannot be kept (")
+    assert first.endswith("set MBNORM_CACHE")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind root")
 def test_a_read_only_folder_does_not_matter(source, folder):
     folder.mkdir()
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    build.load("small", [source])
+    library.load("small", [source])
     assert not list(folder.iterdir())
 
 
-def test_two_processes_may_build_at_once(source, folder):
+def test_of_two_processes_one_compiles_and_the_other_waits(source, folder, tmp_path):
     program = (
-        "import sys; from pathlib import Path; from mbnorm.backends import build; "
-        "build.load('small', [Path(sys.argv[1])])"
+        "import sys; from pathlib import Path; from mbnorm.backends import library; "
+        "library.load('small', [Path(sys.argv[1])])"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(source)]) for _ in range(2)]
-    assert [p.wait() for p in processes] == [0, 0]
-    assert [p.suffix for p in folder.iterdir()] == [".so"]
+    slow = os.environ | {"CXX": compiler_that(tmp_path, 'sleep 4; exec c++ "$@"')}
+    command = [sys.executable, "-c", program, str(source)]
+    processes = [subprocess.Popen(command, env=slow, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = sorted(line for p in processes for line in p.communicate()[1].splitlines())
+    assert [p.returncode for p in processes] == [0, 0]
+    starts = ["mbnorm: compiled them in", "mbnorm: compiling its", "mbnorm: waiting for another process"]
+    assert [line[: len(start)] for line, start in zip(told, starts, strict=True)] == starts
+    assert len(libraries(folder)) == 1
+
+
+def test_what_a_wheel_has_inside_is_not_compiled(source, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "SHIPPED", tmp_path)
+    build.compile_library([source], tmp_path / library.file_name("small", build.instructions()))
+    monkeypatch.setattr(library, "compile_library", None)
+    library.load("small", [source])
+    assert not folder.exists()
+
+
+def test_what_a_wheel_has_inside_may_be_for_another_system(source, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "SHIPPED", tmp_path)
+    (tmp_path / library.file_name("small", build.instructions())).write_text("not a library")
+    library.load("small", [source])
+    assert len(libraries(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("DEFAULT", "default"), ("AVX2", "avx2"), ("AVX512", "avx2"), ("SVE", "default")],
+)
+def test_instructions_are_chosen_as_torch_chooses_its_own(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert build.instructions() == expected
 
 
 def missing_with(monkeypatch):
@@ -106,47 +175,81 @@ def test_no_compiler_is_said_in_one_line(variable, folder, monkeypatch):
 def test_a_compiler_that_fails_is_quoted(source, folder):
     source.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(build.BuildError, match=r"compiler failed: .*small.cpp:1.*forty_two") as error:
-        build.load("small", [source])
+        library.load("small", [source])
     assert "\n" not in str(error.value)
-    assert not list(folder.iterdir())
+    assert libraries(folder) == []
+
+
+def test_a_failure_is_remembered(source, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, "echo error: out of luck; exit 1"))
+    with pytest.raises(build.BuildError, match=r"out of luck$"):
+        library.load("small", [source])
+    capfd.readouterr()
+    with pytest.raises(build.BuildError, match=r"out of luck \(remembered; `mbnorm build` tries again\)$"):
+        library.load("small", [source])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ["compiler", "asked"])
+def test_a_failure_is_forgotten(source, folder, tmp_path, change, monkeypatch):
+    luck = tmp_path / "luck"
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, f'[ -f {luck} ] && exec c++ "$@"; exit 1'))
+    with pytest.raises(build.BuildError):
+        library.load("small", [source])
+    luck.touch()
+    if change == "asked":
+        library.forget_failures()
+    else:
+        monkeypatch.delenv("CXX")
+    library.load("small", [source])
+    assert len(libraries(folder)) == 1
 
 
 def test_a_compiler_whose_output_does_not_load(source, folder, tmp_path, monkeypatch):
-    script = tmp_path / "c++"
-    # like a compiler, it writes what its last argument names; asked for its version it says something
-    script.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo broken > "$last"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, 'echo broken > "$last"'))
     with pytest.raises(build.BuildError, match="do not load"):
-        build.load("small", [source])
+        library.load("small", [source])
+    assert libraries(folder) == []
 
 
 def test_where_builds_are_kept(monkeypatch):
     monkeypatch.setenv("MBNORM_CACHE", "/a")
-    assert build.cache_folder() == Path("/a")
+    assert library.cache_folder() == Path("/a")
     monkeypatch.delenv("MBNORM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert build.cache_folder() == Path("/b/mbnorm")
+    assert library.cache_folder() == Path("/b/mbnorm")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build.cache_folder() == Path.home() / ".cache" / "mbnorm"
+    assert library.cache_folder() == Path.home() / ".cache" / "mbnorm"
 
 
-@pytest.mark.contract("SH-21")
-def test_a_user_without_a_home_builds_in_a_temporary_folder_of_its_own(monkeypatch, tmp_path):
+@pytest.fixture
+def no_home(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("MBNORM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
 
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "home", no_home)
-    folder = build.cache_folder()
+@pytest.mark.contract("SH-21")
+def test_a_user_without_a_home_builds_in_a_temporary_folder_of_its_own(no_home, tmp_path):
+    folder = library.cache_folder()
     assert folder == tmp_path / f"mbnorm-{os.getuid()}"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_another_users_temporary_folder_is_not_taken(no_home, tmp_path, monkeypatch, source):
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    with pytest.raises(PermissionError, match="another user's"):
+        library.cache_folder()
+    library.load("small", [source])
+    assert libraries(tmp_path / f"mbnorm-{user + 1}") == []
+
+
 def test_importing_compiles_nothing(folder):
-    program = "import sys; import mbnorm.backends.cpu; sys.exit('mbnorm.backends.build' in sys.modules)"
+    program = "import sys; import mbnorm.backends.cpu; sys.exit('mbnorm.backends.library' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
     assert not folder.exists()

@@ -19,13 +19,16 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mbnorm"
 
 
+def build_into(out, *options, **variables):
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", out, ROOT]
+    subprocess.run(command, env=os.environ | {"PIP_NO_INDEX": "1"} | variables, check=True, timeout=300)
+    return out
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A folder with an sdist, and the wheel that was built from it without a network."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
-    subprocess.run(command, env=os.environ | {"PIP_NO_INDEX": "1"}, check=True, timeout=300)
-    return out
+    return build_into(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +40,11 @@ def wheel(built):
 
 @pytest.fixture(scope="module")
 def beside_torch(wheel, tmp_path_factory):
+    return where_torch_is(wheel, tmp_path_factory.mktemp("site"))
+
+
+def where_torch_is(wheel, folder):
     """A function that runs Python where the wheel, torch and what torch requires are all there is."""
-    folder = tmp_path_factory.mktemp("site")
     wheel.extractall(folder)
     wanted, seen = ["torch"], set()
     while wanted:
@@ -54,11 +60,11 @@ def beside_torch(wheel, tmp_path_factory):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 wanted.append(requirement.name)
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         # torch itself warns that there is no numpy
         quiet = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
         command = [sys.executable, "-S", *quiet, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(folder), "NO_COLOR": "1"}
+        environment = os.environ | {"PYTHONPATH": str(folder), "NO_COLOR": "1"} | variables
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
     return run
@@ -109,6 +115,36 @@ def test_the_wheel_trains_beside_torch_alone(beside_torch):
     assert result.stderr == ""
     assert "3 steps in" in result.stdout
     assert str(ROOT) not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The wheel with compiled kernels."""
+    out = build_into(tmp_path_factory.mktemp("compiled"), "--wheel", MBNORM_KERNELS="1")
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as file:
+        yield file
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+@pytest.mark.parametrize("capability", ["default", ""])
+def test_the_compiled_wheel_needs_no_compiler(capability, compiled, tmp_path):
+    nothing = {"PATH": "", "CXX": "none", "MBNORM_CACHE": str(tmp_path / "cache")}
+    # by which torch, too, takes its kernels for any processor
+    nothing |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+    result = where_torch_is(compiled, tmp_path / "site")(ROOT / "tests" / "first_step.py", **nothing)
+    assert result.stderr == ""
+    assert result.stdout.endswith("backend cpu\n")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_the_compiled_wheel_says_that_it_is_for_one_system(compiled):
+    tags = [text for text in compiled.namelist() if text.endswith("/WHEEL")]
+    text = compiled.read(tags[0]).decode()
+    assert "Root-Is-Purelib: false" in text
+    assert "Tag: py3-none-any" not in text
+    assert re.search(r"^Tag: py3-none-\w+$", text, re.MULTILINE)
 
 
 def test_the_version_is_told_beside_torch_alone(beside_torch):

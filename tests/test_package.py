@@ -35,6 +35,7 @@ def test_import_leaves_what_few_need_for_later():
         "versions",
         "tracing",
         "backends.build",
+        "backends.library",
         "backends.triton_launch",
     )
     code = "import mbnorm, sys; print([m for m in sys.modules if m.startswith('mbnorm.')])"

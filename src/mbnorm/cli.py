@@ -16,16 +16,20 @@ NEEDED = (
     "typer",
 )
 COMMANDS = ("compare", "train", "diagnose")
+"""That need more than torch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments``, or those of the process, name; return the exit status."""
-    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-        # what a bug report needs, also where torch alone is installed
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # these two also where torch alone is installed
+    if given == ["--version"]:
         from mbnorm.versions import describe
 
         print(describe())
         return 0
+    if given == ["build"]:
+        return _build()
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         commands = f"{', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
@@ -34,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _build() -> int:
+    from mbnorm.backends import cpu
+
+    if reason := cpu.build():
+        return _fail(reason, 1)
+    print("the CPU kernels are ready")
+    return 0
 
 
 def _run(arguments: Sequence[str] | None) -> int:

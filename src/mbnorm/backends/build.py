@@ -1,31 +1,34 @@
-"""Compiles C++ operators at first use into a cache, and loads them: torch's stable ABI, no build system."""
+"""Compiles C++ operators: torch's stable ABI, no build system."""
 
-import hashlib
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Sequence
+from os import environ
 from pathlib import Path
-from typing import Any
 
 import torch
 
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-march=native",
     # errno and traps of floating point would keep loops from being vectorized; neither changes a result
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
     "-fvisibility=hidden",
     "-w",
+    "-Wno-psabi",
     # torch 2.10, the oldest that the library runs on
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+# Apple's compilers know their own processors by the second name alone; not tested on a Mac
+NATIVE = (
+    ("-mcpu=native",) if sys.platform == "darwin" and platform.machine() == "arm64" else ("-march=native",)
+)
+"""For the instructions of this machine, whatever they are."""
 SECONDS = 300
 """How long a compiler may take."""
 
@@ -34,99 +37,66 @@ class BuildError(RuntimeError):
     """The operators could not be compiled or loaded; the message is one line that says why."""
 
 
-def load(name: str, sources: list[Path]) -> None:
-    """Load the operators of ``sources``, compiled on this machine now or before.
-
-    Raises:
-        BuildError: there is no compiler, it failed, or its output cannot be loaded.
-    """
-    command = compiler()
-    file_name = f"{name}-{fingerprint(command, sources)}.so"
-    cached = cache_folder() / file_name
-    if cached.is_file():
-        # a file that does not load is a damaged one: build it again
-        with suppress(OSError):
-            _load_library(str(cached))
-            return
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        library = _build(command, sources, cached)
-    except OSError:
-        # left behind on purpose: it stays mapped as long as this process lives
-        library = _build(command, sources, Path(tempfile.mkdtemp(prefix="mbnorm-")) / file_name)
-    try:
-        _load_library(str(library))
-    except OSError as error:
-        raise BuildError(f"the compiled operators do not load: {_first_line(str(error))}") from error
+class NoCompilerError(BuildError):
+    """There is no C++ compiler."""
 
 
-def cache_folder() -> Path:
-    """Return where compiled operators are kept."""
-    own = os.environ.get("MBNORM_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    if shared:
-        return Path(shared) / "mbnorm"
-    try:
-        return Path.home() / ".cache" / "mbnorm"
-    except RuntimeError:
-        # a user without a home, as containers have
-        folder = Path(tempfile.gettempdir()) / f"mbnorm-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        # what is in there will be run: it must be nobody else's
-        return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="mbnorm-"))
+def portable() -> dict[str, tuple[str, ...]]:
+    """Return the flags for each of the names that `instructions` may return on this kind of processor."""
+    flags: dict[str, tuple[str, ...]] = {"default": ()}
+    if platform.machine() == "x86_64":
+        # as torch's own kernels of that name
+        flags["avx2"] = ("-mavx2", "-mfma", "-mf16c")
+    return flags
+
+
+def instructions() -> str:
+    """Return the name of the most instructions that compiled wheels know and this processor has."""
+    # vectors of ours are no longer
+    return "avx2" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "default"
 
 
 def compiler() -> list[str]:
     """Return the command of the C++ compiler: ``$CXX``, or ``c++``."""
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    return shlex.split(environ.get("CXX", "")) or ["c++"]
 
 
-def fingerprint(command: list[str], sources: list[Path]) -> str:
-    """Return a name for what compiling ``sources`` on this machine gives.
+def version_of(command: list[str]) -> str:
+    """Return what a compiler says of itself.
 
     Raises:
-        BuildError: there is no compiler.
+        NoCompilerError: it does not run.
+        BuildError: it says nothing.
     """
-    version = _run([*command, "--version"])
-    parts = [version, torch.__version__, sys.platform, platform.machine(), _processor(), *command, *FLAGS]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:24]
+    return _run([*command, "--version"])
 
 
-def _load_library(path: str) -> None:
-    load_library: Any = torch.ops.load_library
-    load_library(path)
+def compile_library(sources: Sequence[Path], target: Path, machine: Sequence[str] = NATIVE) -> None:
+    """Compile ``sources`` into ``target``, which appears at once, or not at all.
 
+    Args:
+        sources: C++ files and their headers.
+        target: the library; its folder exists.
+        machine: flags for the processor that it will run on.
 
-def _processor() -> str:
-    # home folders are shared between unlike machines, and -march=native is not portable
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor()
-
-
-def _build(command: list[str], sources: list[Path], target: Path) -> Path:
-    """Compile ``sources`` into ``target``; whoever builds the same at the same time is not disturbed."""
-    root = Path(torch.__file__).parent
+    Raises:
+        NoCompilerError: there is no compiler.
+        BuildError: it failed.
+        OSError: the folder cannot be written.
+    """
+    command, root = compiler(), Path(torch.__file__).parent
     units = [source for source in sources if source.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in units]
         compilations = [
-            [*command, *FLAGS, f"-I{root / 'include'}", "-c", str(source), "-o", output]
+            [*command, *FLAGS, *machine, f"-I{root / 'include'}", "-c", str(source), "-o", output]
             for source, output in zip(units, objects, strict=True)
         ]
         _run(*compilations)
-        library = str(Path(folder) / target.name)
-        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu"]
-        _run([*command, "-shared", *objects, f"-L{root / 'lib'}", *symbols, "-o", library])
-        os.replace(library, target)
-    return target
+        library = Path(folder) / target.name
+        symbols = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-s", "-ltorch_cpu"]
+        _run([*command, "-shared", *objects, f"-L{root / 'lib'}", *symbols, "-o", str(library)])
+        library.replace(target)
 
 
 def _run(*commands: list[str]) -> str:
@@ -140,7 +110,7 @@ def _run(*commands: list[str]) -> str:
     except OSError as error:
         for process in running:
             process.kill()
-        raise BuildError(
+        raise NoCompilerError(
             f"no C++ compiler: {shlex.join(commands[0][:1])!s} does not run ({error.strerror}); "
             "install g++ or clang++, or set CXX"
         ) from error
@@ -159,7 +129,3 @@ def _run(*commands: list[str]) -> str:
 def _first_error(output: str) -> str:
     lines = output.strip().splitlines() or ["without a word"]
     return next((line for line in lines if "error" in line.lower()), lines[0]).strip()
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0]

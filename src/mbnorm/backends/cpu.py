@@ -1,6 +1,6 @@
-"""The operator and the memories as C++ kernels of this package's own, compiled at first use.
+"""The operator and the memories as C++ kernels, from the wheel or compiled at first use.
 
-Nothing is compiled, or even looked for, before `missing` is called. Call the rest only if it returns None.
+Nothing is loaded, or even looked for, before `missing` is called. Call the rest only if it returns None.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from mbnorm.blend import VarianceRule, statistics_dtype
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAME = "mbnorm_cpu"
 SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
@@ -45,20 +46,28 @@ _commit_to_ring: Any = None
 
 @cache
 def missing() -> str | None:
-    """Return why these kernels cannot be used here, in one line, or None; the first call builds them."""
-    from mbnorm.backends import build
+    """Return why these kernels cannot be used here, in one line, or None; the first call loads them."""
+    from mbnorm.backends import build, library
 
     try:
-        build.load("mbnorm_cpu", list(SOURCES))
+        library.load(NAME, SOURCES)
     except build.BuildError as error:
         return str(error)
     _bind()
     return None
 
 
+def build() -> str | None:
+    """Do as `missing`, and try again what failed before."""
+    from mbnorm.backends import library
+
+    library.forget_failures()
+    return missing()
+
+
 def _bind() -> None:
     global _library
-    _library = torch.library.Library("mbnorm_cpu", "IMPL")  # type: ignore[no-untyped-call]
+    _library = torch.library.Library(NAME, "IMPL")  # type: ignore[no-untyped-call]
     register_fake: Any = torch.library.register_fake
     for name, shapes in (
         ("forward", _forward_shapes),
@@ -70,7 +79,7 @@ def _bind() -> None:
         ("commit_to_ring", _nothing),
     ):
         globals()[f"_{name}"] = getattr(torch.ops.mbnorm_cpu, name).default
-        register_fake(f"mbnorm_cpu::{name}", shapes)
+        register_fake(f"{NAME}::{name}", shapes)
         # `mbnorm.functional` has the gradients, and torch's stand-in for missing ones is slow
         _library.impl(name, torch.library.fallthrough_kernel, "AutogradCPU")
 

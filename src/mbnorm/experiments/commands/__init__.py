@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mbnorm.backends import cpu
 from mbnorm.experiments.commands import compare, diagnose, train
 from mbnorm.versions import describe
 
@@ -55,5 +56,15 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(command) or "").split("\n\n"))
 
 
-for command in (compare.compare, train.train, diagnose.diagnose):
+def build() -> None:
+    """Compile the CPU kernels now, rather than at the first forward.
+
+    Once for a machine; a wheel that has kernels inside needs none of it.
+    """
+    if reason := cpu.build():
+        raise typer.BadParameter(reason)
+    typer.echo("the CPU kernels are ready")
+
+
+for command in (compare.compare, train.train, diagnose.diagnose, build):
     app.command(help=_help(command))(_interruptible(command))

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mbnorm.backends.build import cache_folder
+from mbnorm.backends.library import cache_folder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
