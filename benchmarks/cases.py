@@ -81,7 +81,7 @@ NORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "matched": ("matched", {}),
     "momentum": ("momentum", {"history_weight": 0.75}),
     "memorized": ("memorized", {"memory_size": 64}),
-    "momentum-aten": ("momentum", {"history_weight": 0.75, "backend": "aten"}),
+    "matched-aten": ("matched", {"backend": "aten"}),
     "momentum-traceable": ("momentum", {"history_weight": 0.75, "backend": "traceable"}),
 }
 """Our norms: method and options of `mbnorm.convert`. Those without a backend get what a user gets."""
@@ -155,7 +155,7 @@ PROVIDERS: dict[str, Provider] = {
     "memorized": _layer("memorized"),
     KERNELS: _layer("momentum"),
     "doubling": lambda case: Doubling(),
-    "momentum-aten": _layer("momentum-aten"),
+    "matched-aten": _layer("matched-aten"),
     "momentum-traceable": _layer("momentum-traceable"),
     "compiled_batch_norm": _compiled(BASE),
     "compiled_matched": _compiled("matched"),

@@ -104,7 +104,8 @@ def assert_same(got, wanted):
 def fused(kernels, x, parameters, held, update, *, store=True):
     operator = getattr(kernels, f"forward_with_{held.memory.kernels}")
     rules = held.memory.variance_rule == "pooled", EPS, store
-    return operator(x, *parameters, *held.arguments(update, x.numel() // x.shape[1]), *rules)
+    y, record = operator(x, *parameters, *held.arguments(update, x.numel() // x.shape[1]), *rules)
+    return y, as_matrix(record)
 
 
 def step_by_step(kernels, x, parameters, held, update):
@@ -114,4 +115,9 @@ def step_by_step(kernels, x, parameters, held, update):
     a = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
     y, record = kernels.forward(x, *parameters, past.mean, past.var, a, memory.variance_rule, EPS)
     commit(memory, state, averages, tuple(record[:2]), tuple(record[2:4]), n, update)
-    return y, record
+    return y, as_matrix(record)
+
+
+def as_matrix(record):
+    """A record as one tensor: ATen's is seven, the last of them a number."""
+    return record if isinstance(record, torch.Tensor) else torch.stack(torch.broadcast_tensors(*record))

@@ -134,8 +134,17 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
     )
 
 
-def test_the_commands_that_need_the_extra_are_all_commands():
-    assert [command.callback.__name__ for command in app.registered_commands] == list(cli.COMMANDS)
+def test_the_commands_that_need_the_extra_are_all_commands_but_build():
+    names = [command.callback.__name__ for command in app.registered_commands]
+    assert names == [*cli.COMMANDS, "build"]
+
+
+def test_kernels_are_built_ahead_of_time(capsys, monkeypatch):
+    assert cli.main(["build"]) == (cpu.missing() is not None)
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
+    capsys.readouterr()
+    assert cli.main(["build"]) == 1
+    assert capsys.readouterr().err == "mbnorm: no C++ compiler: c++ was not found\n"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from helpers import (
     relative_error,
 )
 
+from mbnorm import functional
 from mbnorm.backends import cpu
 from mbnorm.functional import backend_for, blended_batch_norm
 
@@ -266,8 +267,12 @@ def test_auto_is_the_best_backend_on_the_cpu_and_says_so():
     assert backend_for(torch.randn(2, 3)) == BACKENDS[-1]
 
 
-def test_auto_is_aten_where_nothing_can_be_compiled(monkeypatch):
+def test_auto_is_aten_where_nothing_can_be_compiled_and_says_so_once(monkeypatch):
     monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
+    functional._warn_of_slow_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"about 2 times as long as .*: no C\+\+ compiler: c\+\+ was not"):
+        assert backend_for(torch.randn(2, 3)) == "aten"
+    # as an error where it came again
     assert backend_for(torch.randn(2, 3)) == "aten"
 
 

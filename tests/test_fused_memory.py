@@ -27,7 +27,7 @@ from remembering import (
     with_rule,
 )
 
-from mbnorm.backends import cpu, triton
+from mbnorm.backends import aten_memory, cpu, triton
 from mbnorm.memories.memory import RAW, InferenceUpdate
 from mbnorm.memories.recent_batches import RecentBatches
 
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 
 RUNS = {
     cpu: cpu.missing() is None,
+    aten_memory: True,
     triton: find_spec("triton") is not None
     and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
     and triton.missing() is None,
@@ -42,7 +43,7 @@ RUNS = {
 BLENDED = InferenceUpdate(1.0, blended=True)
 
 
-@pytest.fixture(params=[cpu, triton], ids=["cpu", "triton"])
+@pytest.fixture(params=[cpu, aten_memory, triton], ids=["cpu", "aten", "triton"])
 def kernels(request):
     if not RUNS[request.param]:
         pytest.skip("these kernels do not run here")
@@ -77,6 +78,7 @@ CASES = [
     ("kernels", "number"),
     [
         *((cpu, number) for number in range(len(CASES))),
+        *((aten_memory, number) for number in range(len(CASES))),
         *((triton, number) for number in range(0, len(CASES), 11)),
     ],
     indirect=["kernels"],

@@ -1,12 +1,16 @@
 """The law of mixing two sets of statistics, and the precision they are kept in."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 VarianceRule: TypeAlias = Literal["averaged", "pooled"]
 VARIANCE_RULES: tuple[VarianceRule, ...] = ("averaged", "pooled")
+SHORTER = 4
+"""How many times as short as the forward's the memory of the backward pass is."""
+
+Weight = TypeVar("Weight", float, Tensor)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,3 +37,8 @@ def blend(
     if variance_rule == "pooled":
         var = var + weight * rest * (new_mean - old_mean).square()
     return mean, var
+
+
+def weight_in_gradient(batch_weight: Weight) -> Weight:
+    """Return b, the weight of a batch in the backward pass, for a, that in the forward."""
+    return 1 - (1 - batch_weight) ** SHORTER

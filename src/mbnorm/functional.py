@@ -1,6 +1,8 @@
 """The operator: batch normalization with a blend of the batch's own statistics and past ones."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
@@ -19,6 +21,9 @@ Chosen: TypeAlias = Literal["traceable", "aten", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 KERNELS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton, "traceable": traceable}
 """The backends by name; the last needs its backward only where a gradient is remembered."""
+
+SLOWER_WITH_ATEN = 2
+"""How many times as long as torch's own a layer takes with ATen's kernels on the CPU, roughly."""
 
 
 class BlendedBatchNorm(NamedTuple):
@@ -50,14 +55,20 @@ class Record(NamedTuple):
     past_var: Tensor
     batch_weight: Tensor
 
+    @property
+    def one_weight(self) -> Tensor:
+        """The weight of the batch, 0-dim."""
+        return self.batch_weight if self.batch_weight.dim() == 0 else self.batch_weight[0]
+
 
 def backend_for(x: Tensor) -> Chosen:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
-    On the CPU it is "cpu", the kernels of this package, which the first call compiles in some seconds,
-    or "aten" where there is no C++ compiler. On CUDA and ROCm it is "triton", whose kernels the first call
-    compiles and tries on that device in some seconds, or "aten" where they fail or cannot be tried.
-    Under torch.compile, function transforms and forward-mode differentiation it is "traceable".
+    On the CPU it is "cpu", the kernels of this package, which the first call compiles in some seconds if the
+    wheel has none inside, or, with a warning, "aten" where there is no C++ compiler. On CUDA and ROCm it is
+    "triton", whose kernels the first call compiles and tries on that device in some seconds, or "aten" where
+    they fail or cannot be tried. Under torch.compile, function transforms and forward-mode differentiation
+    it is "traceable".
 
     >>> backend_for(torch.empty(2, 3, device="meta"))
     'traceable'
@@ -69,11 +80,23 @@ def backend_for(x: Tensor) -> Chosen:
         or forward_ad._current_level >= 0
     ):
         return "traceable"
-    if x.device.type in cpu.DEVICES and x.dtype in cpu.DTYPES and cpu.missing() is None:
-        return "cpu"
+    if x.device.type in cpu.DEVICES and x.dtype in cpu.DTYPES:
+        reason = cpu.missing()
+        if reason is None:
+            return "cpu"
+        _warn_of_slow_kernels(reason)
     if x.device.type in triton.DEVICES and x.dtype in triton.DTYPES and triton_works_for(x):
         return "triton"
     return "aten"
+
+
+@cache
+def _warn_of_slow_kernels(reason: str) -> None:
+    warnings.warn(
+        "mbnorm has no CPU kernels of its own here and runs on torch's, with which a layer takes about "
+        f"{SLOWER_WITH_ATEN} times as long as torch.nn.BatchNorm2d: {reason}",
+        stacklevel=2,
+    )
 
 
 def choose(x: Tensor, backend: Backend) -> Chosen:
@@ -266,9 +289,8 @@ class KernelRun:
             return dx, dw, db
         # create_graph: the gradient must be differentiable itself, so it is exact, and so are later ones
         self.gradient = None
-        past_mean, past_var, batch_weight = Record(*self.rows)[4:]
-        # the kernels' records have the weight in each channel's place
-        past = past_mean, past_var, batch_weight if batch_weight.dim() == 0 else batch_weight[0]
+        record = Record(*self.rows)
+        past = record.past_mean, record.past_var, record.one_weight
         wanted = iter(
             traceable.differentiable_gradients(
                 dy, x, weight, bias, *past, self.variance_rule, self.eps, needs
@@ -280,8 +302,7 @@ class KernelRun:
         return (
             gradient.is_unread
             and hasattr(self.kernels, "remembering_backward")
-            and isinstance(self.rows, Tensor)
-            and all(t.dtype == self.rows.dtype and t.is_contiguous() for t in gradient.buffers)
+            and all(t.dtype == self.rows[0].dtype and t.is_contiguous() for t in gradient.buffers)
         )
 
 
@@ -292,12 +313,11 @@ class FusedRun(KernelRun):
     """
 
     __slots__ = ("arguments", "operator")
-    rows: Tensor
 
     def __init__(
         self,
         kernels: ModuleType,
-        operator: Callable[..., tuple[Tensor, Tensor]],
+        operator: Callable[..., tuple[Tensor, Rows]],
         arguments: tuple[Any, ...],
         variance_rule: VarianceRule,
         eps: float,

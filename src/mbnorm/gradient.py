@@ -6,12 +6,12 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from mbnorm.blend import weight_in_gradient
+
 Gradient: TypeAlias = Literal["exact", "remembered"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 GRADIENT_BUFFERS = ("gradient_mean", "gradient_scale")
 """Buffers of a layer that the backward pass reads and writes, shape (C,)."""
-SHORTER = 4
-"""How many times as short as the forward's the memory of the backward pass is."""
 
 
 class RememberedGradient:
@@ -86,7 +86,7 @@ class RememberedGradient:
 
 def stacked(mean: Tensor, scale: Tensor, batch_weight: Tensor) -> Tensor:
     """Return G, S and b as the backends take them, shape (3, C)."""
-    weight = (1 - (1 - batch_weight) ** SHORTER).expand_as(mean)
+    weight = weight_in_gradient(batch_weight).expand_as(mean)
     return torch.stack((mean.to(weight.dtype), scale.to(weight.dtype), weight))
 
 

@@ -163,7 +163,7 @@ class Call:
         """What the forward had read."""
         if self._past is None:
             record = Record(*self._rows)
-            return Past(record.past_mean, record.past_var, record.batch_weight[0])
+            return Past(record.past_mean, record.past_var, record.one_weight)
         return self._past
 
     def watch(self, node: Node) -> None:

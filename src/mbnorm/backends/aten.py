@@ -23,14 +23,19 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return ``y`` and the rows of a `mbnorm.functional.Record`."""
-    scratch_mean = scratch_var = None
-    if x.dtype != past_mean.dtype:
-        # without running buffers ATen gives the statistics of half inputs in half, where they overflow
-        scratch_mean, scratch_var = past_mean.clone(), past_var.clone()
-    batch_mean, batch_var = torch.batch_norm_update_stats(x, scratch_mean, scratch_var, 0.0)
+    batch_mean, batch_var = statistics(x, past_mean.dtype)
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
     y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
     return y, (batch_mean, batch_var, mean, var, past_mean, past_var, batch_weight)
+
+
+def statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each channel in ``dtype``, that of statistics."""
+    running = None, None
+    if x.dtype != dtype:
+        # without running buffers ATen gives the statistics of half inputs in half, where they overflow
+        running = tuple(torch.zeros(2, x.shape[1], dtype=dtype, device=x.device))
+    return torch.batch_norm_update_stats(x, *running, 0.0)
 
 
 def backward(
@@ -47,30 +52,62 @@ def backward(
 
     ``past`` is what `mbnorm.backends.cpu.backward` takes.
     """
-    batch_mean, _, mean, var, _, _, batch_weight = rows
-    if past is not None:
-        batch_weight = past[2]
-    # upcast so that half gradients are rounded once, after the last addition
-    dtype = statistics_dtype(x.dtype)
-    dy, values = dy.to(dtype), x.to(dtype)
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd if weight is None else weight * rstd
-    batch_scale = batch_weight.expand_as(mean) if weight is None else weight * batch_weight
-    dx, dw, db = torch.ops.aten.native_batch_norm_backward(
-        dy, values, batch_scale.contiguous(), None, None, mean, rstd, True, eps, [need_dx, True, True]
-    )
+    sums = Sums(dy, x, weight, rows, variance_rule, eps)
     if not need_dx:
-        return None, dw, db
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
-    dx.addcmul_(dy, ((1 - batch_weight) * scale).view(per_channel))
-    if variance_rule == "averaged":
-        values_per_channel = x.numel() // x.shape[1]
-        shift = batch_weight * scale * rstd * dw * (batch_mean - mean) / values_per_channel
-        dx.add_(shift.view(per_channel))
-    if past is not None:
-        history = (batch_weight - 1) * scale
-        center = mean if variance_rule == "pooled" else batch_mean
-        slope = history * rstd * past[1]
-        dx.addcmul_(values - center.view(per_channel), slope.view(per_channel))
-        dx.add_((history * past[0]).view(per_channel))
-    return dx.to(x.dtype), dw, db
+        return None, sums.dw, sums.db
+    batch_weight = rows[6]
+    if past is None:
+        taken = batch_weight * sums.mean_of_dy, batch_weight * sums.mean_of_products
+    else:
+        taken = (
+            torch.lerp(past[0], sums.mean_of_dy, past[2]),
+            torch.lerp(past[1], sums.mean_of_products, past[2]),
+        )
+    return sums.dx(*taken), sums.dw, sums.db
+
+
+class Sums:
+    """The first pass of a backward: ``dw`` and ``db``."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        rows: tuple[Tensor, ...],
+        variance_rule: VarianceRule,
+        eps: float,
+    ) -> None:
+        batch_mean, _, mean, var, *_ = rows
+        self._center = mean if variance_rule == "pooled" else batch_mean
+        self._dtype = x.dtype
+        # upcast so that half gradients are rounded once, after the last addition
+        dtype = statistics_dtype(x.dtype)
+        self._dy, self._x = dy.to(dtype), x.to(dtype)
+        self._var, self._eps = var, eps
+        self._rstd = torch.rsqrt(var + eps)
+        self._weight = weight
+        self._n = x.numel() // x.shape[1]
+        _, self.dw, self.db = torch.ops.aten.native_batch_norm_backward(
+            self._dy, self._x, None, None, None, mean, self._rstd, True, eps, [False, True, True]
+        )
+
+    @property
+    def mean_of_dy(self) -> Tensor:
+        """Of each channel."""
+        return torch.div(self.db, self._n)
+
+    @property
+    def mean_of_products(self) -> Tensor:
+        """Of dy with the normalized input."""
+        return torch.div(self.dw, self._n)
+
+    def dx(self, g: Tensor, s: Tensor) -> Tensor:
+        """Do the second pass: take two means, as `mbnorm.gradient.RememberedGradient` has them, out of dy."""
+        scale = self._rstd if self._weight is None else self._weight * self._rstd
+        # the normalization is ATen's fastest way to a multiple of each channel
+        dx, _, _ = torch.native_batch_norm(
+            self._x, -scale * s, -scale * g, self._center, self._var, False, 0.0, self._eps
+        )
+        dx.addcmul_(self._dy, scale.view([1, -1] + [1] * (dx.dim() - 2)))
+        return dx.to(self._dtype)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.averages import InferenceAverages, commit
-from mbnorm.backends import cpu, triton
+from mbnorm.backends import aten_memory, cpu, triton
 from mbnorm.blend import statistics_dtype
 from mbnorm.distributed import PooledPast, ProcessGroup, Sync
 from mbnorm.functional import BACKENDS, Backend, Chosen, Rows, choose, in_dtype, normalize
@@ -574,6 +574,8 @@ class HistoryBatchNorm(_BatchNorm):
         state = self._buffers["running_mean"]
         if self.memory.kernels is None or state is None or state.dtype != statistics_dtype(input.dtype):
             return None
+        if backend == "aten":
+            return aten_memory if input.device.type == "cpu" and triton.is_plain(input) else None
         return FUSED.get(backend)
 
     def prepare(self, kernels: ModuleType, input: Tensor, n: int, *, stores: bool) -> PreparedForward:

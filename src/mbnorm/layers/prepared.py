@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mbnorm.blend import statistics_dtype
-from mbnorm.functional import FusedRun, run_differentiably
+from mbnorm.functional import FusedRun, Rows, run_differentiably
 from mbnorm.recompute import Call, backward_runs
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class PreparedForward:
         y, _ = self.run_recorded(layer, input)
         return y
 
-    def run_recorded(self, layer: "HistoryBatchNorm", input: Tensor) -> tuple[Tensor, Tensor]:
+    def run_recorded(self, layer: "HistoryBatchNorm", input: Tensor) -> tuple[Tensor, Rows]:
         """Do as `run`; return the record, too."""
         calls = layer._calls
         calls.drop_done()
