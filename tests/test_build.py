@@ -39,6 +39,7 @@ def compiler_that(tmp_path, body):
     return str(script)
 
 
+@pytest.mark.contract("KB-2")
 def test_a_build_is_kept_and_used_again(source, folder, monkeypatch):
     library.load("small", [source])
     (kept,) = libraries(folder)
@@ -47,6 +48,7 @@ def test_a_build_is_kept_and_used_again(source, folder, monkeypatch):
     assert libraries(folder) == [kept]
 
 
+@pytest.mark.contract("KB-2")
 def test_a_build_is_announced_and_its_end_is_told(source, folder, capfd):
     library.load("small", [source])
     first, last = capfd.readouterr().err.splitlines()
@@ -73,6 +75,7 @@ def test_a_build_is_not_used_for_anything_else(source, folder, change, monkeypat
     assert len(libraries(folder)) == 2
 
 
+@pytest.mark.contract("KB-4")
 def test_a_build_outlives_its_compiler(source, folder, monkeypatch):
     library.load("small", [source])
     monkeypatch.setenv("CXX", "/nowhere/c++")
@@ -95,6 +98,7 @@ def test_a_damaged_file_is_built_again(source, folder, tmp_path, monkeypatch):
     assert damaged.read_bytes() != b"not a library"
 
 
+@pytest.mark.contract("KB-4")
 def test_a_folder_that_cannot_be_written_does_not_matter(source, tmp_path, monkeypatch, capfd):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -117,6 +121,7 @@ def test_a_read_only_folder_does_not_matter(source, folder):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.contract("KB-2")
 def test_of_two_processes_one_compiles_and_the_other_waits(source, folder, tmp_path):
     program = (
         "import sys; from pathlib import Path; from mbnorm.backends import library; "
@@ -132,6 +137,7 @@ def test_of_two_processes_one_compiles_and_the_other_waits(source, folder, tmp_p
     assert len(libraries(folder)) == 1
 
 
+@pytest.mark.contract("KB-1")
 def test_what_a_wheel_has_inside_is_not_compiled(source, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "SHIPPED", tmp_path)
     build.compile_library([source], tmp_path / library.file_name("small", build.instructions()))
@@ -180,6 +186,7 @@ def test_a_compiler_that_fails_is_quoted(source, folder):
     assert libraries(folder) == []
 
 
+@pytest.mark.contract("KB-3")
 def test_a_failure_is_remembered(source, folder, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CXX", compiler_that(tmp_path, "echo error: out of luck; exit 1"))
     with pytest.raises(build.BuildError, match=r"out of luck$"):
@@ -190,6 +197,7 @@ def test_a_failure_is_remembered(source, folder, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.contract("KB-3")
 @pytest.mark.parametrize("change", ["compiler", "asked"])
 def test_a_failure_is_forgotten(source, folder, tmp_path, change, monkeypatch):
     luck = tmp_path / "luck"

@@ -127,6 +127,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+@pytest.mark.contract("KB-1")
 @pytest.mark.parametrize("capability", ["default", ""])
 def test_the_compiled_wheel_needs_no_compiler(capability, compiled, tmp_path):
     nothing = {"PATH": "", "CXX": "none", "MBNORM_CACHE": str(tmp_path / "cache")}

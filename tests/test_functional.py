@@ -267,6 +267,7 @@ def test_auto_is_the_best_backend_on_the_cpu_and_says_so():
     assert backend_for(torch.randn(2, 3)) == BACKENDS[-1]
 
 
+@pytest.mark.contract("KB-5")
 def test_auto_is_aten_where_nothing_can_be_compiled_and_says_so_once(monkeypatch):
     monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler: c++ was not found")
     functional._warn_of_slow_kernels.cache_clear()
