@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mbnorm.experiments.records import versions
+from mbnorm.experiments.records import processor, versions
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ LAST_CHARACTERS = 3000
 def machine() -> Row:
     """Return what a row says of where it was measured, and of which code."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -46,15 +46,6 @@ def commit(root: Path) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def caption(name: str, rows: list[Row]) -> str:

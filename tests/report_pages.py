@@ -58,8 +58,16 @@ def hard_page():
     setting = Setting(NASTY, 2, "shuffled", 0.1, 1, data="/a/" + "very-long-folder/" * 20)
     runs = [Run("matched", setting, 0)]
     rows = rows_of(setting, runs, {runs[0]: replace(DONE, status="failed", accuracy=None, error=NASTY)})
-    figure = Figure(panel_svg(rows), NASTY, f"mbnorm compare --data '{setting.data}' --model '{NASTY}'")
+    figure = Figure(panel_svg(rows), NASTY)
+    command = f"mbnorm compare --data '{setting.data}' --model '{NASTY}'"
     table = Table([NASTY, "x" * 60], [[NASTY, "y" * 200], ["z", NASTY]])
     return render(
-        Page(NASTY, [NASTY], NASTY, [Section(str(setting), [NASTY], [figure], [table], [NASTY])], NASTY)
+        Page(
+            NASTY,
+            [NASTY],
+            [("red", NASTY)],
+            command,
+            [Section(str(setting), [NASTY], [figure], [table], [NASTY])],
+            NASTY,
+        )
     )

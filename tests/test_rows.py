@@ -13,7 +13,17 @@ from mbnorm.experiments.page import Figure, Page, Section, render
 from mbnorm.experiments.plot import as_svg, batch_size_series, draw, panel_svg
 from mbnorm.experiments.report import as_markdown, show
 from mbnorm.experiments.report_page import as_html
-from mbnorm.experiments.rows import RANKS, Row, caption, columns, mean_ranks, notes, row_of, rows_of
+from mbnorm.experiments.rows import (
+    RANKS,
+    Row,
+    caption,
+    columns,
+    conclusion,
+    mean_ranks,
+    notes,
+    row_of,
+    rows_of,
+)
 from mbnorm.experiments.training import Outcome
 
 SETTING = Setting("mlp", 4, "shuffled", 0.025, 2)
@@ -315,9 +325,37 @@ def test_a_report_counts_what_is_missing_and_names_it():
     assert str(runs[1]) in page
 
 
-def test_every_figure_has_the_command_that_draws_it(report):
-    # one more for the page itself
-    assert report.count("<pre><code>mbnorm compare --methods") == report.count("<figure>") + 1 == 5
+def test_a_report_begins_with_what_was_found_and_has_its_command_once(report):
+    _, _, body = report.partition("</h1>")
+    assert body.strip().startswith('<p class="lead">No method can be called better or worse than batch')
+    assert report.count("<figure>") == 4
+    assert report.count("mbnorm compare --methods") == 1
+
+
+def test_a_report_names_processors_and_days():
+    outcomes = [replace(DONE, processor="A 1", date="2026-11-30"), replace(DONE, date="2026-12-02")]
+    page = as_html([(SETTING, [row("matched", *outcomes)])], [], "batch", "mbnorm compare")
+    assert "Trained on A 1, an unknown processor, 2026-11-30 to 2026-12-02, with mbnorm" in page
+
+
+def test_a_conclusion_calls_a_method_better_only_where_the_interval_leaves_out_0():
+    better = {"batch": [50.0, 51.0, 52.0], "matched": [90.0, 91.0, 92.0]}
+    tables = [(SETTING, rows_for(better | {"none": [40.0, 60.0, 52.0], "group": [None] * 3}))]
+    assert conclusion(tables, "batch") == "Compared with batch, better: matched; no difference: none."
+    assert conclusion(tables, "matched") == "Compared with matched, worse: batch, none."
+
+
+def test_a_conclusion_over_settings_counts_them():
+    first = rows_for({"batch": [50.0, 51.0, 52.0], "matched": [90.0, 91.0, 92.0], "none": [60.0, 61.0, 62.0]})
+    values = {"batch": [50.0, 51.0, 52.0], "matched": [90.0, 91.0, 92.0], "none": [40.0, 41.0, 42.0]}
+    tables = [(SETTING, first), (ONE_CLASS, rows_for(values, ONE_CLASS))]
+    said = "better in all 2 settings: matched; in some: none (1 better and 1 worse of 2)"
+    assert conclusion(tables, "batch") == f"Compared with batch, {said}."
+
+
+def test_two_seeds_decide_nothing():
+    tables = [(SETTING, rows_for({"batch": [50.0, 51.0], "matched": [90.0, 91.0]}))]
+    assert conclusion(tables, "batch").startswith("No method can be called better or worse than batch")
 
 
 def test_all_text_is_escaped():
@@ -329,14 +367,14 @@ def test_all_text_is_escaped():
 
 
 def test_figures_of_a_page_share_no_names():
-    figure = Figure(panel_svg([row("matched", DONE)]), "a", "b")
+    figure = Figure(panel_svg([row("matched", DONE)]), "a")
     text = render(Page("two", sections=[Section("s", figures=[figure, figure])]))
     names = [part.partition('"')[0] for part in text.split(' id="')[1:]]
     assert len(names) == len(set(names)) > 10
 
 
 def test_every_name_that_a_figure_refers_to_is_in_it():
-    figure = Figure(panel_svg([row("matched", DONE)]), "a", "b")
+    figure = Figure(panel_svg([row("matched", DONE)]), "a")
     text = render(Page("one", sections=[Section("s", figures=[figure])]))
     names = {part.partition('"')[0] for part in text.split(' id="')[1:]}
     wanted = {part.partition('"')[0] for part in text.split('href="#')[1:]}

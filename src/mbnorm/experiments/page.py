@@ -12,11 +12,10 @@ from markupsafe import Markup, escape
 
 @dataclass(frozen=True)
 class Figure:
-    """An ``<svg>`` element, what it shows, and the command that draws it anew."""
+    """An ``<svg>`` element, and what it shows."""
 
     svg: str
     caption: str
-    command: str
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A title, what there is to say first, the command that writes the page, and its sections."""
+    """A title, what there is to say first, and the sections.
+
+    Attributes:
+        title: the page's.
+        lead: what there is to say; the first is what was found, and stands out.
+        legend: the colors of the figures, and what they mean.
+        command: what writes the page.
+        sections: the rest.
+        footer: where it all comes from.
+    """
 
     title: str
     lead: Sequence[str] = ()
+    legend: Sequence[tuple[str, str]] = ()
     command: str = ""
     sections: Sequence[Section] = ()
     footer: str = ""

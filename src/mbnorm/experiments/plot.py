@@ -4,8 +4,8 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,33 +16,35 @@ from mbnorm.experiments.grid import Setting
 from mbnorm.experiments.methods import OURS, Method
 from mbnorm.experiments.rows import Row, Tables, mean_ranks
 
-MOST_COLUMNS = 3
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
-LEGEND = "test score, %, spaced by the error\n(dots: seeds, bar: mean and 95 % interval)"
-LEGEND_COLUMNS = 3
+SCALE = "test score, %, spaced by the error"
+MARKS = "dot: a seed; bar: the mean; line: its 95 % interval"
+WIDTH = 3.8
+"""Inches: on a phone 9 points are then 12 pixels."""
+LETTERS = 44
+"""Of 9 points, in a line that wide."""
+LEGEND_COLUMNS = 2
+BATCH, OWN, OTHERS = "#c62828", "#1769aa", "#616161"
 
 
 def draw(tables: Tables, path: Path) -> None:
     """Write the figure of all settings to ``path``."""
-    columns = min(len(tables), MOST_COLUMNS)
-    lines = ceil(len(tables) / columns)
-    most_rows = max(len(rows) for _, rows in tables)
+    heights = [1.1 + 0.22 * len(rows) for _, rows in tables]
     with _plain_text():
-        figure = Figure(figsize=(6.2 * columns, lines * (1.5 + 0.34 * most_rows)), layout="constrained")
-        panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for panel, (setting, rows) in zip(panels, tables, strict=False):
-            panel.set_title(str(setting), loc="left", fontsize=10, fontweight="bold")
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+        panels = figure.subplots(len(tables), squeeze=False, height_ratios=heights).flat
+        for panel, (setting, rows) in zip(panels, tables, strict=True):
+            panel.set_title(fill(str(setting), LETTERS), loc="left", fontsize=9, fontweight="bold")
             _fill(panel, rows)
-        for unused in panels[len(tables) :]:
-            unused.set_axis_off()
-        figure.savefig(path, dpi=150)
+        figure.suptitle(f"{MARKS}\nblue: mbnorm's layers; red: batch norm", fontsize=8)
+        figure.savefig(path, dpi=200)
 
 
 def panel_svg(rows: Sequence[Row]) -> str:
     """Return the figure of one setting."""
     with _plain_text():
-        figure = Figure(figsize=(4.8, 0.9 + 0.27 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(rows)), layout="constrained")
         _fill(figure.subplots(), rows)
         return as_svg(figure)
 
@@ -57,7 +59,7 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
                     methods.setdefault(row.method, []).append((batch_size, _error(row.score.mean)))
         # the panel keeps its height, however many lines the legend has
         lines_of_legend = -(-len(methods) // LEGEND_COLUMNS)
-        figure = Figure(figsize=(4.8, 3.4 + 0.17 * lines_of_legend), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.4 + 0.17 * lines_of_legend), layout="constrained")
         panel = figure.subplots()
         colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
         for number, (method, points) in enumerate(sorted(methods.items())):
@@ -77,10 +79,10 @@ def batch_size_svg(series: Mapping[int, Sequence[Row]]) -> str:
         panel.set_yscale("log")
         panel.set_ylim(100, LEAST_ERROR)
         panel.set_yticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
-        panel.set_ylabel("mean test score, %, spaced by the error", fontsize=9)
+        panel.set_ylabel(f"mean {SCALE}", fontsize=9)
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9, frameon=False)
         return as_svg(figure)
 
 
@@ -88,7 +90,7 @@ def ranks_svg(tables: Tables) -> str:
     """Return the figure of the mean ranks: a dot a setting, a bar their mean."""
     with _plain_text():
         ranks = mean_ranks(tables)
-        figure = Figure(figsize=(4.8, 0.8 + 0.27 * len(ranks)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.27 * len(ranks)), layout="constrained")
         panel = figure.subplots()
         for y, (method, mean, found) in enumerate(ranks):
             color = _color(method)
@@ -98,7 +100,7 @@ def ranks_svg(tables: Tables) -> str:
         panel.set_xlim(0.5, len(ranks) + 0.5)
         # "20.0" at the right end would be cut
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_xlabel("rank (dots: settings, bar: their mean)", fontsize=9)
+        panel.set_xlabel("rank (dot: a setting; bar: the mean)", fontsize=9)
         _name_lines(panel, [(method, _color(method)) for method, *_ in ranks])
         return as_svg(figure)
 
@@ -108,7 +110,10 @@ def as_svg(figure: Figure) -> str:
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mbnorm"}):
         figure.savefig(
-            file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+            file,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
     text = file.getvalue()
     return re.sub(r"<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -144,7 +149,7 @@ def _fill(panel: Axes, rows: Sequence[Row]) -> None:
         panel.text(LEAST_ERROR * 0.93, y, text, color=color, fontsize=9, va="center")
     panel.set_xticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
     panel.minorticks_off()
-    panel.set_xlabel(LEGEND, fontsize=9)
+    panel.set_xlabel(SCALE, fontsize=9)
     _name_lines(panel, [(row.label, _color(row.method)) for row in rows])
 
 
@@ -163,8 +168,8 @@ def _error(score: float) -> float:
 
 def _color(method: Method) -> str:
     if method == "batch":
-        return "#c62828"
-    return "#1769aa" if method in OURS else "#616161"
+        return BATCH
+    return OWN if method in OURS else OTHERS
 
 
 def batch_size_series(tables: Tables) -> dict[str, dict[int, Sequence[Row]]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -63,6 +64,16 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def versions() -> Record:
     """Return the versions of torch and mbnorm that run here, which each record of a measurement has."""
     return {"torch": torch.__version__, "mbnorm": __version__}
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def check_versions(path: Path, records: Iterable[Record]) -> None:

@@ -8,12 +8,12 @@ from rich.table import Table
 
 from mbnorm.experiments import markdown
 from mbnorm.experiments.methods import Method
-from mbnorm.experiments.rows import RANKS, Tables, caption, columns, mean_ranks, notes, row_of
+from mbnorm.experiments.rows import RANKS, Tables, caption, columns, conclusion, mean_ranks, notes, row_of
 
 
 def as_markdown(tables: Tables, baseline: Method) -> str:
     """Return all tables as Markdown."""
-    blocks = [caption(tables, baseline)]
+    blocks = [conclusion(tables, baseline), caption(tables, baseline)]
     for setting, rows in tables:
         theirs = row_of(baseline, rows)
         lines = []
@@ -32,7 +32,7 @@ def as_markdown(tables: Tables, baseline: Method) -> str:
 
 
 def show(tables: Tables, baseline: Method, console: Console) -> None:
-    """Print all tables to a terminal."""
+    """Print all tables to a terminal, and what they come to last."""
     for setting, rows in tables:
         table = _terminal_table(str(setting))
         names = columns(baseline, rows)
@@ -57,6 +57,7 @@ def show(tables: Tables, baseline: Method, console: Console) -> None:
             table.add_row(method, f"{mean:.2f}")
         console.print(table)
         console.print(RANKS, markup=False)
+    console.print(conclusion(tables, baseline), markup=False, style="bold")
 
 
 def _terminal_table(title: str) -> Table:

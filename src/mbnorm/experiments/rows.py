@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TypeAlias
 
 from mbnorm.experiments.estimates import (
+    FEWEST,
     INTERVAL,
     NO_DIFFERENCE,
     PERCENT,
@@ -175,6 +176,35 @@ def mean_ranks(tables: Tables) -> list[tuple[Method, float, list[float]]]:
         for method in methods
     }
     return sorted(((m, fmean(found), found) for m, found in ranks.items()), key=lambda entry: entry[1])
+
+
+def conclusion(tables: Tables, baseline: Method) -> str:
+    """Return in a sentence what was found: a method is better or worse where the interval leaves out 0."""
+    verdicts: dict[Method, list[int]] = {}
+    for _, rows in tables:
+        theirs = row_of(baseline, rows)
+        for row in rows:
+            if theirs is None or row.method == baseline or row.reference is not None:
+                continue
+            difference = paired_difference(row.scores, theirs.scores)
+            if difference is not None and difference.half_width is not None:
+                sign = 1 if difference.mean > 0 else -1
+                verdicts.setdefault(row.method, []).append(difference.decided * sign)
+    if not verdicts:
+        return f"No method can be called better or worse than {baseline}: that takes {FEWEST} seeds of both."
+    everywhere = "" if len(tables) == 1 else f" in all {len(tables)} settings"
+    found: dict[str, list[str]] = {}
+    for method, signs in verdicts.items():
+        better, worse = signs.count(1), signs.count(-1)
+        if len(tables) in (better, worse):
+            found.setdefault(f"{'better' if better else 'worse'}{everywhere}", []).append(method)
+        elif better or worse:
+            counts = " and ".join(f"{n} {what}" for n, what in ((better, "better"), (worse, "worse")) if n)
+            found.setdefault("in some", []).append(f"{method} ({counts} of {len(tables)})")
+        else:
+            found.setdefault("no difference", []).append(method)
+    said = "; ".join(f"{kind}: {', '.join(methods)}" for kind, methods in found.items())
+    return f"Compared with {baseline}, {said}."
 
 
 def notes(setting: Setting, rows: Sequence[Row]) -> list[str]:

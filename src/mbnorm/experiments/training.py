@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from mbnorm.experiments.methods import (
     set_method,
 )
 from mbnorm.experiments.models import build
+from mbnorm.experiments.records import processor
 from mbnorm.experiments.sampling import one_epoch
 from mbnorm.experiments.scores import overlaps, share
 
@@ -53,6 +55,8 @@ class Outcome:
             2 |found and true| / (|found| + |true|), over all test images.
         test_error: half the 95 % interval that comes of the choice of test images; of `dice` if there is one,
             else of `accuracy`.
+        processor: of the machine that trained.
+        date: of the day when the run ended.
     """
 
     status: Status
@@ -66,6 +70,8 @@ class Outcome:
     odd_accuracy: float | None = None
     dice: float | None = None
     test_error: float | None = None
+    processor: str | None = None
+    date: str | None = None
 
     @property
     def score(self) -> float | None:
@@ -80,15 +86,16 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
     """
     start = time.perf_counter()
     data = load(run.setting.data)
+    origin: dict[str, Any] = {"processor": processor(), "date": date.today().isoformat()}
     try:
         model = initial_model(run)
         train_loss = fit(model, run, data, accelerator)
     except ValueError as error:
-        return Outcome("failed", _seconds_since(start), error=str(error).partition("\n")[0])
+        return Outcome("failed", _seconds_since(start), error=str(error).partition("\n")[0], **origin)
     data = data.to(next(model.parameters()).device)
     in_train_mode = train_mode_loss(model, data, run.setting)
     in_eval_mode = eval_mode_loss(model, data, run.setting.loss)
-    scores = measured(model, data)
+    scores: dict[str, Any] = measured(model, data)
     return Outcome(
         "ok" if math.isfinite(train_loss) else "diverged",
         _seconds_since(start),
@@ -97,6 +104,7 @@ def train(run: Run, accelerator: str = "cpu") -> Outcome:
         train_mode_loss=_finite(in_train_mode),
         eval_mode_loss=_finite(in_eval_mode),
         **scores,
+        **origin,
     )
 
 
