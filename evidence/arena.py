@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
-from evidence.claim import Table, Tell, difference_cell, mean_cell
+from evidence.claim import Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.lists import EDGES, RATES, Entrant, Part, Task, data_of
 from evidence.trained import score_of
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
@@ -253,7 +253,10 @@ def drawn(
     known = Known(rows)
     for task, panel in zip(tasks, panels, strict=True):
         shown = [entrant for entrant in entrants if known.scores(task, entrant)]
-        ordered = sorted(shown, key=lambda entrant: _mean(known.scores(task, entrant)))
+        if not shown:
+            panel.set_title(f"{task.name}:\nnot trained yet")
+            continue
+        ordered = sorted(shown, key=lambda entrant: _mean(known.scores(task, entrant)), reverse=True)
         for place, entrant in enumerate(ordered):
             scores = list(known.scores(task, entrant).values())
             found = estimate(scores, PERCENT)
@@ -262,10 +265,10 @@ def drawn(
             color = "C3" if entrant.method in OURS else "C0"
             panel.plot([found.low, found.high], [place, place], color=color, linewidth=3, alpha=0.4)
             panel.plot(scores, [place] * len(scores), ".", color=color)
-        panel.set_yticks(range(len(ordered)), [entrant.label for entrant in ordered], fontsize=8)
-        panel.set_xlabel("test score, %", fontsize=8)
-        panel.set_title(task.name, fontsize=9)
-        panel.plot([], [], color="C3", label="mbnorm's (dots: seeds; bars: 95 % interval of the mean)")
+        name_lines(panel, [entrant.label for entrant in ordered])
+        panel.set_xlabel("test score, % (dots: seeds; bars: 95 % interval of the mean)")
+        panel.set_title(task.name)
+        panel.plot([], [], color="C3", label="mbnorm's")
         panel.plot([], [], color="C0", label="others")
 
 

@@ -4,14 +4,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TypeAlias
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import blended_transform_factory
 
 from benchmarks.rows import Row
 from mbnorm.experiments.estimates import INTERVAL, Bounds, Estimate, estimate
 from mbnorm.experiments.markdown import table
+from mbnorm.experiments.plot import WIDTH
 
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings, and lines of as many cells."""
@@ -21,8 +26,13 @@ Tell: TypeAlias = Callable[[str], None]
 """Is given a line now and then."""
 
 
-MOST_ACROSS = 4
-"""Panels of a figure beside one another."""
+PLOT = "plot.png"
+LETTERS = 26
+"""Of a line in a name beside a panel."""
+LETTERS_BELOW = 44
+LETTERS_OF_TWO_COLUMNS = 18
+LINE = 0.17
+"""Inches, of a line of text."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +63,65 @@ class Claim:
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
-    """Return what was found, the claim, its tables, what ± is, and where they come from."""
+    """Return what was found, the claim, its plot, its tables, what ± is, and where they come from."""
     tables = [table(headings, lines) for headings, lines in claim.tables(rows)]
     measured = f"{claim.measured} {INTERVAL}"
-    parts = [claim.verdict(rows), claim.sentence, *tables, measured, f"Written by `{command}`."]
+    plot = f"![Plot of the tables]({PLOT})"
+    parts = [claim.verdict(rows), claim.sentence, plot, *tables, measured, f"Written by `{command}`."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw(claim: Claim, rows: Sequence[Row], path: Path) -> None:
-    """Write the claim's figure."""
-    across = min(claim.panels, MOST_ACROSS)
-    down = math.ceil(claim.panels / across)
-    figure = Figure(figsize=(5.6 * across, 4.2 * down), layout="constrained")
-    places = list(figure.subplots(down, across, squeeze=False).flat)
-    panels = places[: claim.panels]
-    for unused in places[claim.panels :]:
-        unused.remove()
-    claim.draw(rows, panels)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#eeeeee")
-        panel.set_axisbelow(True)
-        panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    """Write the claim's figure: its panels one below the other, so that a phone can show their text."""
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": "medium"}):
+        figure = Figure(layout="constrained")
+        panels = list(figure.subplots(claim.panels, squeeze=False).flat)
+        claim.draw(rows, panels)
+        heights = [_finished(panel) for panel in panels]
+        figure.set_size_inches(WIDTH, sum(heights))
+        grid = panels[0].get_gridspec()
+        assert grid is not None
+        grid.set_height_ratios(heights)
+        figure.savefig(path, dpi=200)
+
+
+def _finished(panel: Axes) -> float:
+    """Give a panel its grid, its legend above the data, and broken lines; return its height in inches."""
+    if not panel.has_data():
+        panel.set_axis_off()
+        return 0.5
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#eeeeee")
+    panel.set_axisbelow(True)
+    for axis in (panel.xaxis, panel.yaxis):
+        if isinstance(axis.get_major_locator(), LogLocator):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    # what is wider than the panel has room under the names
+    panel.set_xlabel(fill(panel.get_xlabel(), LETTERS_BELOW), loc="right")
+    panel.set_ylabel(fill(panel.get_ylabel(), LETTERS_BELOW))
+    labels = panel.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels), default=0) <= LETTERS_OF_TWO_COLUMNS else 1
+    if labels:
+        middle = blended_transform_factory(panel.figure.transFigure, panel.transAxes)
+        panel.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+            bbox_transform=middle,
+            ncols=columns,
+            title=panel.get_title(),
+            frameon=False,
+        )
+        panel.set_title("")
+    names = [label.get_text().count("\n") + 1 for label in panel.get_yticklabels()]
+    return max(2.4, LINE * len(names) * max(names)) + LINE * math.ceil(len(labels) / columns) + 0.8
+
+
+def name_lines(panel: Axes, names: Sequence[str]) -> None:
+    """Write names down the side of a panel; the first is at 0, on top."""
+    panel.set_yticks(range(len(names)), [fill(name, LETTERS) for name in names])
+    panel.set_ylim(len(names) - 0.5, -0.5)
 
 
 def mean_cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:

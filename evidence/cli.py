@@ -31,7 +31,7 @@ from evidence import (
     staleness,
     suite,
 )
-from evidence.claim import Claim, as_markdown, draw
+from evidence.claim import PLOT, Claim, as_markdown, draw
 from mbnorm.experiments.records import append, check_versions, read
 
 CLAIMS: dict[str, Claim] = {
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += f" --seeds {seeds}" if seeds != claim.seeds else ""
     table = as_markdown(claim, rows, command)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    draw(claim, rows, folder / "plot.png")
+    draw(claim, rows, folder / PLOT)
     print(f"{table}\n{len(rows) - len(known)} measured, {len(known)} were there{_origin(known)}: {data}")
     print(f"written: {folder / 'table.md'}, {folder / 'plot.png'}")
     return 0

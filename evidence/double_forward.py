@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.trained import by_seed, where
 from mbnorm import DoubleForward, convert
 from mbnorm.experiments.data import Data, load
@@ -147,13 +146,12 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
-    for height, case in enumerate(reversed(CASES)):
+    for height, case in enumerate(CASES):
         gains = list(_gains(rows, case).values())
         panel.plot(gains, [height] * len(gains), "o", color="#9ecae1")
         panel.plot([fmean(gains)], [height], "k|", markersize=14, label="mean" if height == 0 else None)
     panel.axvline(0, color="#c62828", linewidth=1)
-    names: list[Any] = [str(case) for case in reversed(CASES)]
-    panel.set_yticks(range(len(CASES)), names, fontsize=6)
+    name_lines(panel, [str(case) for case in CASES])
     panel.set_xlabel("points of test accuracy that Double-Forward adds, a dot a seed")
 
 

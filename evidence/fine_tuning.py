@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell
+from evidence.claim import Claim, Table, Tell, name_lines
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
 from evidence.pretrained import PRETRAINING, SIDE, check, data_of, pretrained, with_new_head
 from evidence.trained import score_of, where
@@ -209,20 +209,13 @@ def _draw(tasks: Sequence[FineTuning], rows: Sequence[Row], panels: Sequence[Axe
         for number, column in enumerate(columns(task, rows)):
             means = [column.mean(method) for method in METHODS]
             found = [(place, mean) for place, mean in enumerate(means) if mean is not None]
-            panel.errorbar(
-                [place + 0.15 * (number - 1.5) for place, _ in found],
-                [mean.mean for _, mean in found],
-                [
-                    [mean.mean - mean.low for _, mean in found],
-                    [mean.high - mean.mean for _, mean in found],
-                ],
-                fmt="o",
-                color=f"C{number}",
-                label=str(column),
-            )
-        panel.set_xticks(range(len(METHODS)), METHODS, rotation=20, fontsize=8)
-        panel.set_ylabel(f"{_score_name(task)}, % (lines: 95 % intervals)", fontsize=8)
-        panel.set_title(task.name, fontsize=10)
+            ys = [place + 0.15 * (number - 1.5) for place, _ in found]
+            means_found = [mean for _, mean in found]
+            panel.plot([m.mean for m in means_found], ys, "o", color=f"C{number}", label=str(column))
+            panel.hlines(ys, [m.low for m in means_found], [m.high for m in means_found], color=f"C{number}")
+        name_lines(panel, METHODS)
+        panel.set_xlabel(f"{_score_name(task)}, % (lines: 95 % intervals)")
+        panel.set_title(task.name)
 
 
 def _claim(tasks: tuple[FineTuning, ...], data: str) -> Claim:

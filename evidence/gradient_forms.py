@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.rows import Row
 from evidence.arena import Step, trained
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.lists import MLP, TUNED, Entrant, Task
 from evidence.trained import score_of, where
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
@@ -179,16 +179,17 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for task, panel in zip(TASKS, panels, strict=True):
-        for place, name in enumerate(reversed(FORMS)):
+        for place, name in enumerate(FORMS):
             scores = list(_scores(rows, name, task).values())
             found = estimate(scores, PERCENT)
             if found is not None:
                 panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
                 panel.plot(scores, [place] * len(scores), ".", color="C0")
-        panel.set_yticks(range(len(FORMS)), list(reversed(FORMS)), fontsize=8)
-        panel.set_xlabel("score on held-out training images, %", fontsize=8)
-        panel.set_title(task.name, fontsize=9)
-        panel.plot([], [], color="C0", label="dots: seeds; bars: 95 % interval of the mean")
+        name_lines(panel, list(FORMS))
+        panel.set_xlabel(
+            "score on held-out training images, % (dots: seeds; bars: 95 % interval of the mean)"
+        )
+        panel.set_title(task.name)
 
 
 def _verdict(rows: Sequence[Row]) -> str:

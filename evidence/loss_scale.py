@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.lists import MLP, Entrant, data_of
 from evidence.trained import where
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, paired_difference
@@ -86,8 +86,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
     for place, name in enumerate(SCALES):
         scores = list(_scores(rows, name).values())
-        panel.plot(scores, [place] * len(scores), "o", color=f"C{place}", label=name)
-    panel.set_yticks([])
+        panel.plot(scores, [place] * len(scores), "o", color="C0")
+    name_lines(panel, list(SCALES))
     panel.set_xlabel("test accuracy of each seed, %")
 
 

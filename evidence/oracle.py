@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.lists import MLP, Entrant, data_of
 from evidence.rule import matched
 from evidence.trained import loss_cell, score_of, where
@@ -124,15 +124,14 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
-    for place, name in enumerate(reversed(NAMES)):
+    for place, name in enumerate(NAMES):
         scores = list(_scores(rows, name).values())
         found = estimate(scores, PERCENT)
         if found is not None:
             panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
             panel.plot(scores, [place] * len(scores), ".", color="C0")
-    panel.set_yticks(range(len(NAMES)), list(reversed(NAMES)), fontsize=8)
-    panel.set_xlabel("test accuracy, %", fontsize=8)
-    panel.plot([], [], color="C0", label="dots: seeds; bars: 95 % interval of the mean")
+    name_lines(panel, NAMES)
+    panel.set_xlabel("test accuracy, % (dots: seeds; bars: 95 % interval of the mean)")
 
 
 CLAIM = Claim(

@@ -108,8 +108,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
             if found:
                 means = [sum(of) / len(of) for of in zip(*found, strict=True)]
                 panel.plot(range(1, len(means) + 1), means, "o-", color=f"C{number}", label=name)
-        panel.set_xlabel("batch norm, from the input on", fontsize=8)
-        panel.set_ylabel(f"share of the gradient along a {part}, %", fontsize=8)
+        panel.set_xlabel("batch norm, from the input on")
+        panel.set_ylabel(f"share of the gradient along a {part}, %")
 
 
 CLAIM = Claim(

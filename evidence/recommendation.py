@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.trained import of_setting, where
 from mbnorm import Diagnosis, convert, diagnose, recalibrate
 from mbnorm.experiments.data import Data, load
@@ -26,6 +26,7 @@ from mbnorm.experiments.training import fit, initial_model, logits_of
 BATCHES = 100
 """Batches that are diagnosed."""
 MEMORY_SIZES = (8, 16, 32, 64, 128)
+TICKS = (-100, -10, -1, 0, 1, 10)
 GOAL = 0.5
 """Points of accuracy that the recommended may stay behind the best."""
 UNTRAINED = "untrained"
@@ -296,14 +297,14 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
         "do nothing": [c.nothing_behind for c in found],
     }
     for number, (name, differences) in enumerate(series.items()):
-        xs = [x + 0.2 * (number - 1) for x in range(len(SETTINGS))]
-        panel.plot(xs, [fmean(d) for d in differences], "o", color=f"C{number}", label=name)
-        panel.vlines(xs, [min(d) for d in differences], [max(d) for d in differences], color=f"C{number}")
-    panel.axhspan(-GOAL, GOAL, color="#9e9e9e", alpha=0.3, linewidth=0)
-    panel.set_yscale("symlog", linthresh=1)
-    names = [f"{s.model}\n{s.data}\n{s.sampling}\nm = {s.batch_size}" for s in SETTINGS]
-    panel.set_xticks(range(len(SETTINGS)), names, fontsize=6)
-    panel.set_ylabel("points from the best of the sweep (lines: smallest to largest seed)", fontsize=8)
+        ys = [y + 0.2 * (number - 1) for y in range(len(SETTINGS))]
+        panel.plot([fmean(d) for d in differences], ys, "o", color=f"C{number}", label=name)
+        panel.hlines(ys, [min(d) for d in differences], [max(d) for d in differences], color=f"C{number}")
+    panel.axvspan(-GOAL, GOAL, color="#9e9e9e", alpha=0.3, linewidth=0)
+    panel.set_xscale("symlog", linthresh=1)
+    panel.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    name_lines(panel, [f"{s.model}, {s.data}, {s.sampling} batches of {s.batch_size}" for s in SETTINGS])
+    panel.set_xlabel("points from the best of the sweep (lines: smallest to largest seed)")
 
 
 CLAIM = Claim(

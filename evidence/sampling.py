@@ -6,7 +6,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell
+from evidence.claim import Claim, Table, Tell, name_lines
 from evidence.trained import (
     accuracies,
     accuracy_cell,
@@ -44,11 +44,11 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     (panel,) = panels
     for number, sampling in enumerate(SAMPLINGS):
         found = [accuracies(where(rows, method=method, sampling=sampling)) for method in METHODS]
-        xs = [x + 0.12 * (number - 0.5) for x in range(len(METHODS))]
-        panel.plot(xs, [fmean(f) for f in found], "o", color=f"C{number}", label=sampling)
-        panel.vlines(xs, [min(f) for f in found], [max(f) for f in found], color=f"C{number}", alpha=0.5)
-    panel.set_xticks(range(len(METHODS)), METHODS, fontsize=8)
-    scale_by_error(panel)
+        ys = [y + 0.12 * (number - 0.5) for y in range(len(METHODS))]
+        panel.plot([fmean(f) for f in found], ys, "o", color=f"C{number}", label=sampling)
+        panel.hlines(ys, [min(f) for f in found], [max(f) for f in found], color=f"C{number}", alpha=0.5)
+    name_lines(panel, METHODS)
+    scale_by_error(panel, across=True)
 
 
 CLAIM = Claim(

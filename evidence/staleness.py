@@ -154,8 +154,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
         accumulated = ratios(rows, ACCUMULATED, key)
         panel.plot([ACCUMULATED.k], [fmean(accumulated)], "kx", label="4 micro-batches a step")
         panel.set_xticks(SIZES)
-        panel.set_xlabel("memory size k (lines: smallest to largest seed)", fontsize=9)
-        panel.set_ylabel(f"staleness {key.replace('_', ' ')}, with Double-Forward / without", fontsize=9)
+        panel.set_xlabel("memory size k (lines: smallest to largest seed)")
+        panel.set_ylabel(f"staleness {key.replace('_', ' ')}, with Double-Forward / without")
         panel.set_ylim(-0.03, 1.25)
 
 

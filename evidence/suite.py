@@ -7,7 +7,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell
+from evidence.claim import Claim, Table, Tell, difference_cell, name_lines
 from evidence.trained import (
     accuracy_cell,
     by_seed,
@@ -163,12 +163,13 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for number, method in enumerate(METHODS):
         means = [_mean(rows, setting, method) for setting in SETTINGS]
         marker = "*" if method in OURS else "o"
-        panel.plot(range(len(SETTINGS)), means, marker, color=f"C{number}", label=method)
+        panel.plot(means, range(len(SETTINGS)), marker, color=f"C{number}", label=method)
     large = [_mean(rows, at_ease(setting)) for setting in SETTINGS]
-    panel.plot(range(len(SETTINGS)), large, "k_", markersize=16, label=f"batch, m = {LARGE}")
-    names = [f"{s.model}, {s.data if s.sampling == 'shuffled' else s.sampling}, {s.lr:.3g}" for s in SETTINGS]
-    panel.set_xticks(range(len(SETTINGS)), names, fontsize=6, rotation=45, ha="right")
-    scale_by_error(panel, "test accuracy, %, spaced by the error (means over seeds)")
+    panel.plot(large, range(len(SETTINGS)), "k|", markersize=16, label=f"batch, m = {LARGE}")
+    whats = [s.data if s.sampling == "shuffled" else s.sampling for s in SETTINGS]
+    names = [f"{s.model}, {what}, lr {s.lr:.3g}" for s, what in zip(SETTINGS, whats, strict=True)]
+    name_lines(panel, names)
+    scale_by_error(panel, "test accuracy, %, spaced by the error (means over seeds)", across=True)
 
 
 CLAIM = Claim(

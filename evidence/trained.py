@@ -71,12 +71,14 @@ def by_seed(rows: Sequence[Row], key: str) -> dict[int, float]:
 SPACED = "test accuracy, %, spaced by the error (lines: smallest to largest seed)"
 
 
-def scale_by_error(panel: Axes, label: str = SPACED) -> None:
-    """Space the accuracies of a panel by the logarithm of the error."""
-    panel.set_yscale("function", functions=(_spaced, _from_spaced))
-    panel.set_yticks(TICKS, [str(tick) for tick in TICKS])
-    panel.set_ylim(0, 99)
-    panel.set_ylabel(label, fontsize=8)
+def scale_by_error(panel: Axes, label: str = SPACED, *, across: bool = False) -> None:
+    """Space the accuracies of a panel, up or across, by the logarithm of the error."""
+    set_scale = panel.set_xscale if across else panel.set_yscale
+    set_scale("function", functions=(_spaced, _from_spaced))
+    axis = panel.xaxis if across else panel.yaxis
+    axis.set_ticks(TICKS, [str(tick) for tick in TICKS])
+    axis.set_label_text(label)
+    (panel.set_xlim if across else panel.set_ylim)(0, 99)
 
 
 def _spaced(accuracy: Any) -> Any:
