@@ -1,4 +1,7 @@
-"""Reports looked at in a real browser: `make test-report` runs this; screenshots go to runs/report."""
+"""Reports and documentation in a real browser: `make test-report`; screenshots go to runs/report.
+
+The pages of the documentation are those that `make docs` has built.
+"""
 
 import base64
 import io
@@ -12,7 +15,8 @@ from report_pages import hard_page, long_report, short_report
 pytestmark = pytest.mark.browser
 
 SCREENSHOTS = Path("runs/report")
-PHONE, DESKTOP, PAPER = 360, 1280, 680
+DOCS = Path(__file__).parent.parent / "docs" / "build"
+PHONE, DESKTOP, PAPER = 390, 1280, 680
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -46,6 +50,20 @@ for (const svg of document.querySelectorAll('svg')) {
     if (box.width && (box.x < -1 || box.y < -1 || box.x + box.width > frame.width + 1
         || box.y + box.height > frame.height + 1)) found.push('outside its drawing: ' + e.id);
   }
+}
+return found;
+"""
+# text of less than 12 pixels; letters of a drawing are outlines, 100 units high before they are scaled
+SMALL = """
+const found = [];
+const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (words.nextNode()) {
+  const size = parseFloat(getComputedStyle(words.currentNode.parentElement).fontSize);
+  if (words.currentNode.data.trim() && size < 12) found.push(size + ' px: ' + words.currentNode.data.trim());
+}
+for (const e of document.querySelectorAll('svg g[id*=text] > g[transform*=scale]')) {
+  const to = e.getScreenCTM(), size = 100 * Math.hypot(to.a, to.b);
+  if (size < 12) found.push(size + ' px in a drawing');
 }
 return found;
 """
@@ -86,16 +104,17 @@ def page(request, tmp_path_factory):
     return path
 
 
-def show(browser, path, width, media="screen"):
-    """Open a page and keep a screenshot of all of it."""
+def show(browser, path, width, media="screen", scheme="light"):
+    """Open a page and keep a screenshot of all of it, or of the first metres."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 2, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     browser.get(path.as_uri())
     wanted = {"captureBeyondViewport": True, "format": "png"}
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", wanted)["data"]
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    (SCREENSHOTS / f"{path.stem}-{media}-{width}.png").write_bytes(base64.b64decode(shot))
+    (SCREENSHOTS / f"{path.stem}-{media}-{scheme}-{width}.png").write_bytes(base64.b64decode(shot))
 
 
 def ink(element):
@@ -127,6 +146,34 @@ def test_every_figure_has_ink(browser, page, width):
     figures = browser.find_elements("tag name", "svg")
     assert figures
     assert all(0.01 < ink(figure) < 0.6 for figure in figures)
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_no_text_is_small(browser, page, width):
+    show(browser, page, width)
+    assert browser.execute_script(SMALL) == []
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_a_page_is_dark_where_the_screen_is(browser, page, width):
+    show(browser, page, width, scheme="dark")
+    body = browser.find_element("tag name", "body")
+    elements = [body.find_element("tag name", "h1"), *body.find_elements("tag name", "svg")]
+    for element in elements:
+        pixels = imread(io.BytesIO(element.screenshot_as_png))[..., :3].mean(-1)
+        # light letters and lines on a dark ground
+        assert pixels.mean() < 0.4
+        assert pixels.max() > 0.6
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@pytest.mark.parametrize("name", [page.stem for page in sorted(DOCS.glob("*.html"))])
+def test_a_page_of_the_documentation_fits_the_screen(browser, name, width, scheme):
+    show(browser, DOCS / f"{name}.html", width, scheme=scheme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    missing = "return [...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+    assert browser.execute_script(missing) == []
 
 
 def test_a_page_fetches_nothing_and_says_nothing(browser, page):
@@ -164,6 +211,7 @@ def test_names_that_look_like_html_are_shown_as_they_are(browser, tmp_path):
             CUT,
             "outside its drawing",
         ),
+        ("<p style='font-size: 11px'>tiny</p>", SMALL, "11 px: tiny"),
         ("<h2></h2>", EMPTY, "empty: H2"),
         ("<figure><svg width=0 height=0></svg></figure>", EMPTY, "empty: svg"),
     ],

@@ -41,12 +41,12 @@ def as_html(tables: Tables, missing: Sequence[Run], baseline: Method, command: s
     return render(
         Page(
             "Normalization methods compared",
-            [conclusion(tables, baseline), _counts(tables)],
+            [conclusion(tables, baseline), _counts(tables), f"In the figures: {MARKS}."],
             [(OWN, "mbnorm's layers"), (BATCH, "batch norm"), (OTHERS, "others")],
             command,
             [
                 *sections,
-                Section("How to read this", [f"In the figures, {MARKS}.", caption(tables, baseline)]),
+                Section("How to read this", [caption(tables, baseline)]),
             ],
             _origin(tables),
         )
@@ -67,9 +67,10 @@ def _counts(tables: Tables) -> str:
         o for _, rows in tables for row in rows if row.reference is None for o in row.outcomes.values()
     ]
     statuses = ["missing" if outcome is None else outcome.status for outcome in outcomes]
+    runs = "1 run" if len(statuses) == 1 else f"{len(statuses)} runs"
     settings = "1 setting" if len(tables) == 1 else f"{len(tables)} settings"
     counted = ", ".join(f"{statuses.count(what)} {what}" for what in ("diverged", "failed", "missing"))
-    return f"{len(statuses)} runs in {settings}, of which {counted}."
+    return f"{runs} in {settings}, of which {counted}."
 
 
 def _overview(tables: Tables) -> list[Section]:
