@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_help_explains_every_option():
     options = "suite methods seeds batch-sizes sampling model data baseline epochs lr out jobs scheduler"
     assert status == 0
     assert all(f"--{option} " in out for option in options.split())
+
+
+def test_the_help_begins_with_the_first_steps_in_their_order():
+    _, out, _ = mbnorm_says("--help")
+    words = ("1. mbnorm --version", "2. mbnorm compare", "3. mbnorm diagnose", "4. mbnorm train")
+    places = [out.index(word) for word in (*words, "mbnorm.convert(model)", "Options")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_default_can_be_read_and_no_word_is_cut(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = mbnorm_says(command, "--help")
+    options = re.findall(r"^│ --([\w-]+)", out, re.MULTILINE)
+    assert len(options) > 7
+    assert out.count("[default:") == len(options) - 1  # --help has none
+    assert "…" not in out
 
 
 def test_a_paragraph_of_the_help_has_no_line_ends_of_its_own():

@@ -32,7 +32,17 @@ def root(
 ) -> None:
     """Batch normalization that works at batch sizes 1 to 8, measured.
 
-    Your own nets call it from Python: mbnorm.convert, mbnorm.diagnose, mbnorm.recalibrate.
+    First steps, in this order:
+
+    1. mbnorm --version: which kernels run here.
+
+    2. mbnorm compare: all methods side by side on small nets, in some 3 minutes.
+
+    3. mbnorm diagnose --model resnet18 --data folder:PATH: would small batches of your images hurt a net?
+
+    4. mbnorm train --model resnet18 --data folder:PATH: it learns them with Matched BN.
+
+    5. In your own code: mbnorm.convert(model), before the training.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

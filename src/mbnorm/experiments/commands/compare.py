@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mbnorm.experiments.commands.options import (
     ACCELERATORS,
+    DATA_NAMES,
     at_least_1,
     check_accelerator,
     check_batch_fits,
@@ -22,7 +23,7 @@ from mbnorm.experiments.commands.options import (
     numbers,
 )
 from mbnorm.experiments.compare import report, train_missing
-from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS, load
+from mbnorm.experiments.data import load
 from mbnorm.experiments.grid import (
     SEEDS,
     SUITE_METHODS,
@@ -89,7 +90,7 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"Grid: data sets, comma-separated: {', '.join((*EMBEDDED, *OUTSIDE_FORMS))}.",
+            help=f"Grid: data sets, comma-separated: {DATA_NAMES}.",
             metavar="LIST",
             show_default="digits",
         ),
@@ -129,9 +130,9 @@ def compare(
     scheduler: Annotated[
         str,
         typer.Option(
-            help="Who gets the runs: processes of this machine, or a Dask or Ray cluster. Without an address "
-            "Dask starts one here, and Ray takes the one that RAY_ADDRESS names.",
-            metavar="local|dask[:ADDRESS]|ray[:ADDRESS]",
+            help="Who gets the runs: local, the processes of this machine; dask:ADDRESS or ray:ADDRESS, a "
+            "cluster. Without an address Dask starts one here, and Ray takes the one that RAY_ADDRESS names.",
+            metavar="NAME",
         ),
     ] = "local",
     accelerator: Annotated[

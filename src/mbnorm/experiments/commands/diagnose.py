@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mbnorm.experiments.commands.options import at_least_1, check_batch_fits, choice, net_name
-from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS
+from mbnorm.experiments.commands.options import DATA_NAMES, at_least_1, check_batch_fits, choice, net_name
 from mbnorm.experiments.diagnose import SYNTHETIC_NAME, batches_of, net, source
 from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
@@ -33,14 +32,14 @@ def diagnose(
     data: Annotated[
         str,
         typer.Option(
-            help=f"What it sees: {', '.join((*EMBEDDED, *OUTSIDE_FORMS))}, or synthetic: Gaussian fields "
+            help=f"What it sees: {DATA_NAMES}, or synthetic: Gaussian fields "
             "whose neighbors correlate by 0.8.",
             metavar="NAME",
         ),
     ] = "digits",
     batch_size: Annotated[int, typer.Option(help="The batch size that is trained with.", metavar="M")] = 2,
     sampling: Annotated[
-        str, typer.Option(help="How batches are drawn.", metavar="|".join(SAMPLINGS))
+        str, typer.Option(help=f"How batches are drawn: {', '.join(SAMPLINGS)}.", metavar="NAME")
     ] = "shuffled",
     batches: Annotated[int, typer.Option(help="Batches to look at.", metavar="N")] = 100,
     out: Annotated[

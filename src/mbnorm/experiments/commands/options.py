@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import typer
 
-from mbnorm.experiments.data import load, parts
+from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS, load, parts
 from mbnorm.experiments.models import MODELS, TIMM, known
 from mbnorm.experiments.sampling import Sampling, largest_batch
 
@@ -14,6 +14,8 @@ Choice = TypeVar("Choice", bound=str)
 Number = TypeVar("Number", int, float)
 
 ACCELERATORS = ("cpu", "cuda", "mps")
+DATA_NAMES = ", ".join((*EMBEDDED, *(form.partition("[")[0] for form in OUTSIDE_FORMS)))
+"""What help says; a word as long as parquet's columns would be cut there."""
 
 
 def choice(option: str, value: str, allowed: Sequence[Choice]) -> Choice:

@@ -10,6 +10,7 @@ import typer
 
 from mbnorm.experiments.commands.options import (
     ACCELERATORS,
+    DATA_NAMES,
     above_0,
     at_least_1,
     check_accelerator,
@@ -17,7 +18,6 @@ from mbnorm.experiments.commands.options import (
     net_name,
     shares,
 )
-from mbnorm.experiments.data import EMBEDDED, OUTSIDE_FORMS
 from mbnorm.experiments.grid import Run, Setting, default_epochs, linear_rate
 from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import METHODS, batches_a_step
@@ -40,7 +40,7 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help=f"What it learns: {', '.join((*EMBEDDED, *OUTSIDE_FORMS))}.",
+            help=f"What it learns: {DATA_NAMES}.",
             metavar="NAME",
         ),
     ] = "digits",
@@ -50,7 +50,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images m of a forward, on each process.", metavar="M")] = 2,
     accumulate: Annotated[int, typer.Option(help="Batches of an optimizer step.", metavar="N")] = 1,
     sampling: Annotated[
-        str, typer.Option(help="How batches are drawn.", metavar="|".join(SAMPLINGS))
+        str, typer.Option(help=f"How batches are drawn: {', '.join(SAMPLINGS)}.", metavar="NAME")
     ] = "shuffled",
     recipe: Annotated[
         str | None,
@@ -58,6 +58,7 @@ def train(
             help="eccv2020-cifar: the ECCV 2020 paper's for CIFAR, 200 epochs of SGD at 0.1 m/64, divided by "
             "10 after each 60. The options below go before it.",
             metavar="NAME",
+            show_default="none",
         ),
     ] = None,
     epochs: Annotated[
@@ -87,7 +88,7 @@ def train(
     ] = "cross-entropy",
     seed: Annotated[int, typer.Option(help="Decides weights and batches.", metavar="N")] = 0,
     precision: Annotated[
-        str, typer.Option(help="Of Lightning Fabric.", metavar="|".join(PRECISIONS))
+        str, typer.Option(help=f"Lightning Fabric's: {', '.join(PRECISIONS)}.", metavar="NAME")
     ] = "32-true",
     accelerator: Annotated[str, typer.Option(help="Where to train.", metavar="|".join(ACCELERATORS))] = "cpu",
     checkpoint_every: Annotated[
