@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import time
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_cli import INTERRUPTIBLE, ends_within, mbnorm_says
 
+from mbnorm.experiments.curves import draw
 from mbnorm.experiments.diagnose import net
 from mbnorm.experiments.plan import RECIPES
 from mbnorm.experiments.records import read
@@ -89,6 +92,20 @@ def test_each_epoch_is_a_line_of_json(trained):
     ]
     assert records[-1]["test_accuracy"] > 90
     assert records[-1]["train_loss"] < records[0]["train_loss"]
+
+
+def test_the_curves_are_those_of_the_log(trained, tmp_path, monkeypatch):
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    epochs = read(trained / "log.jsonl", dict)
+    draw([*epochs, {**epochs[-1], "epoch": 3, "test_loss": None}], tmp_path / "curves.png")
+    loss, accuracy = drawn[0].axes
+    assert [line.get_label() for line in loss.lines] == ["train", "test"]
+    assert list(loss.lines[1].get_ydata())[:2] == [epoch["test_loss"] for epoch in epochs]
+    # where the loss was not finite
+    assert math.isnan(loss.lines[1].get_ydata()[2])
+    assert list(accuracy.lines[0].get_ydata())[:2] == [epoch["train_accuracy"] for epoch in epochs]
 
 
 def test_each_epoch_is_in_tensorboard(trained):

@@ -1,4 +1,4 @@
-"""What `mbnorm train` leaves to read: lines of JSON, TensorBoard's events, and a progress bar."""
+"""What `mbnorm train` leaves to read: lines of JSON, curves, TensorBoard's events, and a progress bar."""
 
 import math
 import sys
@@ -12,16 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mbnorm.experiments import records
+from mbnorm.experiments.curves import draw
 from mbnorm.experiments.resumable import Record, Training
 
 SECONDS_BETWEEN_UPDATES = 0.5
 
 
 class Journal:
-    """A line of JSON and an event for TensorBoard for each epoch; epochs that are repeated are told once.
+    """A line of JSON and an event for TensorBoard for each epoch, and curves of all.
+
+    Epochs that are repeated are told once.
 
     Args:
-        out: the folder of log.jsonl and of the events.
+        out: the folder of log.jsonl, curves.png and the events.
         step: what is known of later steps is forgotten.
     """
 
@@ -29,7 +32,7 @@ class Journal:
         # takes seconds
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = out / "log.jsonl"
+        self.path, self.figure = out / "log.jsonl", out / "curves.png"
         epochs = records.read(self.path, lambda epoch: (float(epoch["step"]), epoch))
         records.write(self.path, [epoch for end, epoch in epochs if end <= step])
         self.events: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
@@ -46,8 +49,10 @@ class Journal:
         self.events.flush()
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the files, and draw the epochs that there are."""
         self.events.close()
+        if epochs := records.read(self.path, dict):
+            draw(epochs, self.figure)
 
 
 class Bar:

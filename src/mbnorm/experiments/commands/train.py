@@ -95,7 +95,10 @@ def train(
         float, typer.Option(help="Seconds between checkpoints within an epoch.", metavar="SECONDS", min=0)
     ] = 60.0,
     out: Annotated[
-        Path, typer.Option(help="Folder for checkpoint.pt, log.jsonl and tensorboard.", metavar="FOLDER")
+        Path,
+        typer.Option(
+            help="Folder for checkpoint.pt, log.jsonl, curves.png and tensorboard.", metavar="FOLDER"
+        ),
     ] = Path("runs/train"),
 ) -> None:
     """Train a net with one normalization method, and measure it after each epoch.
@@ -171,7 +174,8 @@ def _train(plan: Plan, accelerator: str, ranks: int, checkpoint_every: float, ou
         typer.echo(f"mbnorm: {reason}: {_stored(training)}", err=True)
         raise typer.Exit(1) from None
     if fabric.is_global_zero:
-        typer.echo(f"written: {training.path}, {out / 'log.jsonl'}, {out / 'tensorboard'}")
+        names = ("log.jsonl", "curves.png", "tensorboard")
+        typer.echo(f"written: {', '.join(map(str, (training.path, *(out / name for name in names))))}")
 
 
 def _end_with(launcher: int) -> None:
