@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -509,18 +510,33 @@ def test_memory_does_not_grow_with_the_batches():
 def test_the_table_has_a_line_for_each_layer_and_the_reason_of_what_is_not_fine():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     text = str(diagnose(model, torch.randn(50, 2, 4)))
-    above, heading, row, reason, last = text.splitlines()
-    assert above.split() == ["mean", "var", "train", "running", "running", "or", "batches"]
-    assert heading.split()[:8] == ["layer", "type", "n", "n_eff", "n_used", "off", "by", "off"]
-    assert len(above) <= len(heading) <= 130
+    above, heading, row, *_, reason, last = text.splitlines()
+    assert above.split() == ["mean", "var", "or", "batches"]
+    assert heading.split() == [
+        *("layer", "type", "n", "n_eff", "error", "error", "verdict", "recommended", "of"),
+    ]
+    assert len(above) <= len(heading) <= 80
     assert row.split()[:3] == ["1", "BatchNorm1d", "2"]
-    assert reason.startswith("1: a batch has 2 values a channel that are worth ")
+    assert reason.startswith("1: a batch has 2 values a channel, as noisy as ")
     assert last.startswith("recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled ")
+
+
+def test_the_table_explains_each_of_its_columns_and_has_no_others():
+    layer = nn.BatchNorm1d(3)
+    layer.running_mean.fill_(5.0)
+    stale = str(diagnose(layer, torch.randn(50, 64, 3)))
+    assert "running mean  error of running_mean, in standard deviations of the channel" in stale
+    assert "running mean" not in str(diagnose(nn.BatchNorm1d(3), torch.randn(50, 64, 3)))
+    above, heading = stale.splitlines()[:2]
+    words = [name for name, *_ in map(str.split, stale.split("\n\n")[1].splitlines())]
+    assert len(words) == len(re.findall(r"\S+(?: \S+)*", heading)) - 2  # a name and a type explain themselves
+    assert {"n", "n_eff", "mean", "var", "train", "running", "verdict", "recommended"} == set(words)
+    assert above.split()[:2] == ["mean", "var"]
 
 
 def test_the_table_says_how_many_values_normalize_a_batch():
     layer = nn.BatchNorm1d(3)
-    plain = str(diagnose(layer, torch.randn(50, 2, 3))).splitlines()[2].split()
+    assert "n_used" not in str(diagnose(layer, torch.randn(50, 2, 3)))
     convert(layer, "momentum", history_weight=0.5)
     layer(torch.randn(8, 3))
     kept = str(diagnose(layer, torch.randn(50, 2, 3))).splitlines()[2].split()
@@ -528,8 +544,8 @@ def test_the_table_says_how_many_values_normalize_a_batch():
         diagnose(nn.ModuleList([layer.eval()]), torch.randn(50, 2, 3), forward=lambda _, x: layer(x))
     )
     # after the name of the model itself, in three words, and the type
-    assert plain[5] == plain[6]
     assert float(kept[6]) == pytest.approx(3 * float(kept[5]), rel=0.01)
+    assert frozen.splitlines()[1].split()[4] == "n_used"
     assert frozen.splitlines()[2].split()[4] == "-"
 
 

@@ -46,11 +46,12 @@ def diagnose(
     32 n / n_eff. It is 128 in place of 32 where values are alike, by image or by batch: what they have in
     common is what a net learns to see, and a batch is then worth less than it was to the untrained net.
 
-    Printed, the table has a line a layer: the values n of a batch, n_eff and n_used; what the batch's own
-    mean is off by, in standard deviations of a channel, and its variance, relative to the channel's; the
-    distance between the outputs of train and eval mode, before weight and bias; what the running statistics
-    are off by; how many channels are dead, and how many explode; the verdict, what would help, with the
-    matched_values that it takes, and the size of shuffled batches that would do instead.
+    Printed, the table has a line a layer, and says under it what its columns mean: the values n of a batch,
+    n_eff and n_used; the errors of the batch's own mean, in standard deviations of a channel, and variance,
+    relative to the channel's; the distance between the outputs of train and eval mode, before weight and
+    bias; the errors of the running statistics; how many channels are dead, and how many explode; the
+    verdict, what would help, with the matched_values that it takes, and the size of shuffled batches that
+    would do instead. Columns that say nothing of any layer are left out.
 
     A layer is stale if its running statistics are off by more than those of 32 values would be. The model
     is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
@@ -200,8 +201,9 @@ def _ideal_batch_size(noise: Noise, effective: float) -> int:
 
 def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     words = (
-        f"a batch has {number(noise.values)} values a channel that are worth {number(effective)}, so its "
-        f"mean is off by {noise.mean_error:.2g} standard deviations and its variance by {noise.var_error:.0%}"
+        f"a batch has {number(noise.values)} values a channel, as noisy as {number(effective)} independent "
+        f"ones: its mean is wrong by {noise.mean_error:.2g} standard deviations, its variance by "
+        f"{noise.var_error:.0%}"
     )
     if noise.pooled_batches > 1:
         words += f"; with its memory {own} normalizes with {number(used)}, too few"

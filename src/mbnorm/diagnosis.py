@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -109,20 +110,32 @@ class Diagnosis:
         return report
 
     def __str__(self) -> str:
-        headings = [heading.rpartition("\n")[::2] for heading in _HEADINGS]
-        cells = [*zip(*headings, strict=True), *(_cells(layer) for layer in self.layers)]
+        rows = [[column.cell(layer) for column in _COLUMNS] for layer in self.layers]
+        says = [
+            not column.meaning or not set(cells) <= {"-", "0", "none"}
+            for column, cells in zip(_COLUMNS, zip(*rows, strict=True), strict=True)
+        ]
+        # of layers without a memory it would repeat the column before it
+        says[_N_USED] = any(row[_N_USED] != row[_N_USED - 1] for row in rows)
+        shown = [i for i, words in enumerate(says) if words]
+        columns = [_COLUMNS[i] for i in shown]
+        cells = [*zip(*(column.heading.rpartition("\n")[::2] for column in columns), strict=True)]
+        cells += [tuple(row[i] for i in shown) for row in rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(
-                c.ljust(w) if i in _TEXTS else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(width) if column.left else cell.rjust(width)
+                for cell, width, column in zip(line, widths, columns, strict=True)
             )
-            for row in cells
+            for line in cells
         ]
         reasons = [f"{layer.name}: {layer.reason}" for layer in self.layers if layer.verdict != "fine"]
         if self.unreached:
             reasons.append(f"not reached: {', '.join(self.unreached)}")
-        return "\n".join([*(line.rstrip() for line in lines), *reasons, self.reason])
+        names = [" ".join(column.heading.split()) for column in columns]
+        wide = max(map(len, names))
+        key = [f"{n:{wide}}  {c.meaning}" for n, c in zip(names, columns, strict=True) if c.meaning]
+        return "\n".join([*(line.rstrip() for line in lines), "", *key, "", *reasons, self.reason])
 
     def to_json(self) -> str:
         """Return everything as a JSON object; what is unknown or infinite is null."""
@@ -130,48 +143,6 @@ class Diagnosis:
         for layer, found in zip(record["layers"], self.layers, strict=True):
             layer["noise"] = found.noise._asdict()
         return json.dumps(_without_infinities(record), indent=1, allow_nan=False)
-
-
-_HEADINGS = (
-    "layer",
-    "type",
-    "n",
-    "n_eff",
-    "n_used",
-    "mean\noff by",
-    "var\noff by",
-    "train\n/eval",
-    "running\nmean",
-    "running\nvar",
-    "dead",
-    "exploding",
-    "verdict",
-    "recommended",
-    "or batches\nof",
-)
-_TEXTS = (0, 1, 12, 13)
-
-
-def _cells(layer: LayerDiagnosis) -> tuple[str, ...]:
-    noise = layer.noise
-    recommended = layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else "")
-    return (
-        layer.name,
-        layer.kind,
-        number(noise.values),
-        number(noise.effective_values),
-        number(used_values(noise)),
-        number(noise.mean_error),
-        _percent(noise.var_error),
-        number(noise.mismatch),
-        number(noise.running_mean_error),
-        _percent(noise.running_var_error),
-        str(len(noise.dead)),
-        str(len(noise.exploding)),
-        layer.verdict,
-        recommended,
-        "-" if layer.ideal_batch_size is None else str(layer.ideal_batch_size),
-    )
 
 
 def used_values(noise: Noise) -> float | None:
@@ -197,3 +168,82 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_infinities(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Column(NamedTuple):
+    """A column of the printed table: its heading in one or two lines, what it means, and its cells."""
+
+    heading: str
+    meaning: str
+    cell: Callable[[LayerDiagnosis], str]
+    left: bool = False
+
+
+_COLUMNS = (
+    _Column("layer", "", lambda layer: layer.name, left=True),
+    _Column("type", "", lambda layer: layer.kind, left=True),
+    _Column(
+        "n",
+        "values of a channel in a batch: samples times positions",
+        lambda layer: number(layer.noise.values),
+    ),
+    _Column(
+        "n_eff",
+        "effective sample size: so many independent values would be as noisy",
+        lambda layer: number(layer.noise.effective_values),
+    ),
+    _Column(
+        "n_used",
+        "the same, with what the layer remembers of past batches; - if it is frozen",
+        lambda layer: number(used_values(layer.noise)),
+    ),
+    _Column(
+        "mean\nerror",
+        "of a batch's mean, in standard deviations of the channel",
+        lambda layer: number(layer.noise.mean_error),
+    ),
+    _Column(
+        "var\nerror",
+        "of a batch's variance, in percent of the channel's",
+        lambda layer: _percent(layer.noise.var_error),
+    ),
+    _Column(
+        "train\n/eval",
+        "distance between the outputs of the two modes, in standard deviations",
+        lambda layer: number(layer.noise.mismatch),
+    ),
+    _Column(
+        "running\nmean",
+        "error of running_mean, in standard deviations of the channel",
+        lambda layer: number(layer.noise.running_mean_error),
+    ),
+    _Column(
+        "running\nvar",
+        "error of running_var, in percent of the channel's variance",
+        lambda layer: _percent(layer.noise.running_var_error),
+    ),
+    _Column("dead", "channels that are constant", lambda layer: str(len(layer.noise.dead))),
+    _Column(
+        "exploding",
+        "channels that are not finite, or 100 times as large as the median one",
+        lambda layer: str(len(layer.noise.exploding)),
+    ),
+    _Column(
+        "verdict",
+        "noisy: less than 32 effective values, 16 with a memory; stale: wrong running statistics",
+        lambda layer: layer.verdict,
+        left=True,
+    ),
+    _Column(
+        "recommended",
+        "matched (N): Matched BN with matched_values=N; recalibrate: mbnorm.recalibrate(model, batches)",
+        lambda layer: layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else ""),
+        left=True,
+    ),
+    _Column(
+        "or batches\nof",
+        "the size of shuffled batches that would do instead",
+        lambda layer: "-" if layer.ideal_batch_size is None else str(layer.ideal_batch_size),
+    ),
+)
+_N_USED = [column.heading for column in _COLUMNS].index("n_used")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mbnorm.diagnosis import used_values
 from mbnorm.experiments.data import Parts, parts
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import Method
+from mbnorm.experiments.plot import BATCH, LETTERS, OTHERS, OWN, WIDTH
 from mbnorm.experiments.sampling import Sampling, one_epoch
 from mbnorm.experiments.synthetic import GaussianField
 from mbnorm.experiments.training import net_for
@@ -110,44 +112,48 @@ def write(model: nn.Module, batches: Iterator[Tensor], title: str, out: Path) ->
 
 
 def draw(found: Diagnosis, title: str, path: Path) -> None:
-    """Write the figure of a diagnosis: values and their worth, and what is off, layer by layer."""
+    """Write the figure of a diagnosis: how much batches are worth, and what is wrong, layer by layer."""
     layers = found.layers
-    figure = Figure(figsize=(11, 1.8 + 0.34 * len(layers)), layout="constrained")
-    figure.suptitle(title, fontsize=10, fontweight="bold")
-    worth, off = figure.subplots(1, 2, sharey=True)
-    rows, remembers = range(len(layers)), False
-    worth.set_xscale("log")
-    worth.axvline(ENOUGH_VALUES, color="#9e9e9e", linestyle="--", linewidth=1)
+    rows = range(len(layers))
+    figure = Figure(figsize=(WIDTH, 2.6 + 0.44 * len(layers)), layout="constrained")
+    figure.suptitle(fill(title, LETTERS), fontsize=9, fontweight="bold")
+    sizes, errors = figure.subplots(2)
+    sizes.set_xscale("log")
+    sizes.xaxis.set_major_formatter("{x:g}")
+    sizes.axvline(ENOUGH_VALUES, color="#9e9e9e", linestyle="--", linewidth=1)
+    remembers = False
     for row, layer in zip(rows, layers, strict=True):
-        noise, color = layer.noise, "#1769aa" if layer.verdict == "fine" else "#c62828"
-        worth.scatter([noise.values], [row], s=36, facecolor="none", edgecolor="#616161")
+        noise, color = layer.noise, OWN if layer.verdict == "fine" else BATCH
+        sizes.scatter([noise.values], [row], s=36, facecolor="none", edgecolor=OTHERS)
         if noise.effective_values is not None:
-            worth.plot([noise.values, noise.effective_values], [row, row], color=color, linewidth=1)
-            worth.scatter([noise.effective_values], [row], s=36, color=color)
+            sizes.plot([noise.values, noise.effective_values], [row, row], color=color, linewidth=1)
+            sizes.scatter([noise.effective_values], [row], s=36, color=color)
         used = used_values(noise)
         if used is not None and noise.pooled_batches > 1:
-            worth.scatter([used], [row], s=36, marker="D", facecolor="none", edgecolor=color)
+            sizes.scatter([used], [row], s=36, marker="D", facecolor="none", edgecolor=color)
             remembers = True
-    label = "values per channel (ring), their worth (dot)"
-    label += ", and with the memory (diamond)" if remembers else ""
-    worth.set_xlabel(f"{label}; dashed: {ENOUGH_VALUES}", fontsize=9)
+    label = "values of a channel in a batch (ring), independent ones that would be as noisy (dot)"
+    label += ", with the memory (diamond)" if remembers else ""
+    sizes.set_xlabel(
+        fill(f"{label}; dashed: {ENOUGH_VALUES}, which are enough", LETTERS), fontsize=9, loc="right"
+    )
     series = {
         "batch mean": ("o", [layer.noise.mean_error for layer in layers]),
         "train against eval mode": ("s", [layer.noise.mismatch for layer in layers]),
         "running mean": ("x", [layer.noise.running_mean_error for layer in layers]),
     }
-    for label, (marker, errors) in series.items():
-        known = [(error, row) for row, error in zip(rows, errors, strict=True) if error is not None]
-        if not known:
-            continue
-        off.scatter([e for e, _ in known], [row for _, row in known], marker=marker, s=30, label=label)
-    off.set_xlim(left=0)
-    off.set_xlabel("off by, in standard deviations of the channel", fontsize=9)
-    off.legend(fontsize=8, frameon=False)
-    worth.set_yticks(rows, [f"{layer.name}: {layer.verdict}" for layer in layers], fontsize=9)
-    worth.set_ylim(len(layers) - 0.5, -0.5)
-    for panel in (worth, off):
+    for name, (marker, found_errors) in series.items():
+        known = [(error, row) for row, error in zip(rows, found_errors, strict=True) if error is not None]
+        if known:
+            xs, ys = zip(*known, strict=True)
+            errors.scatter(xs, ys, marker=marker, s=30, label=name)
+    errors.set_xlim(left=0)
+    errors.set_xlabel("error, in standard deviations of the channel", fontsize=9, loc="right")
+    for panel in (sizes, errors):
+        panel.set_yticks(rows, [f"{layer.name}: {layer.verdict}" for layer in layers], fontsize=9)
+        panel.set_ylim(len(layers) - 0.5, -0.5)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee")
         panel.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    figure.legend(*errors.get_legend_handles_labels(), loc="outside lower center", fontsize=9, frameon=False)
+    figure.savefig(path, dpi=200)
