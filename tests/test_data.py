@@ -1,7 +1,10 @@
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
-from mbnorm.experiments import pictures
+from mbnorm.experiments import pictures, progress
 from mbnorm.experiments.data import EMBEDDED, load
 from mbnorm.experiments.sampling import SAMPLINGS, class_of_each, largest_batch, one_epoch
 
@@ -119,3 +122,12 @@ def test_the_largest_batch_is_a_batch(sampling):
     targets = torch.arange(3).repeat(20)
     most = largest_batch(sampling, targets)
     assert len(epoch_of(sampling, targets, most)) >= 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch, terminal):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=terminal))
+    assert list(progress.shown(iter("abc"), 3, "reading")) == ["a", "b", "c"]
+    assert ("reading" in screen.getvalue()) == terminal
+    assert terminal or screen.getvalue() == ""

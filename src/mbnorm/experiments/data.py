@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from mbnorm.experiments.dataset import Data, Parts, check_fits, scaled
+from mbnorm.experiments.progress import shown
 
 __all__ = ["EMBEDDED", "OUTSIDE_FORMS", "Data", "Parts", "digits", "load", "parts"]
 
@@ -105,7 +106,8 @@ def _in_memory(name: str) -> Data:
 
 
 def _stacked(part: Any) -> tuple[Tensor, Tensor]:
-    inputs, targets = zip(*(part[index] for index in range(len(part))), strict=True)
+    indices = shown(range(len(part)), len(part), "reading")
+    inputs, targets = zip(*(part[index] for index in indices), strict=True)
     return torch.stack(inputs), torch.stack(targets)
 
 

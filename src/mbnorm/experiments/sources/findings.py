@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mbnorm.backends.library import cache_folder
+from mbnorm.experiments.progress import shown
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,12 +88,12 @@ def found_in(
     return facts
 
 
-def in_threads(function: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Call a function with each item; what the first one raises ends it all."""
+def in_threads(function: Callable[[Item], object], items: Sequence[Item]) -> None:
+    """Call a function with each item, and show how far it is; what the first one raises ends it all."""
     # decoding leaves the interpreter to others
     pool = ThreadPoolExecutor()
     try:
-        for _ in pool.map(function, items):
+        for _ in shown(pool.map(function, items), len(items), "looking at files"):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,0 +1,15 @@
+"""A bar for what may take more than some seconds."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+Item = TypeVar("Item")
+
+
+def shown(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
+    """Yield the items while a bar says how many of ``count`` there were; it needs a terminal, and goes."""
+    console = Console(stderr=True)
+    yield from track(items, what, count, console=console, transient=True, disable=not console.is_terminal)
