@@ -14,7 +14,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mbnorm import MatchedBatchNorm1d
 from mbnorm.cli import main
+from mbnorm.experiments.plot import WIDTH
 
 FOLDER = Path(__file__).parent / "figures"
 RUNS = Path("runs/figures")
@@ -22,19 +24,20 @@ COLORS = {"batch": "#c62828", "matched": "#1769aa", "group": "#616161"}
 LABELS = {"batch": "batch norm", "matched": 'ours, "matched"', "group": "group norm"}
 SIZES = (2, 4, 8, 16, 32, 64)
 WEIGHTS = (1, 2, 4, 8, 16)
+DEFAULT_VALUES = MatchedBatchNorm1d(1).matched_values
 
 
 def noise() -> None:
     """How far the mean and the variance of a batch are from the truth, in the first layer of an MLP."""
-    figure, (means, variances) = _panels(2, (9, 3.4))
+    figure, (means, variances) = _panels(2)
     for sampling, color in (("shuffled", "#1769aa"), ("one-class", "#c62828")):
         measured = [_first_layer(sampling, m) for m in SIZES]
         means.plot(SIZES, [n["mean_error"] for n in measured], "o-", color=color, label=f"{sampling} batches")
         variances.plot(SIZES, [n["var_error"] for n in measured], "o-", color=color)
     means.plot(SIZES, [m**-0.5 for m in SIZES], "k:", linewidth=1, label="1 / √m")
-    means.set_ylabel("batch mean off by, in standard deviations")
-    variances.set_ylabel("batch variance off by, relative")
-    means.legend(frameon=False, fontsize=9)
+    means.set_ylabel("error of the batch mean, in sd")
+    variances.set_ylabel("error of the batch variance, relative")
+    figure.legend(loc="outside upper center", frameon=False)
     for panel in (means, variances):
         panel.set_ylim(bottom=0)
         _batch_size_axis(panel)
@@ -45,7 +48,7 @@ def accuracy() -> None:
     """Test accuracy of an MLP against the batch size it was trained with."""
     sizes = ",".join(map(str, SIZES))
     found = _compare("accuracy", "--batch-sizes", sizes, "--methods", ",".join(LABELS), "--seeds", "3")
-    figure, (panel,) = _panels(1, (6, 3.6))
+    figure, (panel,) = _panels(1)
     for method, label in LABELS.items():
         by_size = [[r["accuracy"] for r in found[method] if r["batch_size"] == m] for m in SIZES]
         for m, values in zip(SIZES, by_size, strict=True):
@@ -53,7 +56,7 @@ def accuracy() -> None:
         means = [sum(values) / len(values) for values in by_size]
         panel.plot(SIZES, means, color=COLORS[method], label=label)
     panel.set_ylabel("test accuracy, %")
-    panel.legend(frameon=False, fontsize=9, loc="lower right")
+    panel.legend(frameon=False, loc="lower right")
     _batch_size_axis(panel)
     _save(figure, "accuracy")
 
@@ -62,7 +65,7 @@ def modes() -> None:
     """Loss on the training images in both modes, after training a CNN on one-class batches of 4."""
     options = ("--model", "cnn", "--batch-sizes", "4", "--sampling", "one-class", "--seeds", "2")
     found = _compare("modes", *options, "--methods", ",".join(LABELS))
-    figure, (panel,) = _panels(1, (6, 3))
+    figure, (panel,) = _panels(1)
     for row, method in enumerate(LABELS):
         for key, marker in (("train_mode_loss", "o"), ("eval_mode_loss", "s")):
             losses = [r[key] for r in found[method]]
@@ -71,7 +74,7 @@ def modes() -> None:
                 losses, [row] * len(losses), marker=marker, facecolor=fill, edgecolor=COLORS[method]
             )
     panel.set_xscale("log")
-    panel.set_xlabel("loss on the training images; circles: train mode, squares: eval mode")
+    panel.set_xlabel("loss on the training images\n(circles: train mode, squares: eval mode)")
     panel.set_yticks(range(len(LABELS)), LABELS.values())
     panel.set_ylim(len(LABELS) - 0.4, -0.6)
     _save(figure, "modes")
@@ -79,23 +82,25 @@ def modes() -> None:
 
 def history_weight() -> None:
     """The history weight: over training by the paper's schedule, and over n by measured=False."""
-    figure, (schedule, matched) = _panels(2, (9, 3.4))
+    figure, (schedule, matched) = _panels(2)
     steps = [i / 200 for i in range(201)]
     for m in WEIGHTS:
         r = m / 32
         schedule.plot(steps, [r ** (1 - p) - r for p in steps], label=f"m = {m}")
     schedule.set_xlabel("part of the training that is done")
     schedule.set_ylabel("history weight λ")
-    schedule.set_title("Momentum BN with the paper's schedule", fontsize=10, loc="left")
-    schedule.legend(frameon=False, fontsize=9)
+    schedule.set_title("Momentum BN with the paper's schedule", fontsize="medium", loc="left")
+    schedule.legend(frameon=False)
     values = [2 ** (i / 8) for i in range(8 * 9 + 1)]
     for target in (32, 64, 128):
         weights = [max(0.0, (target - n) / (target + n)) for n in values]
-        matched.plot(values, weights, label=f"matched_values = {target}")
+        default = ", the default" if target == DEFAULT_VALUES else ""
+        matched.plot(values, weights, label=f"matched_values = {target}{default}")
     matched.set_xscale("log", base=2)
     matched.set_xlabel("values per channel in the batch, n")
-    matched.set_title("Matched BN with measured=False", fontsize=10, loc="left")
-    matched.legend(frameon=False, fontsize=9)
+    matched.set_title("Matched BN with measured=False", fontsize="medium", loc="left")
+    matched.set_ylim(top=1.5)
+    matched.legend(frameon=False, loc="upper right")
     _save(figure, "history-weight")
 
 
@@ -122,9 +127,10 @@ def _run(*arguments: str) -> None:
         sys.exit(status)
 
 
-def _panels(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(1, count, squeeze=False).flat)
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure as wide as a phone, with panels below one another."""
+    figure = Figure(figsize=(WIDTH, 3 * count), layout="constrained")
+    panels = list(figure.subplots(count, squeeze=False).flat)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
@@ -144,5 +150,7 @@ def _save(figure: Figure, name: str) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for draw in (noise, accuracy, modes, history_weight):
-        draw()
+    # 9 points are 12 pixels
+    with matplotlib.rc_context({"font.size": 9}):
+        for draw in (noise, accuracy, modes, history_weight):
+            draw()
