@@ -84,3 +84,28 @@ def budget(dtype: torch.dtype, native_error: float) -> float:
     if dtype == torch.float64:
         return 1e-12
     return 2 * native_error + torch.finfo(dtype).eps
+
+
+def cut_or_covering(figure):
+    """Return the words of a figure that stick out of it, and the legends that lie over a panel."""
+    figure.draw_without_rendering()
+    whole, found = figure.bbox.padded(1), []
+    for panel in figure.axes:
+        legend = panel.get_legend()
+        titles = [panel.title, panel._left_title, panel._right_title, *panel.texts]
+        words = [*titles, *(legend.get_texts() if legend else [])]
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+            words += [axis.label, *(label for place, label in ticks if low <= place <= high)]
+        for word in words:
+            box = word.get_window_extent()
+            if (
+                word.get_text()
+                and panel.axison
+                and not (whole.contains(*box.min) and whole.contains(*box.max))
+            ):
+                found.append(word.get_text())
+        if legend and legend.get_window_extent().overlaps(panel.bbox):
+            found.append(f"a legend over {panel.get_title()!r}")
+    return found

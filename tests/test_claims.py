@@ -9,6 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from helpers import cut_or_covering
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -470,18 +471,7 @@ def test_nothing_in_a_plot_is_cut_or_covers_the_data(name, tmp_path, monkeypatch
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     draw(CLAIMS[name], read(RESULTS / name / "data.jsonl", dict), tmp_path / "plot.png")
     (figure,) = drawn
-    figure.draw_without_rendering()
-    whole = figure.bbox.padded(1)
-    for panel in figure.axes:
-        legend = panel.get_legend()
-        words = [panel.title, *(legend.get_texts() if legend else [])]
-        for axis in (panel.xaxis, panel.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
-            words += [axis.label, *(label for place, label in ticks if low <= place <= high)]
-        boxes = [word.get_window_extent() for word in words if word.get_text() and panel.axison]
-        assert [box for box in boxes if not (whole.contains(*box.min) and whole.contains(*box.max))] == []
-        assert legend is None or not legend.get_window_extent().overlaps(panel.bbox)
+    assert cut_or_covering(figure) == []
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

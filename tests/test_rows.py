@@ -3,6 +3,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from helpers import cut_or_covering
+from matplotlib.figure import Figure as Drawing
 from report_pages import NASTY, hard_page, report_of
 from rich.console import Console
 from scipy import stats
@@ -313,6 +315,24 @@ def test_the_figure_is_drawn_with_failures_and_many_settings(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_in_a_figure_is_cut(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Drawing, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    setting = replace(ONE_CLASS, model="timm:resnet18", data="folder:photos")
+    rows = rows_for({"momentum-constant": [99.5, 97.0, 98.0], "batch": [0.0, 20.0, 3.0], "group": [None]})
+    draw([(setting, rows)], tmp_path / "compare.png")
+    assert cut_or_covering(drawn[0]) == []
+
+
+def test_an_interval_that_goes_on_beyond_the_figure_is_marked(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Drawing, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for values, marks in (([50.0, 51.0, 52.0], 0), ([0.0, 20.0, 3.0], 1), ([99.0, 97.0, 99.9], 1)):
+        draw([(SETTING, rows_for({"batch": values}))], tmp_path / "compare.png")
+        # beside the seeds and their mean
+        assert len(drawn[-1].axes[0].collections) == 2 + marks
+
+
 def test_a_report_needs_nothing_beside_itself(report):
     assert "http://" not in report.replace("http://www.w3.org/", "")
     assert not any(word in report for word in ("https://", "<script", "<link", "<img", " src=", "@import"))
@@ -384,8 +404,6 @@ def test_every_name_that_a_figure_refers_to_is_in_it():
 
 
 def test_a_figure_is_the_same_each_time():
-    from matplotlib.figure import Figure as Drawing
-
     def drawn():
         figure = Drawing()
         figure.subplots().plot([1, 2])

@@ -19,7 +19,7 @@ from mbnorm.experiments.rows import Row, Tables, mean_ranks
 LEAST_ERROR = 0.5
 TICKS = (0, 50, 80, 90, 95, 98, 99)
 SCALE = "test score, %, spaced by the error"
-MARKS = "dot: a seed; bar: the mean; line: its 95 % interval"
+MARKS = "dot: a seed; bar: the mean; line: its 95 % interval; triangle: the interval goes on"
 WIDTH = 3.7
 """Inches: on a phone 9 points are then 12 pixels."""
 LETTERS = 44
@@ -32,12 +32,12 @@ def draw(tables: Tables, path: Path) -> None:
     """Write the figure of all settings to ``path``."""
     heights = [1.1 + 0.22 * len(rows) for _, rows in tables]
     with _plain_text():
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.6), layout="constrained")
         panels = figure.subplots(len(tables), squeeze=False, height_ratios=heights).flat
         for panel, (setting, rows) in zip(panels, tables, strict=True):
-            panel.set_title(fill(str(setting), LETTERS), loc="left", fontsize=9, fontweight="bold")
+            panel.set_title(fill(str(setting), LETTERS), loc="right", fontsize=9, fontweight="bold")
             _fill(panel, rows)
-        figure.suptitle(f"{MARKS}\nblue: mbnorm's layers; red: batch norm", fontsize=8)
+        figure.suptitle(fill(f"{MARKS}; blue: mbnorm's layers; red: batch norm", LETTERS), fontsize=9)
         figure.savefig(path, dpi=200)
 
 
@@ -143,10 +143,17 @@ def _fill(panel: Axes, rows: Sequence[Row]) -> None:
         ends = (score.low, score.high)
         panel.plot([_error(end) for end in ends], [y, y], color=color, linewidth=1.5)
         panel.scatter([_error(score.mean)], [y], s=150, marker="|", color=color, linewidth=2)
+        width = score.half_width or 0.0
+        for marker, end, goes_on in (
+            ("<", 100.0, score.mean - width < 0),
+            (">", LEAST_ERROR, score.mean + width > 100 - LEAST_ERROR),
+        ):
+            if goes_on:
+                panel.scatter([end], [y], s=24, marker=marker, color=color, clip_on=False)
         diverged = any(o.status == "diverged" for o in row.finished)
         # beside the axis, where no dot can be
         text = f"{score.mean:.1f}{' diverged' if diverged else ''}"
-        panel.text(LEAST_ERROR * 0.93, y, text, color=color, fontsize=9, va="center")
+        panel.text(LEAST_ERROR * 0.85, y, text, color=color, fontsize=9, va="center")
     panel.set_xticks([_error(t) for t in TICKS], [str(t) for t in TICKS], fontsize=9)
     panel.minorticks_off()
     panel.set_xlabel(SCALE, fontsize=9)
