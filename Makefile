@@ -12,7 +12,7 @@ help:
 	@echo "make test-torch TORCH=2.11.0  run the tests with another torch, gigabytes to download"
 	@echo "make test-triton  run the Triton kernels on the CPU, and compile them for several devices; minutes long"
 	@echo "make test-gpu  check every backend and layer on a GPU, with python3 and its torch"
-	@echo "make test-report  look at reports in chromium; screenshots in runs/report"
+	@echo "make test-report  look at reports and documentation in chromium; screenshots in runs/report"
 	@echo "make test-clang  check the style of the C++ kernels, and test them as clang++ builds them"
 	@echo "make thorough  run the property tests with thousands of cases, minutes long"
 	@echo "make mutants   change the code in small ways and see whether a test notices, hours long"
@@ -47,7 +47,7 @@ test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/test_triton_backend.py tests/test_triton_operators.py tests/test_fused_memory.py tests/test_trial.py
 
 # installs the browser where that needs no password, and says what to install elsewhere
-test-report: $(VENV)/ready
+test-report: docs
 	@if ! { command -v chromium && command -v chromedriver; } > /dev/null; then \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	        apt-get -qq update && apt-get -qq install --no-install-recommends chromium chromium-driver > /dev/null; \

@@ -1,5 +1,10 @@
 """How sphinx builds these pages: `make docs`."""
 
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 from mbnorm import __version__
 
 project = "mbnorm"
@@ -7,7 +12,8 @@ author = "The mbnorm authors"
 copyright = "The mbnorm authors, Apache-2.0"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_math_renderer = "mathml"
 exclude_patterns = ["build"]
 # tables of results have none: they are reached from a page that has
 suppress_warnings = ["toc.no_title"]
@@ -26,3 +32,22 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"mbnorm {__version__}"
 html_copy_source = False
+
+
+def _inline(translator: HTML5Translator, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(translator: HTML5Translator, node: nodes.math_block) -> None:
+    # the converter does not know the environment within a formula, which looks the same
+    text = node.astext().replace("{aligned}", "{align*}")
+    # a formula wider than the screen scrolls by itself
+    formula = convert(text, display="block")
+    translator.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Turn formulas into MathML, which browsers show without a script and without a network."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))

@@ -1,4 +1,4 @@
-"""Draws the figures of the documentation: `python docs/figures.py` writes docs/figures/*.svg.
+"""Draws the figures of the documentation: `python docs/figures.py` writes them into docs/figures.
 
 What is measured, `mbnorm compare` and `mbnorm diagnose` measure, into runs/figures; runs that are there
 already are not repeated.
@@ -8,6 +8,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import matplotlib
@@ -104,6 +105,12 @@ def history_weight() -> None:
     _save(figure, "history-weight")
 
 
+def compare() -> None:
+    """Every method in the settings of `mbnorm compare`."""
+    _run("compare", "--jobs", "1", "--out", str(RUNS / "compare"))
+    copyfile(RUNS / "compare" / "compare.png", FOLDER / "compare.png")
+
+
 def _first_layer(sampling: str, batch_size: int) -> dict[str, Any]:
     out = RUNS / f"noise-{sampling}-{batch_size}"
     if not (out / "diagnose.json").exists():
@@ -152,5 +159,5 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     # 9 points are 12 pixels
     with matplotlib.rc_context({"font.size": 9}):
-        for draw in (noise, accuracy, modes, history_weight):
+        for draw in (noise, accuracy, modes, history_weight, compare):
             draw()

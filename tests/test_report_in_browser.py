@@ -174,6 +174,9 @@ def test_a_page_of_the_documentation_fits_the_screen(browser, name, width, schem
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     missing = "return [...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
     assert browser.execute_script(missing) == []
+    # what is left of a formula that was not drawn
+    raw = "return [...document.querySelectorAll('math :not(:has(*))')].map(e => e.textContent)"
+    assert [text for text in browser.execute_script(raw) if "\\" in text or "&" in text] == []
 
 
 def test_a_page_fetches_nothing_and_says_nothing(browser, page):
