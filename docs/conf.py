@@ -32,6 +32,8 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"mbnorm {__version__}"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 
 
 def _inline(translator: HTML5Translator, node: nodes.math) -> None:
@@ -42,9 +44,7 @@ def _inline(translator: HTML5Translator, node: nodes.math) -> None:
 def _block(translator: HTML5Translator, node: nodes.math_block) -> None:
     # the converter does not know the environment within a formula, which looks the same
     text = node.astext().replace("{aligned}", "{align*}")
-    # a formula wider than the screen scrolls by itself
-    formula = convert(text, display="block")
-    translator.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>')
+    translator.body.append(f'<div class="math">{convert(text, display="block")}</div>')
     raise nodes.SkipNode
 
 
