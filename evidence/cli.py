@@ -30,6 +30,7 @@ from evidence import (
     sampling,
     staleness,
     suite,
+    whole_cifar10,
 )
 from evidence.claim import PLOT, Claim, as_markdown, draw
 from mbnorm.experiments.records import append, check_versions, read
@@ -49,6 +50,7 @@ CLAIMS: dict[str, Claim] = {
     "recommendation": recommendation.CLAIM,
     "real-data": real_data.CLAIM,
     "rule": rule.CLAIM,
+    "whole-cifar10": whole_cifar10.CLAIM,
     "confirmed": confirmed.CLAIM,
     "oracle": oracle.CLAIM,
     "orthogonality": orthogonality.CLAIM,
