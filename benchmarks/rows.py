@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mbnorm.experiments.records import processor, versions
+from mbnorm.functional import backend_for
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,8 @@ def machine() -> Row:
         "python": platform.python_version(),
         **versions(),
         "commit": commit(ROOT),
+        # what layers run on that name no backend
+        "backend": backend_for(torch.empty(1, 1)),
     }
 
 
@@ -51,8 +56,9 @@ def commit(root: Path) -> str | None:
 def caption(name: str, rows: list[Row]) -> str:
     """Return where the rows of a benchmark were measured, and by which command."""
     row = rows[0]
+    backend = f", backend {row['backend']} on the CPU" if "backend" in row else ""
     return (
-        f"{row['processor']}, {row['cores']} cores, torch {row['torch']}, mbnorm {row['mbnorm']}. "
+        f"{row['processor']}, {row['cores']} cores, torch {row['torch']}, mbnorm {row['mbnorm']}{backend}. "
         f"Written by `python -m benchmarks {name}`."
     )
 

@@ -299,10 +299,14 @@ class KernelRun:
         return [next(wanted) if need else None for need in needs]
 
     def _reads_in_kernels(self, gradient: RememberedGradient) -> bool:
+        rows = self.rows if isinstance(self.rows, Tensor) else self.rows[0]
+        mean, scale = gradient.buffers
         return (
             gradient.is_unread
             and hasattr(self.kernels, "remembering_backward")
-            and all(t.dtype == self.rows[0].dtype and t.is_contiguous() for t in gradient.buffers)
+            and mean.dtype == scale.dtype == rows.dtype
+            and mean.is_contiguous()
+            and scale.is_contiguous()
         )
 
 

@@ -47,6 +47,10 @@ class RememberedGradient:
         self._read: Tensor | None = None
         self._written = False
 
+    def unread_copy(self) -> "RememberedGradient":
+        """Return the same for another forward."""
+        return RememberedGradient(self._mean, self._scale, stores=self.stores)
+
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
         """G and S."""

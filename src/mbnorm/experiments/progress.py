@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
+
+from mbnorm.backends import cpu
 
 Item = TypeVar("Item")
 
@@ -13,3 +15,12 @@ def shown(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
     """Yield the items while a bar says how many of ``count`` there were; it needs a terminal, and goes."""
     console = Console(stderr=True)
     yield from track(items, what, count, console=console, transient=True, disable=not console.is_terminal)
+
+
+def prepare_kernels() -> None:
+    """Compile the CPU kernels where that is still to be done, while a bar moves."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task("CPU kernels", total=None)
+        cpu.missing()

@@ -37,6 +37,7 @@ class PreparedForward:
         "_arguments",
         "_buffers",
         "_dtype",
+        "_gradient",
         "_kernels",
         "_kind",
         "_n",
@@ -71,6 +72,7 @@ class PreparedForward:
             *rules,
             stores,
         )
+        self._gradient = layer.remembered_gradient()
         self._dtype = statistics_dtype(input.dtype)
         own = (averages.mean, *self._parameters)
         self._of_that_dtype = tuple(t for t in own if t is not None)
@@ -119,7 +121,8 @@ class PreparedForward:
         calls = layer._calls
         calls.drop_done()
         layer.seal.behind = True
-        gradient = layer.remembered_gradient()
+        # each forward has its own
+        gradient = self._gradient and self._gradient.unread_copy()
         run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules, gradient)
         y = run_differentiably(run, input, *self._parameters)
         calls.remember(Call(self._n, run.rows, gradient=gradient), y.grad_fn)

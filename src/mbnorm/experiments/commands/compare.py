@@ -38,6 +38,7 @@ from mbnorm.experiments.grid import (
 from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import METHODS
 from mbnorm.experiments.models import MODELS, why_not
+from mbnorm.experiments.progress import prepare_kernels
 from mbnorm.experiments.results import Results
 from mbnorm.experiments.sampling import SAMPLINGS
 from mbnorm.experiments.workers import PACKAGES, SCHEDULERS, Scheduler
@@ -192,6 +193,8 @@ def compare(
     console.print(
         f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
     )
+    if known < len(runs):
+        prepare_kernels()
     try:
         crashed = train_missing(runs, results, console, jobs, accelerator, *cluster)
     except KeyboardInterrupt:

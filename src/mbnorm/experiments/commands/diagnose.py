@@ -10,7 +10,7 @@ from mbnorm.experiments.diagnose import SYNTHETIC_NAME, batches_of, net, source
 from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
 from mbnorm.experiments.models import MODELS, why_not
-from mbnorm.experiments.progress import shown
+from mbnorm.experiments.progress import prepare_kernels, shown
 from mbnorm.experiments.sampling import SAMPLINGS
 
 
@@ -78,6 +78,7 @@ def diagnose(
     drawn = data if data == SYNTHETIC_NAME else f"{data}, {sampling}"
     weights = "untrained" if checkpoint is None else str(checkpoint)
     title = f"{model} with {method} layers, {weights}; {drawn}, {batches} batches of {batch_size}"
+    prepare_kernels()
     given = shown(batches_of(data, chosen_sampling, batch_size, batches), batches, "batches")
     try:
         found, paths = write_diagnosis(built, given, title, out)

@@ -23,6 +23,7 @@ from mbnorm.experiments.losses import LOSSES
 from mbnorm.experiments.methods import METHODS, batches_a_step
 from mbnorm.experiments.models import MODELS
 from mbnorm.experiments.plan import RECIPES, Plan, Recipe
+from mbnorm.experiments.progress import prepare_kernels
 from mbnorm.experiments.sampling import SAMPLINGS
 from mbnorm.experiments.training import RATE_DROPS
 
@@ -155,6 +156,7 @@ def _train(plan: Plan, accelerator: str, ranks: int, checkpoint_every: float, ou
     fabric.launch()
     if ranks > 1:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    prepare_kernels()
     try:
         training = Training(plan, fabric, out)
     except ValueError as error:
