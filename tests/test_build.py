@@ -178,6 +178,15 @@ def test_no_compiler_is_said_in_one_line(variable, folder, monkeypatch):
     assert "\n" not in reason
 
 
+@pytest.mark.parametrize("name", ["c++", "g++", "clang++"])
+def test_a_compiler_is_found_under_each_of_its_names(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    assert build.compiler() == [name]
+
+
 def test_a_compiler_that_fails_is_quoted(source, folder):
     source.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(build.BuildError, match=r"compiler failed: .*small.cpp:1.*forty_two") as error:

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ NATIVE = (
     ("-mcpu=native",) if sys.platform == "darwin" and platform.machine() == "arm64" else ("-march=native",)
 )
 """For the instructions of this machine, whatever they are."""
+COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300
 """How long a compiler may take."""
 
@@ -57,8 +59,9 @@ def instructions() -> str:
 
 
 def compiler() -> list[str]:
-    """Return the command of the C++ compiler: ``$CXX``, or ``c++``."""
-    return shlex.split(environ.get("CXX", "")) or ["c++"]
+    """Return the command of the C++ compiler: ``$CXX``, or the first of `COMPILERS` that is there."""
+    found = (name for name in COMPILERS if shutil.which(name))
+    return shlex.split(environ.get("CXX", "")) or [next(found, COMPILERS[0])]
 
 
 def version_of(command: list[str]) -> str:
