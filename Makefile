@@ -104,7 +104,7 @@ dist/compiled:
 	MBNORM_KERNELS=1 $(BIN)/python -m build --wheel --no-isolation --outdir $@
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist $@/*.whl
 	dist/venv/bin/pip install --quiet --no-deps --force-reinstall dist/*manylinux*.whl
-	cd dist && PATH=venv/bin CXX=none MBNORM_CACHE=none venv/bin/python -W error ../tests/first_step.py | grep 'backend cpu'
+	cd dist && PATH=venv/bin CXX=none MBNORM_CACHE=none venv/bin/python ../tests/first_step.py | grep 'backend cpu'
 
 oldest: $(VENV)/ready
 	$(BIN)/python tests/oldest.py
