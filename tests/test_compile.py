@@ -196,6 +196,8 @@ CHEAP_TO_READ = {
 def test_the_backward_uses_what_the_forward_had_read(kind):
     # what is cheap to compute torch.compile computes again in the backward: here, from overwritten buffers
     layer = CHEAP_TO_READ[kind]().double()
+    if torch.__version__.startswith("2.10.") and layer.gradient == "remembered":
+        pytest.skip("torch 2.10 refuses several forwards before a backward that writes buffers")
     twin = copy.deepcopy(layer)
     # inductor's way of parting forward from backward
     compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)
