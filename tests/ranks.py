@@ -28,7 +28,8 @@ class TwoRanks:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="mbnorm-ranks-")) / "store"
+        self.folder = tempfile.TemporaryDirectory(prefix="mbnorm-ranks-")
+        store = Path(self.folder.name) / "store"
         self.connections = []
         for rank in range(2):
             ours, theirs = context.Pipe()
@@ -41,6 +42,8 @@ class TwoRanks:
         for process in self.processes:
             process.kill()
             process.join()
+        if self.processes:
+            self.folder.cleanup()
         self.processes = []
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
