@@ -13,6 +13,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class CompiledKernels(BuildHookInterface[Any]):
     """Compiles the kernels with torch's headers, for each set of instructions that is chosen at run time."""
 
+    _folder: "tempfile.TemporaryDirectory[str] | None" = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the libraries to what the wheel holds, and name the platform in its file's name."""
         if version != "standard" or os.environ.get("MBNORM_KERNELS") != "1":
@@ -32,5 +34,5 @@ class CompiledKernels(BuildHookInterface[Any]):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Delete what has been packed."""
-        if build_data["force_include"]:
+        if self._folder is not None:
             self._folder.cleanup()

@@ -7,8 +7,9 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import layers, memory, overhead, rows, steps, timing
-from benchmarks.cases import LAYOUTS, OTHERS, PROVIDERS, RESNET50, Case, cases
+from benchmarks.cases import BASE, LAYOUTS, OTHERS, PROVIDERS, RESNET50, Case, cases
 from benchmarks.operators import bare, operators_of
+from mbnorm.functional import SLOWER_WITH_ATEN
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SMALL = Case((2, 32, 5, 5), "float32", "channels_last")
@@ -249,3 +250,29 @@ def test_what_is_around_the_kernels_is_measured(capsys):
     assert [line[:10].strip() for line in lines[:3]] == ["y = 2x", "batch_norm", "matched"]
     assert any(line.startswith("matched, mbnorm") or line.startswith("matched, aten") for line in lines)
     assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def published_layers():
+    return rows.read(RESULTS / "layers.jsonl")
+
+
+def share_of_batch_norm(found, provider, dtype, layout, how="1 thread"):
+    of_all = rows.ratios(found, provider, BASE, dtype=dtype, layout=layout, how=how)
+    of_these = [ratio for (shape, _), ratio in of_all.items() if shape in RESNET50]
+    return rows.geometric_mean(of_these), max(of_these)
+
+
+KINDS = [(dtype, layout) for dtype in ("float32", "bfloat16") for layout in ("contiguous", "channels_last")]
+
+
+def test_the_warning_names_the_factor_that_was_measured(published_layers):
+    factors = [share_of_batch_norm(published_layers, "matched-aten", *kind)[0] for kind in KINDS]
+    assert round(rows.geometric_mean(factors)) == SLOWER_WITH_ATEN
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+@pytest.mark.parametrize("provider", ["matched", "matched-aten"])
+def test_the_page_on_speed_has_the_published_shares(provider, kind, published_layers):
+    mean, worst = share_of_batch_norm(published_layers, provider, *kind)
+    assert f"{mean:.2f} ({worst:.2f})" in (RESULTS.parent.parent / "docs" / "performance.md").read_text()

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from test_cli import INTERRUPTIBLE, ends_within, mbnorm_says
 
+from mbnorm.experiments import progress
 from mbnorm.experiments.curves import draw
 from mbnorm.experiments.diagnose import net
 from mbnorm.experiments.plan import RECIPES
@@ -444,3 +445,11 @@ def test_batches_of_one_train_with_a_memory(tmp_path, stop_after):
     relent = stop_after(5, RuntimeError("enough"))
     assert "enough: step 5" in train(tmp_path, "--batch-size", "1", "--checkpoint-every", "0")[2]
     relent()
+
+
+@pytest.mark.parametrize(("methods", "asked"), [(["batch", "group"], 0), (["batch", "matched"], 1)])
+def test_kernels_are_compiled_for_methods_that_run_on_them_alone(methods, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(progress.cpu, "missing", lambda: calls.append("asked"))
+    progress.prepare_kernels(methods)
+    assert len(calls) == asked

@@ -133,7 +133,8 @@ def _load_new(library: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        # a wait of no time, which every version of filelock knows
+        lock.acquire(timeout=0)
     except Timeout:
         _say("waiting for another process that compiles its CPU kernels")
         lock.acquire()

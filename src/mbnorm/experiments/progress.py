@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 from mbnorm.backends import cpu
+from mbnorm.experiments.methods import OURS
 
 Item = TypeVar("Item")
 
@@ -17,8 +18,10 @@ def shown(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
     yield from track(items, what, count, console=console, transient=True, disable=not console.is_terminal)
 
 
-def prepare_kernels() -> None:
-    """Compile the CPU kernels where that is still to be done, while a bar moves."""
+def prepare_kernels(methods: Iterable[str]) -> None:
+    """Compile the CPU kernels under a bar, if they are missing and one of the methods runs on them."""
+    if not any(method in OURS for method in methods):
+        return
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -193,8 +193,8 @@ def compare(
     console.print(
         f"{len(runs)} runs, {known} of them already in {results.path}", markup=False, soft_wrap=True
     )
-    if known < len(runs):
-        prepare_kernels()
+    if known < len(runs) and (accelerator, cluster[0]) == ("cpu", "local"):
+        prepare_kernels(chosen_methods)
     try:
         crashed = train_missing(runs, results, console, jobs, accelerator, *cluster)
     except KeyboardInterrupt:

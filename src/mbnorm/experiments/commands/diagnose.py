@@ -78,7 +78,7 @@ def diagnose(
     drawn = data if data == SYNTHETIC_NAME else f"{data}, {sampling}"
     weights = "untrained" if checkpoint is None else str(checkpoint)
     title = f"{model} with {method} layers, {weights}; {drawn}, {batches} batches of {batch_size}"
-    prepare_kernels()
+    prepare_kernels([method])
     given = shown(batches_of(data, chosen_sampling, batch_size, batches), batches, "batches")
     try:
         found, paths = write_diagnosis(built, given, title, out)

@@ -156,7 +156,8 @@ def _train(plan: Plan, accelerator: str, ranks: int, checkpoint_every: float, ou
     fabric.launch()
     if ranks > 1:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    prepare_kernels()
+    if accelerator == "cpu":
+        prepare_kernels([plan.run.method])
     try:
         training = Training(plan, fabric, out)
     except ValueError as error:
