@@ -30,6 +30,7 @@ from evidence import (
     sampling,
     staleness,
     suite,
+    trained_values,
     whole_cifar10,
 )
 from evidence.claim import PLOT, Claim, as_markdown, draw
@@ -56,6 +57,7 @@ CLAIMS: dict[str, Claim] = {
     "orthogonality": orthogonality.CLAIM,
     "gradient-forms": gradient_forms.CLAIM,
     "loss-scale": loss_scale.CLAIM,
+    "trained-values": trained_values.CLAIM,
     "fine-tuning": fine_tuning.CLAIM,
     "fine-tuning-confirmed": fine_tuning.CONFIRMED,
 }

@@ -20,6 +20,7 @@ from evidence.claim import Claim, Table, Tell, name_lines
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
 from evidence.pretrained import PRETRAINING, SIDE, check, data_of, pretrained, with_new_head
 from evidence.trained import score_of, where
+from mbnorm import convert
 from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, Estimate, estimate, paired_difference
 from mbnorm.experiments.methods import Method, schedule_for, set_method
@@ -33,13 +34,18 @@ METHODS: tuple[Method, ...] = (*HABITS, "renorm", *OURS)
 
 
 class Step(NamedTuple):
-    """A training that is measured after one or several numbers of steps."""
+    """A training that is measured after one or several numbers of steps.
+
+    Attributes:
+        matched_values: of Matched BN; None is what `convert` sets.
+    """
 
     task: FineTuning
     method: Method
     rate: float
     seed: int
     lengths: tuple[int, ...]
+    matched_values: int | None = None
 
     def without(self, rows: Sequence[Row]) -> "Step":
         """Return the same training, measured where no row is."""
@@ -92,7 +98,10 @@ def fine_tuned(model: nn.Module, step: Step, data: Data) -> Iterator[Row]:
     """Train a net on, in place, and yield what it has come to after each length."""
     start = time.perf_counter()
     batch_size, last = step.task.batch_size, step.lengths[-1]
-    set_method(model, step.method, batch_size, data.shape)
+    if step.matched_values is None:
+        set_method(model, step.method, batch_size, data.shape)
+    else:
+        convert(model, matched_values=step.matched_values)
     optimizer = torch.optim.SGD(model.parameters(), lr=step.rate, momentum=MOMENTUM, fused=True)
     schedule = schedule_for(step.method, model, last, batch_size)
     losses: list[Tensor] = []
@@ -189,7 +198,7 @@ def _table(task: FineTuning, found: Sequence[Column]) -> Table:
         gains = [column.gain(method) for column in found]
         lines.append([f"{method} minus that", *("-" if gain is None else gain.signed() for gain in gains)])
     lines.append(["half the interval of the test images", *(_test_error(column.rows) for column in found)])
-    return [f"{task.name}: {_score_name(task)}, %", *map(str, found)], lines
+    return [f"{task.name}: {score_name(task)}, %", *map(str, found)], lines
 
 
 def _cell(mean: Estimate | None) -> str:
@@ -200,7 +209,8 @@ def _test_error(rows: Sequence[Row]) -> str:
     return f"{fmean(row['test_error'] for row in rows):.1f}" if rows else "-"
 
 
-def _score_name(task: FineTuning) -> str:
+def score_name(task: FineTuning) -> str:
+    """Return what measures a task."""
     return "accuracy" if task.start == "ImageNet" else "Dice"
 
 
@@ -214,12 +224,12 @@ def _draw(tasks: Sequence[FineTuning], rows: Sequence[Row], panels: Sequence[Axe
             panel.plot([m.mean for m in means_found], ys, "o", color=f"C{number}", label=str(column))
             panel.hlines(ys, [m.low for m in means_found], [m.high for m in means_found], color=f"C{number}")
         name_lines(panel, METHODS)
-        panel.set_xlabel(f"{_score_name(task)}, % (lines: 95 % intervals)")
+        panel.set_xlabel(f"{score_name(task)}, % (lines: 95 % intervals)")
         panel.set_title(task.name)
 
 
 def _claim(tasks: tuple[FineTuning, ...], data: str) -> Claim:
-    of_these = ". ".join(_described(task) for task in tasks)
+    of_these = ". ".join(described(task) for task in tasks)
     return Claim(
         sentence=(
             "How nets are fine-tuned at batch 2, with batch norm plain, frozen or renormalized, and with "
@@ -245,7 +255,8 @@ def _claim(tasks: tuple[FineTuning, ...], data: str) -> Claim:
     )
 
 
-def _described(task: FineTuning) -> str:
+def described(task: FineTuning) -> str:
+    """Return where a task starts, and how many images it has."""
     note = f" ({task.note})" if task.note else ""
     images = "all images" if task.images is None else f"{task.images:,} images"
     tested = "tested on all"

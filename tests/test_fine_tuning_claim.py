@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from evidence import fine_tuning, mobilenet, pretrained
+from evidence import fine_tuning, mobilenet, pretrained, trained_values
 from evidence.claim import as_markdown, draw
 from evidence.fine_tuning import CLAIM, CONFIRMED, METHODS, Step, columns, fine_tuned, next_steps, trained
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
 from evidence.mobilenet import MobileNetV2, as_imagenet
 from evidence.pretrained import data_of, with_new_head
+from mbnorm import MatchedBatchNorm2d
 from mbnorm.experiments.dataset import Data
 
 TINY = FineTuning("tiny", "npz:tiny.npz", "segments", lengths=(1, 2), rates=(0.1, 0.4))
@@ -290,3 +291,29 @@ def test_the_text_says_what_is_tested_and_what_was_seen_before():
 
 def test_what_confirms_is_on_no_list_that_tunes():
     assert {task.data for task in TUNED_FINE}.isdisjoint(task.data for task in CONFIRMED_FINE)
+
+
+def test_a_step_may_say_how_many_values_are_matched():
+    net = classifier(3)
+    list(fine_tuned(net, Step(TINY, "matched", 0.1, 0, (1,), 7), tiny_data()))
+    assert isinstance(net[1], MatchedBatchNorm2d)
+    assert net[1].matched_values == 7
+
+
+def test_numbers_of_values_are_compared_with_that_of_nets_from_scratch(tmp_path):
+    rows = [
+        {"matched_values": values} | made_up(task, "matched", seed, 60.0 + number + seed, rate, steps)
+        for task in TUNED_FINE
+        for number, values in enumerate(trained_values.VALUES)
+        for rate in task.rates
+        for steps in task.lengths
+        for seed in range(3)
+    ]
+    for _, lines in trained_values.CLAIM.tables(rows):
+        assert [set(line[1:]) for line in lines] == [
+            {"61.0 ± 2.5"},
+            {"62.0 ± 2.5 [+1.0 ± 0.0]"},
+            {"63.0 ± 2.5 [+2.0 ± 0.0]"},
+        ]
+    draw(trained_values.CLAIM, rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
