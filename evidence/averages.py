@@ -149,6 +149,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Running statistics after short trainings",
     sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
     measured=(
         "Loss of eval mode on the training images, of nets trained with the plain noise-matched rule: with "

@@ -46,6 +46,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Accuracy by batch size",
     sentence="Batch norm loses accuracy as the batch shrinks; the methods with a memory keep it.",
     measured=(
         f"Test accuracy in percent of the MLP on digits after {EPOCHS} epochs at learning rate 0.1 m/64. At "

@@ -37,6 +37,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 
 CLAIM = Claim(
+    title="Batches of 128",
     sentence="Double-Forward gains accuracy with batches of 128, the setting of its paper.",
     measured=MEASURED,
     rows=_rows,

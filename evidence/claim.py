@@ -49,6 +49,7 @@ class Claim:
         seeds: how many if nothing is said.
         verdict: what the rows say, in the first line.
         check: raises a ValueError where something is missing that it is measured with.
+        title: a few words, the heading of its page; nothing takes the sentence.
     """
 
     sentence: str
@@ -60,14 +61,17 @@ class Claim:
     seeds: int = 5
     check: Callable[[], None] = lambda: None
     verdict: Callable[[Sequence[Row]], str] = lambda rows: ""
+    title: str = ""
 
 
 def as_markdown(claim: Claim, rows: Sequence[Row], command: str) -> str:
-    """Return what was found, the claim, its plot, its tables, what ± is, and where they come from."""
+    """Return a page: heading, finding, claim, plot, tables, what ± is, and the command that wrote it."""
     tables = [table(headings, lines) for headings, lines in claim.tables(rows)]
     measured = f"{claim.measured} {INTERVAL}"
     plot = f"![Plot of the tables]({PLOT})"
-    parts = [claim.verdict(rows), claim.sentence, plot, *tables, measured, f"Written by `{command}`."]
+    heading = f"# {claim.title or claim.sentence.removesuffix('.')}"
+    said = [claim.verdict(rows), claim.sentence]
+    parts = [heading, *said, plot, *tables, measured, f"Written by `{command}`."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -88,6 +88,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 
 CLAIM = Claim(
+    title="Data that the rule was not chosen on",
     sentence="What the flagship reaches on data that nothing was chosen on, beside its rivals.",
     measured=(
         f"{MEASURED} Rows are only ever added: each has its date, its commit and a number for the library's "

@@ -56,6 +56,7 @@ def _epochs(number: int) -> str:
 
 
 CLAIM = Claim(
+    title="Cost of Double-Forward",
     sentence="A memory costs little time; Double-Forward costs a second forward.",
     measured=(
         f"Test accuracy of the MLP on digits, batches of {BATCH_SIZE}, learning rate 0.1 m/64, by seconds of "

@@ -156,6 +156,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Gain of Double-Forward",
     sentence="Double-Forward gains accuracy where memories are long, rates high or batches accumulated.",
     measured=(
         "Test accuracy of the MLP on digits with memorized layers, without and with Double-Forward from the "

@@ -228,9 +228,10 @@ def _draw(tasks: Sequence[FineTuning], rows: Sequence[Row], panels: Sequence[Axe
         panel.set_title(task.name)
 
 
-def _claim(tasks: tuple[FineTuning, ...], data: str) -> Claim:
+def _claim(title: str, tasks: tuple[FineTuning, ...], data: str) -> Claim:
     of_these = ". ".join(described(task) for task in tasks)
     return Claim(
+        title=title,
         sentence=(
             "How nets are fine-tuned at batch 2, with batch norm plain, frozen or renormalized, and with "
             f"layers that have a memory, on {data}."
@@ -268,5 +269,7 @@ def described(task: FineTuning) -> str:
     return f"{task.name}{note}: {start}; {images} to train on, {tested}"
 
 
-CLAIM = _claim(TUNED_FINE, "data that rules may be chosen on")
-CONFIRMED = _claim(CONFIRMED_FINE, "data that no rule was chosen on")
+CLAIM = _claim("Fine-tuning", TUNED_FINE, "data that rules may be chosen on")
+CONFIRMED = _claim(
+    "Fine-tuning, data that no rule was chosen on", CONFIRMED_FINE, "data that no rule was chosen on"
+)

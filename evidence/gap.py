@@ -49,6 +49,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Train mode beside eval mode",
     sentence=(
         "Batch norm's train and eval modes are two nets where batches are small; a memory makes them one."
     ),

@@ -205,6 +205,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 
 CLAIM = Claim(
+    title="Ways to remember the gradient",
     sentence=(
         "Other ways to remember what the backward pass takes out of a gradient, beside the one that is "
         "shipped: the first."

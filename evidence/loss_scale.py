@@ -92,6 +92,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Loss scale",
     sentence=(
         "A loss scale that grows and backs off costs a remembered gradient nothing, though its units change."
     ),

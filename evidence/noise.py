@@ -225,6 +225,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Noise of batch statistics",
     sentence=(
         "The noise of batch statistics depends on the batch size alone: the mean's variance is 1/n, the "
         "variance's "

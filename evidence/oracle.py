@@ -135,6 +135,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="A perfect memory",
     sentence=(
         "A memory without any staleness helps a batch of 2 much less if only the forward pass has it: the "
         "backward pass needs batch norm's two means of the gradient from more than two images, too."

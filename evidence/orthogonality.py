@@ -113,6 +113,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Direction of the gradient",
     sentence=(
         "Batch norm's gradient has no part along a shift or a scale of its input. A memory that only the "
         "forward pass reads leaves such a part; remembered means of the gradient take most of it out."

@@ -60,6 +60,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Range of learning rates",
     sentence=(
         'The rule "pooled", which adds the variance between the batches\' means, widens the range of '
         "learning rates that train."

@@ -28,6 +28,7 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
 
 
 CLAIM = Claim(
+    title="Real data, with an earlier rule",
     sentence=(
         "What the layers with today's rule, a memory that only the forward pass reads, reach on real data "
         "beside the strongest peers. Nothing was chosen on the test images."

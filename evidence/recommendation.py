@@ -308,6 +308,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="What diagnose recommends",
     sentence=f"What `diagnose` recommends is within {GOAL:g} point of accuracy of the best of a sweep.",
     measured=(
         f"A net with torch's batch norms is diagnosed before its training, on {BATCHES} batches drawn like "

@@ -75,6 +75,7 @@ def _changes(rows: Sequence[Row]) -> Table:
 
 
 CLAIM = Claim(
+    title="Candidates for the rule",
     sentence=(
         "Candidates for the flagship's rule: a gradient that is remembered, centered filters, each image's "
         "statistics, and how many values to match, beside their rivals, on the list that tunes."

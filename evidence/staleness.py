@@ -160,6 +160,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Staleness of the memory",
     sentence=(
         "Memorized BN remembers statistics of older weights; Double-Forward makes them one step younger."
     ),

@@ -173,6 +173,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Sixteen small settings",
     sentence=(
         "How far the noise-matched rule carries, beside its peers: by what batches are measured to be worth, "
         "as `convert` sets it for 32 values, and for 64 and 128; and by their number of values (plain), for "

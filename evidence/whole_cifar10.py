@@ -107,6 +107,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="All of CIFAR-10",
     sentence="What a ResNet-20 learns from all 50,000 images of CIFAR-10 with batches of 2.",
     measured=(
         f"Accuracy in percent on all 10,000 test images after each of {EPOCHS} epochs, and on the training "
