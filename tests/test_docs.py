@@ -81,30 +81,3 @@ def test_blocks_keep_their_options_and_line_numbers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text\n\n```python\nx = 1\n```\n\n```python no-run\nimport absent\n```\n")
     assert blocks_of(page) == [([], "\n\n\nx = 1\n"), ([NOT_RUN], "\n" * 7 + "import absent\n")]
-
-
-README_ROWS = {
-    "batch norm": "batch",
-    '`"matched"`': "matched",
-    '`"memorized"`': "memorized",
-    '`"momentum"`, constant weight': "momentum-constant",
-    '`"momentum"`, the paper\'s schedule': "momentum",
-    "batch renormalization": "renorm",
-    "group norm": "group",
-    "layer norm": "layer",
-}
-
-
-def cells_of(text):
-    """The cells of the tables' lines in a text."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-@pytest.mark.parametrize("shown", README_ROWS)
-def test_the_readmes_accuracies_are_those_of_the_page_of_compare(shown):
-    (readme,) = [line[1:] for line in cells_of(README.read_text(encoding="utf-8")) if line[0] == shown]
-    page = cells_of((ROOT / "docs" / "compare.md").read_text(encoding="utf-8"))
-    # a line of the ranks has two cells
-    found = [line[1] for line in page if line[0] == README_ROWS[shown] and len(line) > 2]
-    assert readme == found
