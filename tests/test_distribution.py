@@ -103,6 +103,21 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {mbnorm.__version__}\n" in text
 
 
+def test_the_newest_heading_of_the_changelog_is_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == mbnorm.__version__
+
+
+def test_the_workflow_runs_on_the_oldest_and_the_newest_torch():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (versions,) = re.findall(r"^ +torch: \[(.*)\]$", workflow, re.MULTILINE)
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    (newest,) = re.findall(r"^torch==(\S+)$", constraints, re.MULTILINE)
+    (oldest,) = re.findall(r'"torch>=(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert versions == f'"{oldest}.0", "{newest}"'
+    assert "run: .ci/run" in workflow
+
+
 def test_kernels_are_compiled_for_the_oldest_torch_that_is_allowed():
     (requirement,) = [Requirement(r) for r in metadata.requires("mbnorm") if r.startswith("torch")]
     (specifier,) = requirement.specifier
