@@ -304,7 +304,7 @@ def test_a_norm_without_a_counter_gets_one(method):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (FrozenBatchNorm2d(3), "FrozenBatchNorm2d is none of torch's: build the net with those"),
+        (FrozenBatchNorm2d(3), "FrozenBatchNorm2d is not a torch BatchNorm: build the net with those"),
         (NormWithActivation(3), "NormWithActivation is a subclass that may do more"),
         (nn.LazyBatchNorm2d(), "LazyBatchNorm2d has no channels yet"),
         (nn.SyncBatchNorm(3), "SyncBatchNorm shares statistics"),

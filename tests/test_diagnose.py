@@ -93,7 +93,7 @@ def test_drift_is_called_by_its_name_and_shuffling_is_the_ideal(persistence):
     field = GaussianField(CHANNELS, (4, 4), batch_offset=0.3, offset_persistence=persistence)
     found = measured(field, 4, 1000)
     assert found.noise.effective_values == pytest.approx(field.effective_values(4), rel=0.15)
-    assert "its samples are alike" in found.reason
+    assert "its samples are correlated" in found.reason
     assert found.verdict == "noisy"
     # of shuffled images
     assert found.ideal_batch_size == pytest.approx(32 / field.effective_values(1), rel=0.15)
@@ -106,7 +106,7 @@ def test_samples_that_are_alike_are_to_be_given_the_noise_of_128_values():
 
 
 def test_shuffled_samples_are_not_called_alike():
-    assert "alike" not in measured(*FIELDS["vectors"]).reason
+    assert "correlated" not in measured(*FIELDS["vectors"]).reason
 
 
 def test_a_dead_channel_is_named_and_does_not_count():
@@ -296,7 +296,7 @@ def test_a_model_is_recommended_what_its_neediest_layer_needs():
     assert [layer.verdict for layer in found.layers] == ["fine", "noisy"]
     assert found.recommendation == "matched"
     assert found.ideal_batch_size == found.layers[1].ideal_batch_size
-    assert "diagnose(model, batches).convert(model), or shuffled batches of" in found.reason
+    assert "Recommended: mbnorm.convert(model) from scratch, frozen batch norms" in found.reason
     assert "1 of 2 layers" in found.reason
 
 
@@ -370,7 +370,7 @@ def test_statistics_that_a_net_has_learned_with_are_not_to_be_recalibrated():
     assert found.layers[0].noise.running_mean_error == pytest.approx(1, rel=0.1)
     assert found.layers[0].noise.recalibrated_mismatch > 2 * found.layers[0].noise.mismatch
     assert (found.layers[0].stale, found.stale, found.recommendation) == (True, False, "none")
-    assert "not those of the data, but the net has learned with such" in found.reason
+    assert "not those of the data, but the net was trained with statistics like these" in found.reason
     layer.memory_mean += 1
     assert diagnose(layer, x).recommendation == "recalibrate"
 
@@ -518,7 +518,7 @@ def test_the_table_has_a_line_for_each_layer_and_the_reason_of_what_is_not_fine(
     assert len(above) <= len(heading) <= 80
     assert row.split()[:3] == ["1", "BatchNorm1d", "2"]
     assert reason.startswith("1: a batch has 2 values a channel, as noisy as ")
-    assert last.startswith("recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled ")
+    assert last.startswith("noisy: 1 of 1 layers normalize their batches with too few effective values")
 
 
 def test_the_table_explains_each_of_its_columns_and_has_no_others():

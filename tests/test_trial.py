@@ -56,7 +56,7 @@ def test_one_wrong_number_fails_them_and_is_told(stand_in, monkeypatch, number, 
 
     monkeypatch.setattr(trial, "_by_triton", one_off)
     with pytest.warns(UserWarning, match="mbnorm leaves Triton alone"):
-        assert trial.failure_on(CPU).startswith(f"its {RESULTS[number]} is off by ")
+        assert trial.failure_on(CPU).startswith(f"its {RESULTS[number]} has an error of ")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not trial.triton_works_for(torch.empty(2, 3))

@@ -17,31 +17,31 @@ def center_filters(model: nn.Module, example: Any = None) -> ConversionReport:
 
     .. math:: w_{oi} \leftarrow w_{oi} - \frac{1}{I} \sum_j w_{oj}
 
-    for each filter o over its I inputs, now and after each step of a `torch.optim.Optimizer`. Inputs of a
-    layer after a ReLU have a large common part, which such a filter does not see: the values of a channel
-    are less alike, and a batch is worth more of them. It is for nets that are trained from scratch, with
-    any batch norm.
+    for each filter o over its I inputs, now and after each step of a `torch.optim.Optimizer`. After a ReLU
+    inputs are positive and share a large part, which a centered filter does not pass on. The values of a
+    channel are then less correlated, and the effective sample size of a batch is larger. Use it for nets
+    that are trained from scratch, with any batch norm.
 
-    Left alone, and named in the report: layers that feed something else than batch norms, depthwise
+    Left alone, and named in the report: layers that feed something other than batch norms, depthwise
     convolutions, layers of other classes than torch's own, and those in front of a trained batch norm.
 
-    To see what feeds what, the net's ``forward`` runs once with torch.fx's proxies. What it does to the
-    net is undone. Weights that are written by other ways than ``load_state_dict`` are centered after the
-    next step; hooks of an optimizer see them before.
+    The net's ``forward`` runs once with torch.fx's proxies, to find which layers feed batch norms. What it
+    changes in the net is undone. Weights that are written in other ways than by ``load_state_dict`` are
+    centered after the next step; an optimizer's hooks see them before.
 
-    The layers become subclasses of their classes, with the same parameters and state_dict. Filters that are
-    loaded and not centered end it for their layer. `revert` makes the layers torch's own again, with the
-    weights they have: do so before tools that look for torch's own classes, as quantization and export.
+    The layers become subclasses of their classes, with the same parameters and state_dict. If filters are
+    loaded that are not centered, their layer stays so. `revert` makes the layers torch's own again, with the
+    weights they have: call it before tools that look for torch's classes, as quantization and export.
     FSDP with flat parameters, and optimizers with copies of the weights, cannot keep them centered.
 
     Args:
         model: any module, its batch norms torch's or ours.
         example: an input of ``model``, or a tuple of its inputs, for nets that torch.fx cannot trace. One
-            forward of it shows what feeds what, but not what else is done with an output. Without one
-            those parts of the net are looked at that torch.fx can trace.
+            forward shows which layers feed batch norms, but not all other uses of an output. Without an
+            example only the parts of the net are searched that torch.fx can trace.
 
     Returns:
-        A report of what was centered, and what was not and why.
+        A report: each layer that was centered, and each that was not, with the reason.
 
     Source: Qiao et al.: Micro-Batch Training with Batch-Channel Normalization and Weight Standardization,
     2019; Yan et al.: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization,

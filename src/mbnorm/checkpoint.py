@@ -19,11 +19,11 @@ Contexts: TypeAlias = tuple[AbstractContextManager[None], AbstractContextManager
 def checkpoint_context_fn(model: nn.Module) -> Callable[[], Contexts]:
     """Return a ``context_fn`` for `torch.utils.checkpoint.checkpoint` without reentrance.
 
-    Under activation checkpointing the layers recognize a recompute, read what the forward that it
-    repeats had read, and store nothing. They tell forwards apart by their statistics. This function
-    tells them instead, by position: use it where a recompute is not bit-equal to its forward, or
-    where one layer is called more than 32 times before a backward, and to compile a checkpointed
-    block into one graph (without it torch.compile leaves such a block to eager mode).
+    Under activation checkpointing a layer recognizes a recompute, uses the past statistics of the forward
+    that it repeats, and stores nothing. It distinguishes forwards by their statistics. With this function
+    it distinguishes them by position instead. Use it in three cases: a recompute is not bit-equal to its
+    forward; a layer is called more than 32 times before a backward; or a checkpointed block shall be compiled
+    into one graph, which torch.compile otherwise leaves to eager mode.
 
     Args:
         model: contains the layers of the checkpointed block.

@@ -61,11 +61,11 @@ def convert(
 ) -> ConversionReport:
     """Turn the batch norms of ``model`` into layers with a memory, in place.
 
-    The module objects themselves change their type, so parameters, hooks, sharing, optimizers built
-    before, device, dtype and modes stay. In a trained net eval mode gives the same output bit for bit. Only
-    `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` themselves are converted: a subclass may do more than
-    normalize. A trained batch norm, whose running statistics are not all 0 and 1, starts the memory from
-    these, whatever num_batches_tracked says.
+    The modules change their type and stay the same objects: parameters, hooks, sharing, optimizers built
+    before, device, dtype and modes stay. In a trained net eval mode gives the same output, bit for bit. Only
+    `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` themselves are converted, since a subclass may do more than
+    normalize. A batch norm is trained if its running statistics are not all 0 and 1, whatever
+    num_batches_tracked says. Its memory then starts from these.
 
     Args:
         model: any module, a batch norm itself included.
@@ -78,15 +78,15 @@ def convert(
             `mbnorm.center_filters` does. None does so for "matched" in a net none of whose batch norms is
             trained, but not in first layers that are linear or 1x1 convolutions. Give False where weights
             are trained although no batch norm is.
-        per_image: normalize each image, too, in groups of channels, behind each untrained layer of maps.
-            That is a layer of its own, which takes over scale and shift, and stays when the net is reverted.
+        per_image: also normalize each image by itself, in groups of channels, behind each untrained layer of
+            maps. This is a layer of its own. It takes over scale and shift, and stays after `revert`.
             The two become a `torch.nn.Sequential`: ``bn.weight`` is ``bn.1.weight`` from then on.
         example: an input of ``model``, or a tuple of its inputs, where torch.fx cannot trace the net to find
             the filters.
         **options: keyword options of the layers; they win over what follows from ``batch_size``.
 
     Returns:
-        A report of what was converted, and what was not and why.
+        A report: each layer that was converted, and each that was not, with the reason.
 
     Raises:
         ValueError: ``method``, ``batch_size`` or an option is out of range; nothing is converted then.
@@ -220,11 +220,11 @@ class _Conversion:
         ours = cast(HistoryBatchNorm, layer)
         memory: Memory = self.memory_type(**self.of_the_memory)
         ours.set_up(memory, **self.of_the_layer)
-        # 0 and None are orders to store nothing, and raw statistics
+        # 0 means never update, None a cumulative average: both stay
         if self.momentum is not None and ours.momentum:
             ours.torchs_momentum, ours.momentum = ours.momentum, self.momentum
         if self.momentum is not None:
-            # a weight of 0 is what follows from so large a batch
+            # a history weight of 0 is right for so large a batch: no warning
             cast(MomentumBatchNorm2d, ours).memory.scheduled = True
         if not trained:
             return _Start.EMPTY
@@ -311,11 +311,13 @@ def _defaults(method: Method, batch_size: int | None, sync: object) -> dict[str,
 
 
 def _foreign(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield batch norms that are none of torch's, as FrozenBatchNorm2d, and why they stay."""
+    """Yield batch norms that are not torch's, as FrozenBatchNorm2d, and why they stay."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if "BatchNorm" in kind and "running_mean" in module._buffers and not isinstance(module, _NormBase):
-            why = f"{kind} is none of torch's: build the net with those, or copy its statistics into one"
+            why = (
+                f"{kind} is not a torch BatchNorm: build the net with those, or copy its statistics into one"
+            )
             yield name or "(the model itself)", why
 
 

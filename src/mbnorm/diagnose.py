@@ -17,7 +17,7 @@ ENOUGH_VALUES = IDEAL_BATCH_SIZE
 """Effective values per batch from which noise does no harm: the ECCV paper's ideal batch size."""
 
 VALUES_IF_ALIKE = 128
-"""How many it takes where values are alike."""
+"""How many it takes where values are correlated."""
 
 
 def diagnose(
@@ -37,30 +37,24 @@ def diagnose(
             (\sum_i w_i)^2 / \sum_i w_i^2 & \text{Memorized}
         \end{cases}
 
-    :math:`\mathrm{Var}(m_b)` is measured between the batches: n_eff is n for independent values, less where
-    they are alike (neighboring pixels, an image's brightness, batches of one class), more where they make
-    up for one another. A layer is noisy below 32 used values, and one with a memory below 16.
+    :math:`\mathrm{Var}(m_b)` is the variance of the batch means over the batches. The effective sample size
+    n_eff is n for independent values, smaller for correlated ones (pixels, batches of one class), and
+    larger for values that compensate each other. A layer is noisy if n_used is below 32, or below 16 with a
+    memory.
 
-    What is recommended there, and done by `Diagnosis.convert`, has the noise of 32 values, and no longer
-    a memory than that takes: "matched" with measured=False, which goes by n, and with matched_values =
-    32 n / n_eff. It is 128 in place of 32 where values are alike, by image or by batch: what they have in
-    common is what a net learns to see, and a batch is then worth less than it was to the untrained net.
+    `Diagnosis.convert` makes each noisy layer a "matched" one with measured=False and matched_values =
+    32 n / n_eff, the shortest memory that has the noise of 32 values. For correlated values it takes 128 in
+    place of 32: their effective sample size falls while the net learns to see what they share.
 
-    Printed, the table has a line a layer, and says under it what its columns mean: the values n of a batch,
-    n_eff and n_used; the errors of the batch's own mean, in standard deviations of a channel, and variance,
-    relative to the channel's; the distance between the outputs of train and eval mode, before weight and
-    bias; the errors of the running statistics; how many channels are dead, and how many explode; the
-    verdict, what would help, with the matched_values that it takes, and the size of shuffled batches that
-    would do instead. Columns that say nothing of any layer are left out.
+    Printed, the table has a line for each layer, and a line below for the meaning of each column. Columns
+    that say nothing of any layer are left out.
 
-    A layer is stale if its running statistics are off by more than those of 32 values would be. The model
-    is if recalibrating then brings its eval mode closer to its train mode, over all layers: where memories
-    lag behind, too, the net has learned with that.
+    A layer is stale if its running statistics have a larger error than those of 32 values. The model is
+    stale if a layer is, and recalibrating brings the outputs of eval mode closer to those of train mode.
 
-    The pass is that of `recalibrate`: eval mode, each layer normalizing with all that it has been given so
-    far. So a layer's noise is its own, not that of those before it, and the running statistics are
-    compared with what recalibrating on the same batches would set. The model, torch's random streams
-    included, is as before on return, and if anything raises. It takes O(C) memory a layer.
+    The pass is that of `recalibrate`: eval mode, and each layer normalizes with all that it has been given
+    so far. So the noise of a layer is its own, not that of layers before it. Afterwards, and if anything
+    raises, the model and torch's random streams are as before. It takes O(C) memory for each layer.
 
     Args:
         model: its batch norms are measured, ours and torch's, SyncBatchNorm included (each rank its part).
@@ -107,7 +101,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     noisy, used = False, None
     if noise.effective_values is not None and not frozen:
         used = noise.effective_values * noise.pooled_batches
-        # of what was given 32 values other batches, or the weights of later, may find less
+        # a layer that was converted to 32 values may have fewer with other batches or later weights
         noisy = used < (ENOUGH_VALUES if noise.pooled_batches == 1 else ENOUGH_VALUES / 2)
     stale = _is_stale(noise)
     verdict: Verdict = "fine"
@@ -126,10 +120,10 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
         recommendation = "matched"
-        # what values have in common a net learns to see, and their worth falls to a half, a quarter or less
+        # a net learns to see what values share, and their effective sample size falls while it trains
         alike = _values_alike(noise, noise.effective_values) or _batches_alike(noise)
         wanted = VALUES_IF_ALIKE if alike else ENOUGH_VALUES
-        # so that (N - n) / (N + n) is what n_eff values need
+        # then (N - n) / (N + n), with N these values, is the history weight that n_eff values need
         matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
@@ -146,7 +140,7 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     if _are_same(noise):
         reasons.append("the batches are the same, so their noise is not known")
     elif verdict == "fine":
-        reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to mend")
+        reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to repair")
     return LayerDiagnosis(
         name, own, noise, verdict, recommendation, matched_values, ideal_batch_size, stale, "; ".join(reasons)
     )
@@ -182,19 +176,19 @@ def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
 
 
 def _values_alike(noise: Noise, effective: float) -> bool:
-    """Whether the values of a batch are worth less than their number, and less than chance makes them."""
+    """Whether the effective sample size is smaller than the number of values, and not by chance."""
     return noise.values > effective * (1 + 3 * math.sqrt(2 / (noise.batches - 1)))
 
 
 def _batches_alike(noise: Noise) -> bool:
-    """Whether the samples of a batch are more alike than chance makes those of one channel."""
+    """Whether the samples of a batch are more correlated than chance makes those of one channel."""
     by_chance = 1 + 3 * math.sqrt(2 * (1 - 1 / noise.samples) / (noise.batches - 1))
     return noise.alikeness is not None and noise.alikeness > by_chance
 
 
 def _ideal_batch_size(noise: Noise, effective: float) -> int:
     if _batches_alike(noise) and noise.alikeness is not None:
-        # as many samples would have so many more effective values if they were drawn independently
+        # independent samples would have so many times the effective sample size
         effective *= noise.alikeness
     return max(1, math.ceil(ENOUGH_VALUES * noise.samples / effective))
 
@@ -202,15 +196,15 @@ def _ideal_batch_size(noise: Noise, effective: float) -> int:
 def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     words = (
         f"a batch has {number(noise.values)} values a channel, as noisy as {number(effective)} independent "
-        f"ones: its mean is wrong by {noise.mean_error:.2g} standard deviations, its variance by "
+        f"ones: its mean has an error of {noise.mean_error:.2g} standard deviations, its variance one of "
         f"{noise.var_error:.0%}"
     )
     if noise.pooled_batches > 1:
         words += f"; with its memory {own} normalizes with {number(used)}, too few"
     if _batches_alike(noise):
         words += (
-            f"; its samples are alike ({noise.alikeness:.1f} times the noise of independent ones): shuffle "
-            "them if you can"
+            f"; its samples are correlated ({noise.alikeness:.1f} times the noise of independent ones): "
+            "shuffle them if you can"
         )
     return words
 
@@ -221,12 +215,12 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     stale, helps = sum(layer.stale for layer in layers), _recalibrating_helps(layers)
     off = f"{stale} of {len(layers)} layers have running statistics that are not those of the data"
     if stale and not helps:
-        off += ", but the net has learned with such"
+        off += ", but the net was trained with statistics like these"
     if noisy:
         reason = (
-            "recommended: mbnorm.diagnose(model, batches).convert(model), or shuffled batches of "
-            f"{ideal_batch_size}: {noisy} of {len(layers)} layers normalize training batches with too few "
-            "effective values"
+            f"noisy: {noisy} of {len(layers)} layers normalize their batches with too few effective values. "
+            "Recommended: mbnorm.convert(model) from scratch, frozen batch norms at a low learning rate for "
+            f"fine-tuning, or shuffled batches of {ideal_batch_size}"
         )
         if helps:
             reason += "; mbnorm.recalibrate(model, batches) before you evaluate this net as it is"
@@ -241,7 +235,7 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
         return "recalibrate", None, True, reason
     broken = sum(layer.verdict in ("dead", "exploding") for layer in layers)
     reason = (
-        "recommended: no other normalization: enough effective values normalize the batches of every layer"
+        "recommended: keep the net as it is: enough effective values normalize the batches of every layer"
     )
     if are_same:
         reason = (
@@ -251,7 +245,7 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     if stale:
         reason += f"; {off}"
     if broken:
-        reason = f"recommended: mend dead or exploding channels first, in {broken} of {len(layers)} layers"
+        reason = f"recommended: repair dead or exploding channels first, in {broken} of {len(layers)} layers"
     return "none", None, False, reason
 
 

@@ -21,21 +21,21 @@ Recommendation: TypeAlias = Literal["none", "matched", "recalibrate"]
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """What was found of one layer.
+    """What `diagnose` found of one layer.
 
     Attributes:
         name: the layer's name in the model.
         kind: its type.
         noise: what was measured.
-        verdict: "exploding" or "dead" if channels are; "noisy" if what normalizes a training batch has less
-            than 32 effective values, or 16 with a memory; "stale" if the running statistics are further from
-            the truth than those of a batch of 32 values would be; else "fine". The first that applies.
+        verdict: the first that applies: "exploding" or "dead" if channels are; "noisy" if fewer than 32
+            effective values normalize a batch, or 16 with a memory; "stale" if the running statistics have a
+            larger error than those of 32 values; else "fine".
         recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        matched_values: of "matched" with measured=False, which goes by n; else None.
-        ideal_batch_size: samples, drawn independently, from which this layer needs no method; None if it
-            needs none now.
-        stale: whether the running statistics are, whatever the verdict.
-        reason: all in words.
+        matched_values: the option of "matched" with measured=False; else None.
+        ideal_batch_size: the size of shuffled batches that this layer needs no memory for; None if it is not
+            noisy.
+        stale: whether the running statistics are stale, whatever the verdict.
+        reason: the finding in words.
     """
 
     name: str
@@ -51,7 +51,7 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found of a model; ``print`` it.
+    """What `diagnose` found of a model; ``print`` it.
 
     Attributes:
         layers: in the model's order.
@@ -72,11 +72,12 @@ class Diagnosis:
     reason: str
 
     def convert(self, model: nn.Module) -> ConversionReport:
-        """Convert the layers that need it, and no others, each to the matched_values that it needs.
+        """Convert the noisy layers, and no others, each with the matched_values that it needs.
 
-        A memory is of older weights, and what it is off by is passed on to the layers behind: so none where
-        a batch is worth enough, and none longer than it takes. What was diagnosed sets the weights for good
-        (measured=False), from the first step on; ``convert(model, "matched")`` measures while it trains.
+        A memory is of older weights, and its error propagates to later layers. So a layer with a large
+        effective sample size stays as it is, and the others get the shortest memory that does. Their
+        history weights are fixed from the first step on (measured=False); ``convert(model)`` measures while
+        the net trains.
 
         Args:
             model: the one that was diagnosed, or another with layers of the same names.

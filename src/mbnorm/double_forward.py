@@ -24,20 +24,18 @@ FORWARDS_KEPT = 64
 class DoubleForward:
     """Refresh the memories of ``model`` after each step of ``optimizer``, or by hand.
 
-    What a forward stores belongs to the parameters before the step. After the step every memorizing
-    layer goes back to its state before the step's first forward, and the step's batches are forwarded
-    again, with no gradient graph and in the modes of that moment, with the new parameters. Nothing but
-    the state of the memorizing layers changes: other buffers, gradients, optimizer state and torch's
-    random streams are bit-identical.
+    What a forward stores belongs to the parameters before the step. After the step every layer with a memory
+    goes back to its state before the step's first forward. Then the step's batches are forwarded again with
+    the new parameters, without a gradient and in the modes of that moment. Only the memories change: other
+    buffers, gradients, optimizer state and torch's random streams are bit-identical.
 
-    Attached by construction; `remove` detaches, and so does leaving it as a context manager. It costs
-    about one forward without gradient per captured batch, and keeps the step's inputs alive.
+    The constructor attaches it. `remove` detaches it, and so does leaving it as a context manager. It costs
+    about one forward without gradient for each captured batch, and keeps the step's inputs alive.
 
     Args:
-        model: the module that the training loop calls. Its calls in train mode with gradients enabled
-            are captured: all since the last step (several micro-batches), of those inside one
-            ``optimizer.step(closure)`` the ones of its last evaluation, at most as many as the longest
-            memory holds.
+        model: the module that the training loop calls. Its calls in train mode with gradients are captured:
+            all since the last step (several micro-batches), and inside ``optimizer.step(closure)`` those of
+            the last evaluation; at most as many as the longest memory holds.
         optimizer: its steps trigger the refresh. None is for loops without a torch optimizer: call `refresh`
             after each step, or `forget` after one that is not to be refreshed.
         scaler: the `torch.amp.GradScaler` in use, if any: a step that it skips triggers nothing.
@@ -92,7 +90,7 @@ class DoubleForward:
             ]
 
     def refresh(self) -> None:
-        """Do the second forward now: go back to before the first forward since the last one, and repeat all.
+        """Do the second forward now: repeat all forwards since the last `refresh` or `forget`.
 
         For loops whose optimizer gives no hook: call it after the step.
 

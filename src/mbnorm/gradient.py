@@ -1,4 +1,4 @@
-"""The backward pass's past: what batch normalization takes out of a gradient, averaged over batches."""
+"""The memory of the backward pass: what batch normalization subtracts from a gradient, averaged."""
 
 import math
 from typing import Literal, TypeAlias, get_args
@@ -15,7 +15,7 @@ GRADIENT_BUFFERS = ("gradient_mean", "gradient_scale")
 
 
 class RememberedGradient:
-    r"""The gradient of one forward with the two means that it takes out averaged over batches.
+    r"""The gradient of one forward, which subtracts two means that are averaged over batches.
 
     Let dy be the gradient of the output, a the batch's weight in the forward, and
 
@@ -25,12 +25,12 @@ class RememberedGradient:
         dx = w\,\frac{dy - g - z\,s}{\sqrt{\mathrm{var}+\epsilon}}, \qquad G, S \leftarrow g, s
 
     with z the normalized input :math:`\hat x`, or for the averaged variance rule the input normalized around
-    the mean of the batch. With a = 1 this is the exact gradient of the forward. The past weighs the
-    fourth power of what it weighs in the forward: its memory is a quarter as long, and the two means are
-    worth as many values as a quarter of the forward's. That was measured to be best.
+    the mean of the batch. With a = 1 this is the exact gradient of the forward. The history weight is the
+    fourth power of the forward's, so this memory is a quarter as long. Source: ours, by measurement.
 
-    The first backward pass through the forward reads G and S and writes them; later ones, and those of
-    repetitions of the forward, read what it read and write nothing. What is not finite is not written.
+    The first backward pass through the forward uses G and S, and writes them. Later ones, and those of
+    repetitions of the forward, use the same G and S and write nothing. Values that are not finite are not
+    written.
 
     Args:
         mean: G, shape (C,), in the dtype of statistics.

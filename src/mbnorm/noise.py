@@ -14,13 +14,13 @@ from mbnorm.values import is_trained
 DEAD = 0.01
 """A channel's variance, in eps, up to which it is dead: the deviation of its outputs is 0.1 at most."""
 SAME = 1e6
-"""How many times their number the values of a batch are worth, at least, where batches differ by rounding."""
+"""The effective sample size over n, from which batches differ by rounding only."""
 EXPLODED = 100
 """A channel's root mean square, in those of its layer's median channel, from which it has exploded."""
 
 
 class Noise(NamedTuple):
-    """What was measured of a layer; None is what cannot be known from these batches.
+    """What was measured of a layer; None is unknown from these batches.
 
     Means over channels leave out those that are dead or exploding; roots are taken after the mean.
 
@@ -33,7 +33,7 @@ class Noise(NamedTuple):
         mean_error: standard error of the batch mean, in standard deviations of the channel.
         var_error: root mean square error of the biased batch variance, relative to the channel's.
         alikeness: variance of the batch mean, in units of that of as many samples drawn independently:
-            1 for shuffled batches, more where the samples of a batch are alike.
+            1 for shuffled batches, more where the samples of a batch are correlated.
         pooled_batches: how many batches' noise is averaged out by the layer's memory; 1 without one.
         mismatch: root mean square difference between the outputs that train and eval mode give for the same
             input, before weight and bias; 0 for a frozen layer; None if the running statistics are still

@@ -1,4 +1,4 @@
-"""Each image's own statistics, after those of the batches."""
+"""Normalization of each image by itself, after that of the batch."""
 
 import warnings
 from typing import Any, cast
@@ -16,10 +16,10 @@ GROUPS = 8
 
 
 class PerImageNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` of maps: of an input of one position per channel it has scale and shift alone.
+    """`torch.nn.GroupNorm` for maps; an input of one position per channel only gets scale and shift.
 
     Attributes:
-        active: whether it normalizes; not once a checkpoint was loaded whose net had none.
+        active: whether it normalizes. False after loading a checkpoint of a net without this layer.
 
     >>> import torch
     >>> x = torch.randn(2, 8, 1, 1)
@@ -39,7 +39,7 @@ class PerImageNorm(nn.GroupNorm):
         if not is_scripting():  # noqa: SIM102
             if isinstance(input, Proxy):
                 return leaf_of(self, input)
-        # a group of so few values is worth nothing
+        # groups of so few values have no useful statistics
         if self.active and input.numel() > input.size(0) * input.size(1):
             return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         per_channel = [1, -1] + [1] * (input.dim() - 2)

@@ -28,14 +28,13 @@ def recalibrate(
         \mathrm{mean} = \tfrac1N \sum_b n_b\,m_b, \qquad
         \mathrm{var} = \tfrac1{N-1} \sum_b n_b \big(v_b + (m_b - \mathrm{mean})^2\big)
 
-    Every batch b counts with its values per channel :math:`n_b`, in float64: the mean and the unbiased
-    variance of all values that a layer was given, however they were cut into batches. Use it on averaged
-    weights (SWA, EMA), before evaluating on other data, or where running averages lag behind.
+    Every batch b counts with its values per channel :math:`n_b`, in float64. The result is the mean and the
+    unbiased variance of all values that a layer was given, however they were cut into batches. Use it on
+    averaged weights (SWA, EMA), before evaluating on other data, or where running statistics are stale.
 
-    In the pass the model is in eval mode, without dropout and without gradients, and each layer normalizes
-    with the pooled statistics of what it has been given so far, this batch included. So one batch of all
-    data is normalized as in training; with small ones the layers soon see what they will see in eval mode,
-    which batches of 1 or 2 samples, normalized by themselves, do not show them. Give the batches shuffled.
+    In the pass the model is in eval mode, without dropout and without gradients. Each layer normalizes with
+    the pooled statistics of all that it has been given so far, this batch included. So later layers soon get
+    the inputs of eval mode, also from batches of 1 or 2 samples. Give the batches shuffled.
 
     Nothing else changes: memories, num_batches_tracked, other buffers, modes and torch's random streams are
     bit-identical; and if anything raises, ``batches`` included, the running statistics are, too.
@@ -56,8 +55,8 @@ def recalibrate(
         ValueError: no batches, no batch norm to set or to run, or less than two finite values per
             channel in one that ran.
 
-    Source: the need is PreciseBN's (Wu and Johnson: Rethinking "Batch" in BatchNorm, 2021). To normalize
-    with what was seen so far is ours.
+    Source: PreciseBN (Wu and Johnson: Rethinking "Batch" in BatchNorm, 2021). To normalize with the pooled
+    statistics so far is ours.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> recalibrate(layer, [torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0], [4.0, 4.0]])])

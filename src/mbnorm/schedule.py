@@ -15,7 +15,7 @@ Schedule: TypeAlias = Literal["paper", "constant"]
 
 
 class MomentumSchedule:
-    r"""Steer the history weight of a model's Momentum layers over training.
+    r"""Change the history weight of a model's Momentum layers over training.
 
     .. math::
         \lambda_t = r^{1-p} - r, \quad r = \min(m/m_0, 1), \quad
@@ -36,7 +36,7 @@ class MomentumSchedule:
             (ours; better in short runs).
 
     Raises:
-        ValueError: an option out of range, or no layer to steer.
+        ValueError: an option out of range, or no Momentum layer in ``model``.
 
     Source: Yong et al., ECCV 2020, section "dynamic momentum"; t counts steps instead of epochs.
 
@@ -83,7 +83,7 @@ class MomentumSchedule:
         self.schedule: Schedule = schedule
         self.t = 1
         for layer in self.layers:
-            # 0 and None are orders to store nothing, and raw statistics
+            # 0 means never update, None a cumulative average: both stay
             if layer.momentum:
                 if layer.torchs_momentum is None:
                     layer.torchs_momentum = layer.momentum

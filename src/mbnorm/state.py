@@ -25,7 +25,10 @@ def why_none(model: nn.Module, method: str) -> str:
 
 @contextmanager
 def no_update(model: nn.Module) -> Iterator[None]:
-    """Let forwards inside read the memories of ``model``'s layers and store nothing; nests.
+    """Let forwards inside use the memories of ``model``'s layers and store nothing; may be nested.
+
+    Args:
+        model: contains the layers.
 
     >>> import torch
     >>> from mbnorm import MemorizedBatchNorm1d

@@ -92,7 +92,7 @@ def _try(shape: tuple[int, ...], layout: torch.memory_format, memory: Memory, de
             error = (away / want.abs().clamp_min(1.0)).max()
             # NaN is no more than anything
             if not error <= TOLERANCE:
-                raise ArithmeticError(f"its {name} is off by {error:.1e} on {device}")
+                raise ArithmeticError(f"its {name} has an error of {error:.1e} on {device}")
 
 
 # whatever the defaults are

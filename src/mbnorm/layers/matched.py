@@ -71,7 +71,7 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
     Each layer measures, while it trains, the effective sample size n/r of a batch of n values per channel,
     and the squared error e of M. A layer with enough independent values is plain batch normalization. A
     drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the
-    memory's; there is nothing to set.
+    memory's. Nothing needs to be set.
 
     Args:
         num_features: number of channels C.
@@ -86,22 +86,21 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         bias: False leaves the bias out.
         matched_values: N, at least 1; up to four times as many count where values are correlated.
         measured: False takes r = 1 and e = 0: :math:`\lambda = \max(0, (N-n)/(N+n))`.
-        early_weight: a new batch weighs at least as much as so many before it in running_mean and
-            running_var, so that these cover the last part of however few steps there were. 0 leaves that to
-            ``momentum``.
+        early_weight: in running_mean and running_var a batch has at least the weight of so many batches
+            before it. So these cover the last part of a training of any length. 0 uses ``momentum`` only.
         backend: as in `mbnorm.functional.blended_batch_norm`.
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
-            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
-            whole batch's enter the memory at the next forward, for which no rank waits.
-        gradient: "remembered" averages the two means that batch norm takes out of a gradient over batches,
-            too; see `mbnorm.gradient.RememberedGradient`. It keeps 2 C numbers more, is not the derivative of
-            the forward, and does not go with sync="late". "exact" is the derivative. None is "remembered",
-            and with sync="late" "exact".
+            every rank waits for them. "late" normalizes with the batch statistics of this rank's part. Those
+            of the whole batch enter the memory at the next forward, and no rank waits.
+        gradient: "remembered" also averages over batches the two means that batch norm subtracts from a
+            gradient; see `mbnorm.gradient.RememberedGradient`. It keeps 2 C numbers more, is not the
+            derivative of the forward, and does not go with sync="late". "exact" is the derivative. None is
+            "remembered", and with sync="late" "exact".
 
     Raises:
-        TypeError: ``process_group`` is none.
+        TypeError: ``process_group`` is not a process group.
         ValueError: an option out of range.
 
     Source: ours, from the noise analysis of Yong et al., ECCV 2020; the first term of :math:`\lambda` is

@@ -81,8 +81,8 @@ class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
         dtype: of the parameters; the state is never below float32.
         bias: False leaves the bias out.
         memory_size: k, batches in the memory; about 128 / batch size. 1 is plain batch normalization.
-        memory_values: read only the newest batches that make up about so many values per channel, so
-            that wide maps read few entries and 1x1 maps many; implies ``inference="ema"``.
+        memory_values: use only the newest batches that together have about so many values per channel: few
+            for wide maps, many for 1x1 maps. Implies ``inference="ema"``.
         decay: factor in (0, 1] on the weight of an entry for each batch of age.
         variance_rule: "pooled" with the bracket above, or "averaged" without.
         inference: what eval mode uses: "memory" as above (the paper's), or "ema", moving averages of
@@ -91,14 +91,14 @@ class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
-            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
-            whole batch's enter the memory at the next forward, for which no rank waits.
-        gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
-            norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
+            every rank waits for them. "late" normalizes with the batch statistics of this rank's part. Those
+            of the whole batch enter the memory at the next forward, and no rank waits.
+        gradient: "exact" is the derivative of the forward. "remembered" also averages over batches the two
+            means that batch norm subtracts from a gradient; see `mbnorm.gradient.RememberedGradient`. It
             keeps 2 C numbers more, is not a derivative, and does not go with sync="late".
 
     Raises:
-        TypeError: ``process_group`` is none.
+        TypeError: ``process_group`` is not a process group.
         ValueError: an option out of range.
 
     Source: Guo, Wu, Deng, Chen, Tan: Double Forward Propagation for Memorized Batch Normalization,

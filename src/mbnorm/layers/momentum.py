@@ -42,7 +42,7 @@ class _MomentumBatchNorm(HistoryBatchNorm):
         super().__init__(*torchs, memory, backend, process_group, sync, gradient)
 
     def set_history_weight(self, value: float) -> None:
-        """Give the past another weight, as a schedule does."""
+        """Set the history weight, as a schedule does."""
         self.memory.scheduled = True
         self.memory.history_weight = float(value)
         self.rebuild()
@@ -67,8 +67,8 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         M, V \leftarrow \mathrm{mean}, \mathrm{var}
 
     A drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the
-    memory's. Steer :math:`\lambda` with `mbnorm.MomentumSchedule`, or give it as ``history_weight``:
-    without either this is plain batch normalization. `MatchedBatchNorm2d` finds the weight by itself.
+    memory's. `mbnorm.MomentumSchedule` changes :math:`\lambda` over training, or ``history_weight`` fixes it.
+    Without either this is plain batch normalization. `MatchedBatchNorm2d` chooses its history weight itself.
 
     Args:
         num_features: number of channels C.
@@ -87,14 +87,14 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
-            every rank waits for them. "late" normalizes with those of this rank's part, and lets the
-            whole batch's enter the memory at the next forward, for which no rank waits.
-        gradient: "exact" is the derivative of the forward. "remembered" averages the two means that batch
-            norm takes out of a gradient over batches, too; see `mbnorm.gradient.RememberedGradient`. It
+            every rank waits for them. "late" normalizes with the batch statistics of this rank's part. Those
+            of the whole batch enter the memory at the next forward, and no rank waits.
+        gradient: "exact" is the derivative of the forward. "remembered" also averages over batches the two
+            means that batch norm subtracts from a gradient; see `mbnorm.gradient.RememberedGradient`. It
             keeps 2 C numbers more, is not a derivative, and does not go with sync="late".
 
     Raises:
-        TypeError: ``process_group`` is none.
+        TypeError: ``process_group`` is not a process group.
         ValueError: an option out of range.
 
     Source: Yong, Huang, Meng, Hua, Zhang: Momentum Batch Normalization for Deep Learning with Small

@@ -1,4 +1,4 @@
-"""The memory of Matched BN: a moving average that measures what its batches and it itself are worth."""
+"""The memory of Matched BN: a moving average that measures its batches and its own error."""
 
 import math
 
@@ -19,7 +19,7 @@ from mbnorm.memories.moving_average import Average
 
 
 class MeasuredAverage(Average):
-    r"""A moving average that measures how noisy its batches are and how wrong it is itself.
+    r"""A moving average that measures how noisy its batches are, and its own error.
 
     A batch of n values per channel, with mean :math:`m` after one of n' values with mean :math:`m'`, adds a
     sample to two averages over the last 50 batches or so, the means over channels of
@@ -28,17 +28,18 @@ class MeasuredAverage(Average):
         r: \ \frac{(m - m')^2}{(1/n + 1/n')\,\mathrm{var}}, \qquad
         e: \ \frac{(m - M)^2}{\mathrm{var}} - \frac{(m - m')^2}{(1 + n/n')\,\mathrm{var}}
 
-    with the variance that normalizes the batch. A batch thus has the effective sample size :math:`n/r`, and
-    the remembered mean's squared error is e variances. Half of what the truth moves in a step is in r, too.
+    with the variance that normalizes the batch. So a batch has the effective sample size :math:`n/r`, and the
+    remembered mean has the squared error e, in units of the variance. Half of the change of the true mean in
+    one step counts as noise and is in r, too.
 
     The state has two more tensors: ``memory_last``, shape (C,), is :math:`m'`; ``memory_measured``, shape
     (4,), is r, e, n' and the number of samples. That is negative where there is no batch before: -1 in an
     empty memory, else minus the number of batches that the seeded statistics stand for.
 
     Args:
-        matched_values: N, as many independent values as the normalizing statistics are to be worth.
-        measured: weigh the past by r and e; False takes n for the effective sample size.
-        early_weight: the averages for inference weigh a new batch as much as so many before, at least.
+        matched_values: N: the normalizing statistics shall be as accurate as those of N independent values.
+        measured: choose the history weight by r and e; False takes n for the effective sample size.
+        early_weight: in the running statistics a batch has at least the weight of so many batches before it.
     """
 
     buffers = ("memory_mean", "memory_var", "memory_filled", "memory_last", "memory_measured")
@@ -70,22 +71,22 @@ class MeasuredAverage(Average):
         measured.narrow(0, 3, 1).fill_(-1.0)
 
     def seed(self, state: State, mean: Tensor, var: Tensor, batches: Tensor | float = 0) -> None:
-        """Start from known statistics, which are taken to be right until the batches say more."""
+        """Start from known statistics, which count as exact until batches are measured."""
         self.clear(state)
         super().seed(state, mean, var)
         known = torch.as_tensor(batches, dtype=mean.dtype, device=mean.device)
         state[4].narrow(0, 3, 1).copy_(-known.clamp_min(SEEDED))
 
     def weight_of_history(self, state: State, n: int) -> Tensor:
-        r"""Return the weight of the past for a batch of n values per channel.
+        r"""Return the history weight for a batch of n values per channel.
 
         .. math::
             \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N' - n/r}{N' + n/r}\bigr)\bigr),
             \qquad N' = N \min(r, 4)
 
-        The first is what leaves the least error; the second what matches the noise of N' values. A batch is
-        worth one value at least, of which nothing else is known before there are samples, and n at most: the
-        same batch again and again has no noise, and would be left to itself.
+        The first term leaves the least error; the second matches the noise of N' values. The effective sample
+        size is 1 at least, which is also taken before there are samples, and n at most: the same batch again
+        and again has no noise, and would otherwise be used alone.
         """
         if not self.measured:
             return state[0].new_full((), max(0.0, (self.matched_values - n) / (self.matched_values + n)))
@@ -110,8 +111,8 @@ class MeasuredAverage(Average):
         per_value = step / (1 / n + 1 / last_n.clamp_min(1.0))
         weight = (EARLY / (samples + EARLY)).clamp_min(MEASURED_WEIGHT)
         first, seeded = samples < 0, filled > 0
-        # what was seeded is right, and batches are worth one value, as if that had long been measured;
-        # an empty memory becomes this batch, and is as wrong as that
+        # seeded statistics are exact, and batches have an effective sample size of 1, as if measured long;
+        # an empty memory becomes this batch, with its error
         new_ratio = torch.where(first, torch.where(seeded, n, 0.0), ratio + weight * (per_value - ratio))
         new_error = torch.where(
             first,

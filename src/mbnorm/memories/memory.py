@@ -1,4 +1,4 @@
-"""What every memory can do: the part of a layer that says what "past" is and how much it weighs.
+"""What every memory can do: the part of a layer that has past statistics and chooses their share.
 
 A memory holds options and no tensor: its *state* is a tuple of a layer's buffers, which its functions are
 given. `Memory.read` gives what the operator needs, as fresh tensors; `Memory.commit` is the only writer in

@@ -88,7 +88,7 @@ class MovingAverage(Average):
     """The memory of Momentum BN: the weight of its past is the fourth tensor of the state.
 
     Args:
-        history_weight: the weight of the past, until a schedule sets another.
+        history_weight: the share of past statistics, until a schedule sets another.
         variance_rule: "averaged" (the paper's) or "pooled".
     """
 
@@ -154,7 +154,7 @@ class MovingAverage(Average):
         self.history_weight = self.initial_history_weight
 
     def before_training(self, state: State) -> None:
-        """Warn, once a model, of a layer that would be plain batch norm for ever."""
+        """Warn, once a model, of a layer that would stay plain batch norm."""
         if self.history_weight or self.scheduled or self._notice.given:
             return
         weight = state[3]

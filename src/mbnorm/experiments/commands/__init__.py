@@ -38,11 +38,11 @@ def root(
 
     2. mbnorm compare: all methods side by side on small nets, in some 3 minutes.
 
-    3. mbnorm diagnose --model resnet18 --data folder:PATH: would small batches of your images hurt a net?
+    3. mbnorm diagnose --model resnet18 --data folder:PATH: are small batches of your images too noisy?
 
-    4. mbnorm train --model resnet18 --data folder:PATH: it learns them with Matched BN.
+    4. mbnorm train --model resnet18 --data folder:PATH: train a net on them with Matched BN.
 
-    5. In your own code: mbnorm.convert(model), before the training.
+    5. In your own code: mbnorm.convert(model), before training from scratch.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -69,7 +69,7 @@ def _help(command: Callable[..., None]) -> str:
 def build() -> None:
     """Compile the CPU kernels now, rather than at the first forward.
 
-    Once for a machine; a wheel that has kernels inside needs none of it.
+    Needed once on a machine, and not with a wheel that has the kernels inside.
     """
     if reason := cpu.build():
         raise typer.BadParameter(reason)

@@ -112,8 +112,7 @@ def compare(
     loss: Annotated[
         str | None,
         typer.Option(
-            help="Grid: what is made small; dice is cross-entropy and the classes' overlaps, for classes of "
-            "few pixels.",
+            help="Grid: the loss; dice adds the overlaps of classes to cross-entropy, for small classes.",
             metavar="|".join(LOSSES),
             show_default="cross-entropy",
         ),
@@ -131,7 +130,7 @@ def compare(
     scheduler: Annotated[
         str,
         typer.Option(
-            help="Who gets the runs: local, the processes of this machine; dask:ADDRESS or ray:ADDRESS, a "
+            help="Where the runs go: local, the processes of this machine; dask:ADDRESS or ray:ADDRESS, a "
             "cluster. Without an address Dask starts one here, and Ray takes the one that RAY_ADDRESS names.",
             metavar="NAME",
         ),
@@ -143,13 +142,13 @@ def compare(
         ),
     ] = "cpu",
 ) -> None:
-    """Train small nets on digits with each normalization method: who survives small batches, and who loses.
+    """Train small nets with each normalization method, and compare their test scores.
 
     The settings are those of --suite. If any option marked Grid is given, they are all combinations of the
-    Grid options instead, those not given at their defaults.
+    Grid options instead; options that are not given have their defaults.
 
-    A result is stored as soon as its run ends. Stop with Ctrl-C; the same command, or another that shares
-    runs with it, trains only what is not in the folder yet.
+    A result is stored as soon as its run ends. Ctrl-C stops the command. The same command, or another that
+    shares runs with it, then trains only the runs that are not in the folder yet.
     """
     chosen_suite = choice("--suite", suite, SUITES)
     methods = ",".join(SUITE_METHODS[chosen_suite]) if methods is None else methods

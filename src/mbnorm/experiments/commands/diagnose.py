@@ -28,13 +28,12 @@ def diagnose(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(help=f"What its norms are: {', '.join(METHODS)}.", metavar="NAME"),
+        typer.Option(help=f"The normalization method: {', '.join(METHODS)}.", metavar="NAME"),
     ] = "batch",
     data: Annotated[
         str,
         typer.Option(
-            help=f"What it sees: {DATA_NAMES}, or synthetic: Gaussian fields "
-            "whose neighbors correlate by 0.8.",
+            help=f"The data: {DATA_NAMES}, or synthetic: Gaussian fields whose neighbors correlate by 0.8.",
             metavar="NAME",
         ),
     ] = "digits",

@@ -41,12 +41,12 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help=f"What it learns: {DATA_NAMES}.",
+            help=f"The data to train on: {DATA_NAMES}.",
             metavar="NAME",
         ),
     ] = "digits",
     method: Annotated[
-        str, typer.Option(help=f"What its norms are: {', '.join(METHODS)}.", metavar="NAME")
+        str, typer.Option(help=f"The normalization method: {', '.join(METHODS)}.", metavar="NAME")
     ] = "matched",
     batch_size: Annotated[int, typer.Option(help="Images m of a forward, on each process.", metavar="M")] = 2,
     accumulate: Annotated[int, typer.Option(help="Batches of an optimizer step.", metavar="N")] = 1,
@@ -57,7 +57,7 @@ def train(
         str | None,
         typer.Option(
             help="eccv2020-cifar: the ECCV 2020 paper's for CIFAR, 200 epochs of SGD at 0.1 m/64, divided by "
-            "10 after each 60. The options below go before it.",
+            "10 after each 60. The options below override it.",
             metavar="NAME",
             show_default="none",
         ),
@@ -82,12 +82,13 @@ def train(
     loss: Annotated[
         str,
         typer.Option(
-            help="What is made small; dice is cross-entropy and the classes' overlaps, for classes of few "
-            "pixels.",
+            help="The loss; dice adds the overlaps of classes to cross-entropy, for small classes.",
             metavar="|".join(LOSSES),
         ),
     ] = "cross-entropy",
-    seed: Annotated[int, typer.Option(help="Decides weights and batches.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The seed of the initial weights and of the order of images.", metavar="N")
+    ] = 0,
     precision: Annotated[
         str, typer.Option(help=f"Lightning Fabric's: {', '.join(PRECISIONS)}.", metavar="NAME")
     ] = "32-true",
@@ -104,8 +105,8 @@ def train(
 ) -> None:
     """Train a net with one normalization method, and measure it after each epoch.
 
-    Stopped in any way, the same command goes on from its checkpoint, to the very numbers it would have
-    come to. For several processes: torchrun --nproc-per-node 2 -m mbnorm train, with the same options.
+    If it is stopped, the same command goes on from its checkpoint and comes to the same numbers. For several
+    processes: torchrun --nproc-per-node 2 -m mbnorm train, with the same options.
     """
     known = Recipe(default_epochs(model), RATE_DROPS)
     if recipe is not None:
