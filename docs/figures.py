@@ -1,7 +1,7 @@
 """Draws the figures of the documentation: `python docs/figures.py` writes them into docs/figures.
 
-What is measured, `mbnorm compare` and `mbnorm diagnose` measure, into runs/figures; runs that are there
-already are not repeated.
+`mbnorm compare` and `mbnorm diagnose` measure what most of them show, into runs/figures. Runs that are there
+already are not repeated. Figures of claims are drawn from their rows in docs/results.
 """
 
 import json
@@ -15,11 +15,17 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evidence import confirmed, lists, rule
+from evidence.arena import BATCH, Known
+from evidence.lists import Entrant, Task
 from mbnorm import MatchedBatchNorm1d
 from mbnorm.cli import main
+from mbnorm.experiments.estimates import PERCENT, estimate
 from mbnorm.experiments.plot import WIDTH
+from mbnorm.experiments.records import read
 
 FOLDER = Path(__file__).parent / "figures"
+RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/figures")
 COLORS = {"batch": "#c62828", "matched": "#1769aa", "group": "#616161"}
 LABELS = {"batch": "batch norm", "matched": 'ours, "matched"', "group": "group norm"}
@@ -111,6 +117,43 @@ def compare() -> None:
     copyfile(RUNS / "compare" / "compare.png", FOLDER / "compare.png")
 
 
+def nuclei() -> None:
+    """Dice on nuclei, of the methods that the page on segmentation names."""
+    rows = read(RESULTS / "rule" / "data.jsonl", dict)
+    _scores("nuclei", lists.NUCLEI, rule.CHOSEN, Known(rows))
+
+
+def hippocampus() -> None:
+    """Dice on hippocampus, of the methods that the page on 3D names."""
+    tasks, rows = confirmed.newest(read(RESULTS / "confirmed" / "data.jsonl", dict))
+    (task,) = [task for task in tasks if task.model == "unet3d"]
+    _scores("hippocampus", task, confirmed.OURS, Known(rows))
+
+
+def _scores(name: str, task: Task, ours: Entrant, known: Known) -> None:
+    """Draw the scores of five methods in a task: each seed, and the interval of the mean."""
+    shown = {
+        "batch norm": BATCH,
+        "batch norm,\ncentered filters": Entrant("batch+centered"),
+        "Matched BN": ours,
+        "MABN": Entrant("mabn"),
+        "GroupNorm with\nWeight Standardization": Entrant("group+ws"),
+    }
+    figure, (panel,) = _panels(1)
+    for row, entrant in enumerate(shown.values()):
+        scores = list(known.scores(task, entrant).values())
+        found = estimate(scores, PERCENT)
+        assert found is not None
+        color = COLORS["matched"] if entrant == ours else COLORS["group"]
+        panel.plot([found.low, found.high], [row, row], color=color, linewidth=6, alpha=0.3)
+        panel.plot(scores, [row] * len(scores), "o", color=color, markersize=3)
+    panel.set_yticks(range(len(shown)), shown)
+    panel.set_ylim(len(shown) - 0.5, -0.5)
+    panel.set_xlabel("Dice, %\n(dots: seeds, bars: 95 % intervals)", loc="right")
+    panel.grid(axis="x", color="#eeeeee")
+    _save(figure, name)
+
+
 def _first_layer(sampling: str, batch_size: int) -> dict[str, Any]:
     out = RUNS / f"noise-{sampling}-{batch_size}"
     if not (out / "diagnose.json").exists():
@@ -159,5 +202,5 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     # 9 points are 12 pixels
     with matplotlib.rc_context({"font.size": 9}):
-        for draw in (noise, accuracy, modes, history_weight, compare):
+        for draw in (noise, accuracy, modes, history_weight, nuclei, hippocampus, compare):
             draw()

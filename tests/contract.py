@@ -9,7 +9,7 @@ NOT_APPLICABLE = "not applicable: "
 HEAD = """\
 # What mbnorm promises
 
-What training scripts do to batch norms, and what becomes of it here. The tests beside a promise prove it.
+Each line promises how the layers behave in a situation of training scripts, and names the tests that prove it.
 `make contract` writes this page from `tests/promises.txt` and the `contract` markers of the tests.
 
 | ID | promise | proven by |
