@@ -9,7 +9,7 @@ NOT_APPLICABLE = "not applicable: "
 HEAD = """\
 # What mbnorm promises
 
-Each line promises how the layers behave in a situation of training scripts, and names the tests that prove it.
+Each line promises how the layers behave in a situation of training scripts, and names its tests.
 `make contract` writes this page from `tests/promises.txt` and the `contract` markers of the tests.
 
 | ID | promise | proven by |

@@ -195,7 +195,7 @@ _COLUMNS = (
     ),
     _Column(
         "n_used",
-        "the same, with what the layer remembers of past batches; - if it is frozen",
+        "the same, together with the layer's memory; - if it is frozen",
         lambda layer: number(used_values(layer.noise)),
     ),
     _Column(
@@ -237,7 +237,7 @@ _COLUMNS = (
     ),
     _Column(
         "recommended",
-        "matched (N): Matched BN with matched_values=N; recalibrate: mbnorm.recalibrate(model, batches)",
+        "matched (N): Matched BN, matched_values=N, measured=False; recalibrate: mbnorm.recalibrate",
         lambda layer: layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else ""),
         left=True,
     ),
