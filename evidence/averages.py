@@ -150,7 +150,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 CLAIM = Claim(
     title="Running statistics after short trainings",
-    sentence="After a short training eval mode suffers from averages that have not forgotten its start.",
+    sentence="After a short training eval mode suffers from running statistics that still contain its start.",
     measured=(
         "Loss of eval mode on the training images, of nets trained with the plain noise-matched rule: with "
         "exact statistics, recalibrated on shuffled images, and how far above that it is with the averages "

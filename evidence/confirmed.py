@@ -1,4 +1,4 @@
-"""The flagship on data that nothing was chosen on, run once for a rule."""
+"""Matched BN on data that did not choose its rule, run once for a rule."""
 
 import ast
 from collections.abc import Iterator, Sequence
@@ -89,7 +89,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 CLAIM = Claim(
     title="Data that the rule was not chosen on",
-    sentence="What the flagship reaches on data that nothing was chosen on, beside its rivals.",
+    sentence="What Matched BN reaches on data that did not choose its rule, beside other methods.",
     measured=(
         f"{MEASURED} Rows are only ever added: each has its date, its commit and a number for the library's "
         "code. A task on which an earlier code was tried counts as tuned, and says so."

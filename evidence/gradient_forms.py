@@ -207,15 +207,15 @@ def _verdict(rows: Sequence[Row]) -> str:
 CLAIM = Claim(
     title="Ways to remember the gradient",
     sentence=(
-        "Other ways to remember what the backward pass takes out of a gradient, beside the one that is "
-        "shipped: the first."
+        "Ways to remember the two means that the backward pass subtracts from a gradient. The first is the "
+        "default."
     ),
     measured=(
         f"`{OURS}` at batch 2 and the rate {RATE} for a batch of 64, measured on training images that no "
-        "training sees. Lengths are beside the forward's memory: an average whose past weighs the fourth "
-        "power is a quarter as long. The integral form accumulates what is left of both means once they "
-        "have been taken out. The measured weight is the one of least error, from the noise of a batch's "
-        "mean of the gradient and the error of the remembered one, both measured as the forward pass "
+        "training sees. Lengths are relative to the forward's memory: with the fourth power of its history "
+        "weight an average is a quarter as long. The integral form accumulates what is left of both means "
+        "once they have been subtracted. The measured weight is the one of least error, from the noise of a "
+        "batch's mean of the gradient and the error of the remembered one, both measured as the forward pass "
         f"measures its own. {NO_DIFFERENCE}"
     ),
     rows=_rows,

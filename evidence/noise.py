@@ -192,7 +192,7 @@ def _of(rows: Sequence[Row], model: str, stage: str, layer: int, m: int) -> list
 
 
 def _mean_ratio(row: Row) -> float:
-    """Return n times the noise of the mean: n over the number of values that are worth as much."""
+    """Return n times the noise of the mean: n over the effective sample size."""
     n: int = row["batch_size"] * row["pixels"]
     return n * float(row["mean_noise"])
 
@@ -235,7 +235,7 @@ CLAIM = Claim(
         f"{BATCHES} batches of digits drawn with replacement, weights fixed, every layer normalized with the "
         f"statistics of all images; untrained, and trained for {TRAINING_EPOCHS} epochs; means over "
         "channels. n is images times pixels: 1 means that pixels are as good as independent values, more "
-        "that they are worth less. Second table: variance of the mean that normalizes batches of 2 in the "
+        "that they are correlated. Second table: variance of the mean that normalizes batches of 2 in the "
         "trained MLP, in units of that of the batch's own."
     ),
     rows=_rows,

@@ -1,4 +1,4 @@
-"""What the flagship's rule is to be: chosen here, on the list of tasks that tune."""
+"""The rule of Matched BN: chosen here, on the tasks that tune."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ REMEMBERED = (("gradient", "remembered"),)
 
 
 def matched(gradient: Gradient, values: int, *, centered: bool = False, per_image: bool = False) -> Entrant:
-    """Return the flagship with options; it matches the noise of so many values."""
+    """Return Matched BN with options; it matches the noise of so many values."""
     options = ("gradient", gradient), ("center_filters", centered), ("per_image", per_image)
     return Entrant("matched", None, (*options, ("matched_values", values)))
 
@@ -77,8 +77,8 @@ def _changes(rows: Sequence[Row]) -> Table:
 CLAIM = Claim(
     title="Candidates for the rule",
     sentence=(
-        "Candidates for the flagship's rule: a gradient that is remembered, centered filters, each image's "
-        "statistics, and how many values to match, beside their rivals, on the list that tunes."
+        "Candidates for the rule of Matched BN, beside other methods, on the data that choose it: remembered "
+        "gradient, centered filters, each image's own statistics, and how many values to match."
     ),
     measured=MEASURED,
     rows=_rows,

@@ -53,7 +53,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 CLAIM = Claim(
     title="Batches of one class",
-    sentence="Batch norm breaks where all samples of a batch are alike; the methods with a memory do not.",
+    sentence="Batch norm breaks down with batches of one class; methods with a memory do not.",
     measured=(
         f"The small ResNet on digits, batches of {BATCH_SIZE}, {EPOCHS} epochs at learning rate 0.1 m/64. "
         "One-class: all images of a batch are of one class. Losses of the trained net on its training "

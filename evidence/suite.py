@@ -175,9 +175,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 CLAIM = Claim(
     title="Sixteen small settings",
     sentence=(
-        "How far the noise-matched rule carries, beside its peers: by what batches are measured to be worth, "
-        "as `convert` sets it for 32 values, and for 64 and 128; and by their number of values (plain), for "
-        "128 and for 32."
+        "Matched BN with an earlier rule, beside other methods: by the effective sample size, for 32, 64 and "
+        "128 values; and by the number of values (plain), for 128 and 32."
     ),
     measured=(
         "Test accuracy in percent; from one seed all methods start at the same weights and see the same "

@@ -72,6 +72,20 @@ def test_the_api_page_has_every_public_name():
     assert set(mbnorm.__all__) - shown == set()
 
 
+OTHER_WORDS = "|".join(
+    [
+        *("whoever", "told", "alike", "is worth", "are worth", "weighs", "for good", "for ever", "mends?"),
+        *("off by(?! default)", "the past(?! statistics)"),
+    ]
+)
+"""Words for what the glossary names, or that a reader may take for something else."""
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of)
+def test_pages_use_the_words_of_the_glossary(page):
+    assert re.findall(rf"\b(?:{OTHER_WORDS})\b", page.read_text(encoding="utf-8")) == []
+
+
 def test_the_readme_fits_on_a_page():
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 120
