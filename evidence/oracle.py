@@ -1,4 +1,4 @@
-"""What a perfect memory is worth if only the forward pass has it."""
+"""What a perfect memory gains if only the forward pass has it."""
 
 import math
 import time

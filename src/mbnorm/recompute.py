@@ -70,7 +70,7 @@ if not hasattr(torch._C, "_current_graph_task_id"):
 
 
 def _in_autograd_function() -> bool:
-    """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints are, whoever wrote them."""
+    """Return whether a `torch.autograd.Function` runs, as reentrant checkpoints of any library are."""
     # torch's own frame around it is in C++ since 2.14
     return any(f.f_code.co_name == "forward" and _is_of_function(f.f_code) for f in callers())
 

@@ -1,7 +1,7 @@
 """Whether the Triton kernels may be used on a device: they are tried there, beside ATen's on the CPU.
 
 Compilers, drivers and devices are many, and Triton needs a C compiler, too. Nobody asks for these kernels by
-name where "auto" chooses them, so they have to show that they work.
+name where "auto" chooses them, so they are tested first.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """The operator and the memories as Triton kernels, for CUDA and ROCm.
 
-Triton is neither imported nor looked for before `missing` is called; whoever gets None from it may call the
-rest. What these functions take and return is what `mbnorm.backends.cpu` says, but they are not
-differentiable, and what they read of a memory stays on the device.
+Triton is neither imported nor searched before `missing` is called. If that returns None, the other functions
+may be called. They take and return what those of `mbnorm.backends.cpu` do. They are not differentiable, and
+what they read of a memory stays on the device.
 """
 
 from collections.abc import Sequence

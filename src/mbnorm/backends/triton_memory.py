@@ -71,7 +71,7 @@ def read_ring(
         offs_s = first + tl.arange(0, BLOCK_S)
         total += _entry_weights(counts_ptr, ages_ptr, offs_s, n, size, limit, LOG2_DECAY)
     total = tl.sum(total, 0)
-    # an empty memory weighs nothing: 0 / 1
+    # the history weight of an empty memory is 0 / 1
     divisor = tl.where(total > 0, total, 1.0)
     mean = tl.zeros((BLOCK_S, BLOCK_C), STATE)
     var = tl.zeros((BLOCK_S, BLOCK_C), STATE)

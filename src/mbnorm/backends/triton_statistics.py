@@ -33,9 +33,9 @@ def blend(new_mean, new_var, old_mean, old_var, new_weight, POOLED: tl.constexpr
 
 @triton.jit
 def matched_history_weight(measured_ptr, matched_values, n, MEASURED: tl.constexpr):
-    """Return what an average weighs that matches the noise of ``matched_values`` values.
+    """Return the history weight that matches the noise of ``matched_values`` values.
 
-    ``MEASURED`` goes by the ratio and the error that are measured; else a batch of ``n`` values is worth n.
+    With ``MEASURED`` it follows from the measured ratio and error; else n is the effective sample size.
     """
     values = number(matched_values, measured_ptr.dtype.element_ty)
     if MEASURED:

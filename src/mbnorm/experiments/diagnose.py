@@ -112,7 +112,7 @@ def write(model: nn.Module, batches: Iterator[Tensor], title: str, out: Path) ->
 
 
 def draw(found: Diagnosis, title: str, path: Path) -> None:
-    """Write the figure of a diagnosis: how much batches are worth, and what is wrong, layer by layer."""
+    """Write the figure of a diagnosis: effective sample sizes and findings, layer by layer."""
     layers = found.layers
     rows = range(len(layers))
     figure = Figure(figsize=(WIDTH, 2.6 + 0.44 * len(layers)), layout="constrained")

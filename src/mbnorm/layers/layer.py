@@ -693,7 +693,7 @@ class HistoryBatchNorm(_BatchNorm):
             return True
         state = self.state
         if not self._holds_past and all(has_values(t) for t in state):
-            # with no weight on it the past is as good as none
+            # past statistics with a history weight of 0 are not used
             self._holds_past = self.memory.weighs_past(state) and bool(self.memory.holds_anything(state))
         return self._holds_past
 

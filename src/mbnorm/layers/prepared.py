@@ -101,7 +101,7 @@ class PreparedForward:
             and len(own) == 2
             # parameters of another dtype are cast at each call
             and all(map(is_, own, self._parameters))
-            # whoever sets .data may change that of the tensors themselves
+            # code that sets .data may change that of the tensors themselves
             and all(map(is_, map(_dtype_of, self._of_that_dtype), repeat(self._dtype)))
             and layer._calls.script is None
             and not backward_runs()

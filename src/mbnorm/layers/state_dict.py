@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def options_written(layer: "HistoryBatchNorm") -> dict[str, Any]:
-    """Return the options that a checkpoint carries along for the layer that loads it to compare."""
+    """Return the options that are saved so that a load can compare them."""
     options = {name: getattr(layer.memory, name) for name in layer.memory.written}
     of_the_layer = {"eps": layer.eps, "gradient": layer.gradient}
     return {name: plain(value) for name, value in {**of_the_layer, **options}.items()}

@@ -71,7 +71,7 @@ class Memory:
     options: ClassVar[tuple[str, ...]]
     """Names of the options, which are attributes."""
     written: ClassVar[tuple[str, ...]] = ()
-    """Those of them that a checkpoint carries along for the layer that loads it to compare."""
+    """Options that are saved so that a load can compare them."""
     kernels: ClassVar[Literal["average", "ring"] | None] = None
     """Which of the backends' fused operators read and commit it, if any do."""
     variance_rule: VarianceRule = "pooled"

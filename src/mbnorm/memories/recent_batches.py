@@ -116,7 +116,7 @@ class RecentBatches(Memory):
         if self.decay != 1:
             weight = weight * self.decay**ages
         total = weight.sum()
-        # an empty memory weighs nothing: 0 / 1
+        # the history weight of an empty memory is 0 / 1
         share = (weight / torch.where(total > 0, total, 1.0)).unsqueeze(1)
         past_mean = (share * mean).sum(0)
         past_var = (share * var).sum(0)
