@@ -66,6 +66,21 @@ def test_links_within_the_repository_lead_somewhere(page):
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
+def anchors_of(page):
+    """Return the anchors of a page's headings, as GitHub and the documentation make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    words = (re.sub(r"[^\w -]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {line.replace(" ", "-") for line in words}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_links_to_a_heading_lead_to_one(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+#[^)\s]+)\)", text)]
+    local = [(page.parent / target if target else page, name) for target, _, name in links]
+    assert [f"{to}#{name}" for to, name in local if to.exists() and name not in anchors_of(to)] == []
+
+
 def test_the_api_page_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     shown = set(re.findall(r":: mbnorm\.(\w+)", page))
