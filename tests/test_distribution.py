@@ -86,7 +86,7 @@ def test_the_sdist_holds_what_a_build_a_test_and_a_reader_need(built):
     with tarfile.open(path) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     files = ["pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CITATION.cff", "CONTRIBUTING.md"]
-    files += ["evidence/cli.py", "benchmarks/rows.py"]
+    files += ["evidence/cli.py", "benchmarks/rows.py", ".ci/run", ".github/workflows/ci.yml"]
     assert set(files) <= names
     for page in ("README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         assert page in names
