@@ -79,6 +79,7 @@ BASE = "batch_norm"
 
 NORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "matched": ("matched", {}),
+    "matched-uncentered": ("matched", {"center_filters": False}),
     "momentum": ("momentum", {"history_weight": 0.75}),
     "memorized": ("memorized", {"memory_size": 64}),
     "matched-aten": ("matched", {"backend": "aten"}),

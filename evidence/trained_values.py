@@ -85,6 +85,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="How many values trained nets match",
     sentence=(
         "How many independent values Matched BN is to match the noise of in nets that are trained already, "
         "at batch 2, on data that rules may be chosen on."
