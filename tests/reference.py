@@ -61,6 +61,32 @@ def blended_batch_norm(
     return normalize(x, mean, var, w, b, eps), mB, vB, mean, var
 
 
+def noisy(
+    x: Tensor, mu: Tensor, sigma2: Tensor, w: Tensor, b: Tensor, u: Tensor, s2: Tensor, eps: float
+) -> Tensor:
+    """Return w (xhat + u) / sqrt(s2) + b: population statistics mu and sigma2, with a batch's noise u and s2.
+
+    The noise of a real batch is u = (mu - mB) / sigma and s2 = vB / sigma2, with eps in sigma2 and vB.
+    """
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    xhat = normalize(x, mu, sigma2, None, None, eps)
+    return w.view(shape) * (xhat + u.view(shape)) / s2.sqrt().view(shape) + b.view(shape)
+
+
+def noise_of_values(n: float, channels: int) -> tuple[Tensor, Tensor]:
+    """Draw u ~ N(0, 1/n) and s2 ~ chi-square(n-1) / n, the noise of n independent normal values."""
+    u = torch.randn(channels, dtype=torch.float64) / n**0.5
+    half = torch.full((channels,), (n - 1) / 2, dtype=torch.float64)
+    return u, 2 * torch.distributions.Gamma(half, 1.0).sample() / n
+
+
+def effective_sample_size(x: Tensor) -> float:
+    """Return n_eff of batches of shape (B, N, C, ...): variance of a value over that of a batch's mean."""
+    means = torch.stack([batch_statistics(batch)[0] for batch in x])
+    _, sigma2, _ = batch_statistics(x.flatten(0, 1))
+    return float(1 / (means.var(0) / sigma2).mean())
+
+
 def paper_lambda(t: int, T: int, m: int, m0: int = 32) -> float:
     """Return lambda_t of the dynamic momentum, t = 1..T, as the ECCV paper writes it (T = 1: its limit)."""
     r = min(m / m0, 1.0)
