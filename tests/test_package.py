@@ -88,6 +88,7 @@ LAYERS_OF_THE_HOUSE = [
         "diagnosis",
         "double_forward",
         "noise",
+        "noise_cost",
         "recalibrate",
         "schedule",
     },

@@ -1,7 +1,7 @@
 """What small batches do to each batch norm of a model, and what would help."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mbnorm.convert import IDEAL_BATCH_SIZE, without_batch_norm
 from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
 from mbnorm.noise import Noise, NoiseMeter
+from mbnorm.noise_cost import BATCHES, Loss, NoiseCost, noise_costs
 from mbnorm.observe import Forward, observe
 
 ENOUGH_VALUES = IDEAL_BATCH_SIZE
@@ -19,11 +20,15 @@ ENOUGH_VALUES = IDEAL_BATCH_SIZE
 VALUES_IF_ALIKE = 128
 """How many it takes where values are correlated."""
 
+MATCHED_VALUES = 128
+"""The default of Matched BN, whose noise is compared."""
+
 
 def diagnose(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    loss: Loss | None = None,
     forward: Forward | None = None,
     device: torch.device | str | int | None = None,
 ) -> Diagnosis:
@@ -56,15 +61,24 @@ def diagnose(
     so far. So the noise of a layer is its own, not that of layers before it. Afterwards, and if anything
     raises, the model and torch's random streams are as before. It takes O(C) memory for each layer.
 
+    With a ``loss`` two more columns say what the noise of each layer adds to it: the loss where this layer
+    normalizes as in train mode and the others with the statistics of all batches, minus the loss where all
+    layers use the statistics of all batches. The second column is the same with the noise that Matched BN
+    would have. Both are means over the first 32 batches, which are kept in memory. L layers take 2 L + 3
+    more forwards of each. Nothing is assumed of the noise; what it does to gradients is not in the numbers.
+
     Args:
         model: its batch norms are measured, ours and torch's, SyncBatchNorm included (each rank its part).
         batches: at least 2, of the size and drawn in the way that the model is trained with; about 100
             make n_eff of a single channel accurate to 14 percent. In form as for `recalibrate`.
+        loss: called with what the model returns and the batch, as in
+            ``loss=lambda output, batch: F.cross_entropy(output, batch[1])``; returns one number.
         forward: called with the model and a batch instead, where that does not fit.
         device: where the batches' tensors are moved first.
 
     Raises:
-        ValueError: the model has no batch norm, or none was given at least 2 batches.
+        ValueError: the model has no batch norm, or none was given at least 2 batches, or a loss is not one
+            number.
 
     Source: ours; 32 values are the ideal batch size of Yong et al., ECCV 2020.
 
@@ -80,22 +94,35 @@ def diagnose(
         layer: NoiseMeter(layer, frozen=model.training and not layer.training and _has_running(layer))
         for layer in layers
     }
-    observe(model, batches, meters, forward, device)
-    found = tuple(
-        _diagnosis(layers[layer] or ITSELF, meter) for layer, meter in meters.items() if meter.batches > 1
-    )
-    if not found:
+    kept: list[Any] = []
+    observe(model, batches if loss is None else _keeping(batches, kept), meters, forward, device)
+    reached = {layer: meter for layer, meter in meters.items() if meter.batches > 1}
+    if not reached:
         most = max(meter.batches for meter in meters.values())
         raise ValueError(f"expected at least 2 batches to reach a batch norm, got {most}")
-    unreached = tuple(name for layer, name in layers.items() if meters[layer].batches < 2)
-    return Diagnosis(found, unreached, *_overall(found))
+    costs = None if loss is None else noise_costs(model, kept, meters, loss, MATCHED_VALUES, forward, device)
+    found = tuple(
+        _diagnosis(layers[layer] or ITSELF, meter, costs and costs.of_each.get(layer))
+        for layer, meter in reached.items()
+    )
+    unreached = tuple(name for layer, name in layers.items() if layer not in reached)
+    overall = _overall(found)
+    return Diagnosis(found, unreached, *overall, costs and costs.loss, costs and costs.of_all)
+
+
+def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    """Pass batches on, and keep the first that the loss is taken of."""
+    for batch in batches:
+        if len(kept) < BATCHES:
+            kept.append(batch)
+        yield batch
 
 
 def _has_running(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None
 
 
-def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
+def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDiagnosis:
     noise = meter.result()
     own, frozen = type(meter.layer).__name__, meter.frozen
     noisy, used = False, None
@@ -142,7 +169,16 @@ def _diagnosis(name: str, meter: NoiseMeter) -> LayerDiagnosis:
     elif verdict == "fine":
         reasons.append(f"{number(used)} effective values normalize a batch" if used else "nothing to repair")
     return LayerDiagnosis(
-        name, own, noise, verdict, recommendation, matched_values, ideal_batch_size, stale, "; ".join(reasons)
+        name,
+        own,
+        noise,
+        verdict,
+        recommendation,
+        matched_values,
+        ideal_batch_size,
+        stale,
+        "; ".join(reasons),
+        cost,
     )
 
 

@@ -11,7 +11,10 @@ from torch import nn
 from mbnorm.conversion import ConversionReport
 from mbnorm.convert import convert
 from mbnorm.noise import Noise
+from mbnorm.noise_cost import NoiseCost
 
+MOST = 3
+"""How many layers are named of those whose noise adds most to the loss."""
 ITSELF = "(the model itself)"
 """The name of a batch norm that is no layer of a model."""
 
@@ -36,6 +39,7 @@ class LayerDiagnosis:
             noisy.
         stale: whether the running statistics are stale, whatever the verdict.
         reason: the finding in words.
+        cost: what this layer's noise adds to the loss by itself; None without a loss, or if it is frozen.
     """
 
     name: str
@@ -47,6 +51,7 @@ class LayerDiagnosis:
     ideal_batch_size: int | None
     stale: bool
     reason: str
+    cost: NoiseCost | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Diagnosis:
             for its training: a layer is stale, and exact statistics bring the outputs of eval mode closer to
             those of train mode, in the mean over layers.
         reason: in words.
+        loss: without noise; None if none was given.
+        cost: what the noise of all layers together adds to it; None without a loss.
     """
 
     layers: tuple[LayerDiagnosis, ...]
@@ -70,6 +77,8 @@ class Diagnosis:
     ideal_batch_size: int | None
     stale: bool
     reason: str
+    loss: float | None = None
+    cost: NoiseCost | None = None
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert the noisy layers, and no others, each with the matched_values that it needs.
@@ -136,13 +145,27 @@ class Diagnosis:
         names = [" ".join(column.heading.split()) for column in columns]
         wide = max(map(len, names))
         key = [f"{n:{wide}}  {c.meaning}" for n, c in zip(names, columns, strict=True) if c.meaning]
-        return "\n".join([*(line.rstrip() for line in lines), "", *key, "", *reasons, self.reason])
+        reasons += [self.reason, *self._says_of_loss()]
+        return "\n".join([*(line.rstrip() for line in lines), "", *key, "", *reasons])
+
+    def _says_of_loss(self) -> list[str]:
+        """Return what noise adds to the loss, in a sentence, if there is one."""
+        if self.loss is None or self.cost is None:
+            return []
+        known = [(layer.cost.added, layer.name) for layer in self.layers if layer.cost is not None]
+        most = ", ".join(f"{name} ({added:+.2g})" for added, name in sorted(known, reverse=True)[:MOST])
+        return [
+            f"without noise the loss is {self.loss:.3g}; the noise of all layers together adds "
+            f"{_with_error(self.cost)} to it, with Matched BN {self.cost.matched:+.2g}; most by itself adds "
+            f"that of {most}"
+        ]
 
     def to_json(self) -> str:
         """Return everything as a JSON object; what is unknown or infinite is null."""
-        record = asdict(self)
+        record = asdict(self) | {"cost": self.cost and self.cost._asdict()}
         for layer, found in zip(record["layers"], self.layers, strict=True):
             layer["noise"] = found.noise._asdict()
+            layer["cost"] = found.cost and found.cost._asdict()
         return json.dumps(_without_infinities(record), indent=1, allow_nan=False)
 
 
@@ -157,6 +180,10 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 and math.isfinite(value) else f"{value:.3g}"
+
+
+def _with_error(cost: NoiseCost) -> str:
+    return f"{cost.added:+.2g} ± {cost.error:.1g}"
 
 
 def _percent(value: float | None) -> str:
@@ -222,6 +249,16 @@ _COLUMNS = (
         "running\nvar",
         "error of running_var, in percent of the channel's variance",
         lambda layer: _percent(layer.noise.running_var_error),
+    ),
+    _Column(
+        "loss\nadded",
+        "by the noise of this layer alone, ± its standard error",
+        lambda layer: "-" if layer.cost is None else _with_error(layer.cost),
+    ),
+    _Column(
+        "with\nmatched",
+        "the same with the noise that Matched BN would have",
+        lambda layer: "-" if layer.cost is None else f"{layer.cost.matched:+.2g}",
     ),
     _Column("dead", "channels that are constant", lambda layer: str(len(layer.noise.dead))),
     _Column(

@@ -124,20 +124,27 @@ class NoiseMeter:
             self.pairs = self.pairs + finite
             self.sample_scatter = self.sample_scatter + torch.where(finite, n * between_samples / m, 0.0)
         self._compare_modes(mean, var, n)
-        return None if self.frozen else self._population()
+        return None if self.frozen else self.population()
 
-    def _population(self) -> tuple[Tensor, Tensor]:
+    def population(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased variance of all values so far."""
         mean, within = self.mean
         return mean, within + self.spread[0] / self.count.clamp_min(1)
 
+    def in_training(self, mean: Tensor, var: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return what a batch of these statistics is normalized with in train mode, unless it is frozen."""
+        layer = self.layer
+        if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
+            memory = layer.memory
+            return blend(mean, var, *memory.read(layer.state, n), memory.variance_rule)
+        return mean, var
+
     def _compare_modes(self, mean: Tensor, var: Tensor, n: int) -> None:
         """Add what this batch's output in train mode has to be compared with that of any statistics."""
-        layer, train_mean, train_var = self.layer, mean, var
-        pooled_batches = 1.0
+        layer, pooled_batches = self.layer, 1.0
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
-            memory, state = layer.memory, layer.state
-            train_mean, train_var = blend(mean, var, *memory.read(state, n), memory.variance_rule)
-            pooled_batches = memory.pooled_batches(state, n)
+            pooled_batches = layer.memory.pooled_batches(layer.state, n)
+        train_mean, train_var = self.in_training(mean, var, n)
         self.pooled_batches += pooled_batches
         running_mean, running_var = self.running
         if self.frozen and running_mean is not None and running_var is not None:
@@ -187,7 +194,7 @@ class NoiseMeter:
             alikeness=self._alikeness(between, var, live),
             pooled_batches=self.pooled_batches / b,
             mismatch=self._running_mismatch(live),
-            recalibrated_mismatch=self._mismatch(*self._population(), live),
+            recalibrated_mismatch=self._mismatch(*self.population(), live),
             **self._running_errors(live),
             dead=_indices(dead),
             exploding=_indices(exploding),
@@ -229,7 +236,7 @@ class NoiseMeter:
         keys = ("running_mean_error", "running_var_error")
         if mean is None or var is None or not self._has_trained():
             return dict.fromkeys(keys)
-        true_mean, true_var = self._population()
+        true_mean, true_var = self.population()
         errors = ((mean - true_mean).square() / true_var, (var / true_var - 1).square())
         return dict(zip(keys, (_rms(error, live) for error in errors), strict=True))
 

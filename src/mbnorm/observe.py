@@ -23,24 +23,26 @@ def observe(
     observers: Mapping[_BatchNorm, Observer],
     forward: Forward | None,
     device: torch.device | str | int | None,
+    note: Callable[[Any, Any], None] | None = None,
 ) -> None:
     """Run all batches through the model in eval mode, without gradients, and show the layers' inputs.
 
     A tensor goes to the model as it is, a mapping as keyword arguments, of a tuple or list that begins with
     a tensor that first element, and anything else as it is, unless ``forward`` does it. Empty inputs are
-    not shown. On return, or if anything raises, the model and torch's random streams are as before.
+    not shown. ``note`` is given what each forward returns, and its batch. On return, or if anything raises,
+    the model and torch's random streams are as before.
     """
     with _observed(observers), _eval_mode(model), without_trace(model):
         for batch in batches:
-            if forward is None:
-                _run(model, *_moved(_arguments(batch), device))
-            else:
-                forward(model, _moved(batch, device))
+            there = _moved(batch, device)
+            output = _run(model, *_arguments(there)) if forward is None else forward(model, there)
+            if note is not None:
+                note(output, there)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
     except TypeError as error:
         if not kwargs or "argument" not in str(error):
             raise
