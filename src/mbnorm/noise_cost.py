@@ -83,10 +83,10 @@ def noise_costs(
     noises = {
         layer: meter.result() for layer, meter in meters.items() if meter.batches > 1 and not meter.frozen
     }
-    without = {layer: _Normalizer(meters[layer]) for layer in noises}
+    without = {layer: Normalizer(meters[layer]) for layer in noises}
     observers: dict[_BatchNorm, Observer] = {layer: without.get(layer, _as_it_is) for layer in meters}
 
-    def losses(noisy: Mapping[_BatchNorm, "_Normalizer"]) -> list[float]:
+    def losses(noisy: Mapping[_BatchNorm, "Normalizer"]) -> list[float]:
         found: list[float] = []
 
         def note(output: Any, batch: Any) -> None:
@@ -99,17 +99,17 @@ def noise_costs(
 
     def cost(layers: Sequence[_BatchNorm]) -> NoiseCost:
         def added(parts: Mapping[_BatchNorm, float]) -> list[float]:
-            noisy = losses({layer: _Normalizer(meters[layer], part) for layer, part in parts.items()})
+            noisy = losses({layer: Normalizer(meters[layer], part) for layer, part in parts.items()})
             return [one - other for one, other in zip(noisy, plain, strict=True)]
 
         of_batch = added(dict.fromkeys(layers, 1.0))
-        of_matched = added({layer: _part(noises[layer], matched_values) for layer in layers})
+        of_matched = added({layer: matched_part(noises[layer], matched_values) for layer in layers})
         return NoiseCost(_mean(of_batch), _standard_error(of_batch), _mean(of_matched))
 
     return NoiseCosts(_mean(plain), cost(list(without)), {layer: cost([layer]) for layer in without})
 
 
-def _part(noise: Noise, matched_values: int) -> float:
+def matched_part(noise: Noise, matched_values: int) -> float:
     """Return the part of a batch's noise that statistics of so many values have."""
     if noise.effective_values is None:
         return 1.0
@@ -117,7 +117,7 @@ def _part(noise: Noise, matched_values: int) -> float:
     return min(1.0, math.sqrt(noise.effective_values / (matched_values * correlated)))
 
 
-class _Normalizer:
+class Normalizer:
     """Normalizes a layer with the statistics of all batches, and a part of the noise of the one at hand."""
 
     def __init__(self, meter: NoiseMeter, part: float = 0.0) -> None:
@@ -126,6 +126,7 @@ class _Normalizer:
         self.part = part
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance to normalize a layer's input with."""
         mean, var = self.population
         if not self.part:
             return mean, var
