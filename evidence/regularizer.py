@@ -221,8 +221,8 @@ def trained_net(task: Task, seed: int) -> Net:
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
-    for seed in range(seeds):
-        for task in TASKS:
+    for task in TASKS:
+        for seed in range(seeds):
             left = [m for m in SIZES if not where(known, task=task.name, seed=seed, images=m)]
             if not left:
                 continue
@@ -269,9 +269,10 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=way)
         panel.set_xscale("log")
-        panel.set_yscale("symlog", linthresh=0.1)
+        panel.set_yscale("symlog", linthresh=1)
+        panel.set_ylim(-1, 100)
         panel.set_xlabel("images m in a batch")
-        panel.set_ylabel("m times what noise adds to the loss")
+        panel.set_ylabel("m R, up to 100")
         panel.set_title(task.name)
 
 
