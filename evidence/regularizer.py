@@ -20,13 +20,13 @@ from mbnorm.experiments.estimates import UNBOUNDED
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.training import fit
 
-TASKS = (MLP, Task("CNN", "digits", "cnn", 32, 6))
+TASKS = (MLP,)
 RATE = 0.1
 TRAINING_BATCH = 32
 SIZES = (2, 4, 8, 16, 32, 64)
 IMAGES = 768
 """Of the training images; a multiple of all sizes."""
-REPEATS = {"MLP of six layers": 4, "CNN": 1}
+REPEATS = 4
 """How often the images are cut into batches, and noise is drawn."""
 STEP = 0.05
 """The part of the noise that second differences of losses are taken over."""
@@ -169,10 +169,10 @@ class Net:
         return float(added + sum((h * t).sum() for h, t in zip(product, linear, strict=True)) / 2)
 
 
-def measured(net: Net, images: int, repeats: int, draws: torch.Generator) -> Iterator[tuple[str, str, float]]:
+def measured(net: Net, images: int, draws: torch.Generator) -> Iterator[tuple[str, str, float]]:
     """Yield what the noise of batches of so many images adds to the loss, by layer and way."""
     found: dict[tuple[str, str], list[float]] = {}
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for layer, way, value in _measured(net, images, draws):
             found.setdefault((layer, way), []).append(value)
     for (layer, way), values in found.items():
@@ -232,7 +232,7 @@ def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
             for m in left:
                 draws = torch.Generator().manual_seed(1000 * seed + m)
                 added: dict[str, dict[str, float]] = {}
-                for layer, way, value in measured(net, m, REPEATS[task.name], draws):
+                for layer, way, value in measured(net, m, draws):
                     added.setdefault(layer, {})[way] = value
                 tell(f"{task.name}, seed {seed}, batches of {m}")
                 yield {"task": task.name, "seed": seed, "images": m, "loss": loss, "added": added}
