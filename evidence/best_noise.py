@@ -114,6 +114,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 
 CLAIM = Claim(
+    title="Accuracy by injected noise",
     sentence=(
         "The noise of batch statistics is a regularizer: some is better than none, too much underfits, and "
         "the same number of values is best for several nets."

@@ -183,6 +183,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="What noise adds in MobileNetV2",
     sentence=(
         "In a trained MobileNetV2 at batch 2 the layers whose noise costs most are not those of the smallest "
         "effective sample size, and to calm the former helps more."

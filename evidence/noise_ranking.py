@@ -132,6 +132,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="Which layers to convert",
     sentence=(
         "To convert the layers whose noise adds most to the loss does better than to convert those of the "
         "smallest effective sample size."

@@ -244,7 +244,7 @@ def _of(rows: Sequence[Row], task: Task, images: int, layer: str, way: str) -> l
 
 
 def _cell(values: Sequence[float]) -> str:
-    return mean_cell(values, 3 if not values or abs(fmean(values)) < 10 else 0, UNBOUNDED)
+    return mean_cell(values, 2 if not values or abs(fmean(values)) < 10 else 0, UNBOUNDED)
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
@@ -277,6 +277,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 CLAIM = Claim(
+    title="What noise adds to the loss",
     sentence=(
         "What the noise of batches of m images adds to the loss, R, is for large m half the trace of the "
         "loss's Hessian against the noise's covariance, and noise that is drawn for each channel by itself "

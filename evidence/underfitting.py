@@ -168,6 +168,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 
 CLAIM = Claim(
+    title="Underfitting is noise",
     sentence=(
         "Underfitting is noise: a net trained with batches of 32 that have the noise of batches of 2 learns "
         "as little as one trained with batches of 2, and Matched BN at 2 learns as much as batch norm at 32."

@@ -116,10 +116,8 @@ def regularizer_rows():
 
 def test_the_table_of_the_regularizer_is_in_units_of_1_over_m(tmp_path):
     tables = regularizer.CLAIM.tables(regularizer_rows())
-    assert [line[1:3] for line in tables[0][1]] == [["0.500 ± 0.000", "1.000 ± 0.000"]] * len(
-        regularizer.WAYS
-    )
-    assert tables[1][1] == [["0", *["4.000 ± 0.000"] * len(regularizer.WAYS)]]
+    assert [line[1:3] for line in tables[0][1]] == [["0.50 ± 0.00", "1.00 ± 0.00"]] * len(regularizer.WAYS)
+    assert tables[1][1] == [["0", *["4.00 ± 0.00"] * len(regularizer.WAYS)]]
     draw(regularizer.CLAIM, regularizer_rows(), tmp_path / "plot.png")
 
 
