@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from itertools import islice
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from matplotlib.axes import Axes
@@ -73,8 +73,16 @@ def _trainings(task: FineTuning, method: Method) -> list[tuple[int, ...]]:
     return [(length,) for length in task.lengths] if method == "renorm" else [task.lengths]
 
 
-def trained(step: Step) -> list[Row]:
-    """Fine-tune once, and return the row of each length."""
+Measure: TypeAlias = Callable[[nn.Module, Data], Sequence[Row]]
+"""Returns the scores of a trained net, as the rows have them: once, or in several ways."""
+
+
+def _as_it_is(model: nn.Module, data: Data) -> Sequence[Row]:
+    return [measured(model, data)]
+
+
+def trained(step: Step, measure: Measure = _as_it_is) -> list[Row]:
+    """Fine-tune once, and return the rows of each length."""
     task, data = step.task, data_of(step.task)
     of = {
         "task": task.name,
@@ -91,10 +99,11 @@ def trained(step: Step) -> list[Row]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step.seed)
         model = with_new_head(pretrained(task.start), data.classes)
-        return [of | row | {"date": date.today().isoformat()} for row in fine_tuned(model, step, data)]
+        rows = fine_tuned(model, step, data, measure)
+        return [of | row | {"date": date.today().isoformat()} for row in rows]
 
 
-def fine_tuned(model: nn.Module, step: Step, data: Data) -> Iterator[Row]:
+def fine_tuned(model: nn.Module, step: Step, data: Data, measure: Measure = _as_it_is) -> Iterator[Row]:
     """Train a net on, in place, and yield what it has come to after each length."""
     start = time.perf_counter()
     batch_size, last = step.task.batch_size, step.lengths[-1]
@@ -117,13 +126,10 @@ def fine_tuned(model: nn.Module, step: Step, data: Data) -> Iterator[Row]:
         if number in step.lengths:
             train_loss = torch.stack(losses).mean().item()
             finite = math.isfinite(train_loss)
-            yield {
-                "steps": number,
-                "status": "ok" if finite else "diverged",
-                **measured(model, data),
-                "train_loss": train_loss if finite else None,
-                "seconds": round(time.perf_counter() - start, 1),
-            }
+            of = {"steps": number, "status": "ok" if finite else "diverged"}
+            for scores in measure(model, data):
+                seconds = round(time.perf_counter() - start, 1)
+                yield of | scores | {"train_loss": train_loss if finite else None, "seconds": seconds}
             model.train()
 
 

@@ -1,51 +1,87 @@
-"""How many values a net that is trained on should match the noise of, on the list that tunes."""
+"""How many values a net that is trained on should match, and what its eval mode uses: the list that tunes."""
 
+import copy
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from torch import nn
 
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
 from evidence.fine_tuning import Column, Step, columns, described, score_name, trained
 from evidence.lists import TUNED_FINE, FineTuning
 from evidence.trained import score_of, where
+from mbnorm import recalibrate
+from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
+from mbnorm.experiments.methods import in_random_order
+from mbnorm.experiments.training import measured
 from mbnorm.experiments.workers import in_processes
+from mbnorm.layers import MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d
 
-VALUES = (128, 1024, 8192)
-FROM_SCRATCH = 128
-"""What nets without trained statistics match."""
+MATCHED = (MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d)
 
 
-def _of(rows: Sequence[Row], values: int) -> list[Row]:
-    return where(rows, matched_values=values)
+class Variant(NamedTuple):
+    """What a trained layer matches, and what its eval mode uses."""
+
+    matched_values: int
+    statistics: str
+
+    def __str__(self) -> str:
+        return f"{self.matched_values:,} values, {self.statistics}"
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows of this variant."""
+        return where(rows, **self._asdict())
+
+
+FROM_SCRATCH = Variant(128, "running")
+VARIANTS = tuple(
+    Variant(values, statistics) for values in (128, 1024) for statistics in ("running", "memory", "exact")
+)
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
+    numbers = dict.fromkeys(variant.matched_values for variant in VARIANTS)
     steps = [
-        Step(task, "matched", rate, seed, task.lengths, values).without(_of(known, values))
+        Step(task, "matched", rate, seed, task.lengths, values).without(Variant(values, "running").of(known))
         for seed in range(seeds)
         for task in TUNED_FINE
+        for values in numbers
         for rate in task.rates
-        for values in VALUES
     ]
     steps = [step for step in steps if step.lengths]
     for number, rows in enumerate(in_processes(_trained, steps), 1):
         for row in rows:
             tell(
-                f"{number} of {len(steps)}: {row['matched_values']} values, {row['task']}, "
-                f"rate {row['rate']}, {row['steps']} steps, seed {row['seed']}: {score_of(row):.1f} %, "
-                f"{row['seconds']} s"
+                f"{number} of {len(steps)}: {row['matched_values']} values, {row['statistics']}, "
+                f"{row['task']}, rate {row['rate']}, {row['steps']} steps, seed {row['seed']}: "
+                f"{score_of(row):.1f} %, {row['seconds']} s"
             )
             yield row
 
 
 def _trained(step: Step) -> list[Row]:
-    return [{"matched_values": step.matched_values} | row for row in trained(step)]
+    return [{"matched_values": step.matched_values} | row for row in trained(step, _in_three_ways)]
 
 
-def _scores(column: Column, values: int) -> dict[int, float]:
-    return {row["seed"]: score_of(row) for row in _of(column.rows, values)}
+def _in_three_ways(model: nn.Module, data: Data) -> list[Row]:
+    """Return the scores with each kind of statistics in eval mode."""
+    rows = [{"statistics": "running"} | measured(model, data)]
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if isinstance(layer, MATCHED):
+            layer.averages.mean.copy_(layer.state[0])
+            layer.averages.var.copy_(layer.state[1])
+    rows.append({"statistics": "memory"} | measured(other, data))
+    recalibrate(other, in_random_order(data.train_inputs))
+    return [*rows, {"statistics": "exact"} | measured(other, data)]
+
+
+def _scores(column: Column, variant: Variant) -> dict[int, float]:
+    return {row["seed"]: score_of(row) for row in variant.of(column.rows)}
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
@@ -54,47 +90,44 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _table(task: FineTuning, found: Sequence[Column]) -> Table:
     lines = []
-    for values in VALUES:
+    for variant in VARIANTS:
         cells = []
         for column in found:
-            scores = _scores(column, values)
+            scores = _scores(column, variant)
             mean = mean_cell(list(scores.values()), 1, PERCENT)
             gain = paired_difference(scores, _scores(column, FROM_SCRATCH))
-            cells.append(mean if values == FROM_SCRATCH else f"{mean} [{difference_cell(gain, 1)}]")
-        lines.append([str(values), *cells])
-    return [
-        f"{task.name}: values to match; {score_name(task)}, % [against {FROM_SCRATCH}]",
-        *map(str, found),
-    ], lines
+            cells.append(mean if variant == FROM_SCRATCH else f"{mean} [{difference_cell(gain, 1)}]")
+        lines.append([str(variant), *cells])
+    return [f"{task.name}: {score_name(task)}, % [against the first]", *map(str, found)], lines
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for panel, task in zip(panels, TUNED_FINE, strict=True):
         for number, column in enumerate(columns(task, rows)):
-            places = [place + 0.15 * (number - 1.5) for place in range(len(VALUES))]
-            scores = [list(_scores(column, values).values()) for values in VALUES]
-            for place, found in zip(places, scores, strict=True):
-                mean = estimate(found, PERCENT)
+            for place, variant in enumerate(VARIANTS):
+                scores = list(_scores(column, variant).values())
+                y, mean = place + 0.15 * (number - 1.5), estimate(scores, PERCENT)
                 if mean is not None:
-                    panel.hlines(place, mean.low, mean.high, color=f"C{number}")
-                panel.plot(found, [place] * len(found), ".", color=f"C{number}")
+                    panel.hlines(y, mean.low, mean.high, color=f"C{number}")
+                panel.plot(scores, [y] * len(scores), ".", color=f"C{number}")
             panel.plot([], [], ".", color=f"C{number}", label=str(column))
-        name_lines(panel, [f"{values:,} values" for values in VALUES])
+        name_lines(panel, [str(variant) for variant in VARIANTS])
         panel.set_xlabel(f"{score_name(task)}, % (dots: seeds; lines: 95 % intervals)")
         panel.set_title(task.name)
 
 
 CLAIM = Claim(
-    title="How many values trained nets match",
+    title="What trained nets match, and evaluate with",
     sentence=(
         "How many independent values Matched BN is to match the noise of in nets that are trained already, "
-        "at batch 2, on data that rules may be chosen on."
+        "and what eval mode is to use, at batch 2, on data that rules may be chosen on."
     ),
     measured=(
         "Score on test images after a fine-tuning, as in `fine-tuning`: "
-        f"{'. '.join(described(task) for task in TUNED_FINE)}. "
-        f"All layers match as many values; {FROM_SCRATCH} is what nets that are trained from scratch have. "
-        f"{NO_DIFFERENCE} A training whose loss is not finite has the score 0."
+        f"{'. '.join(described(task) for task in TUNED_FINE)}. All layers match as many values. Eval "
+        "mode uses the running statistics, which average some 150 batches; or the statistics of the memory; "
+        "or the exact ones of the training images, as `recalibrate` sets them. The first line is what "
+        f"`convert` makes. {NO_DIFFERENCE} A training whose loss is not finite has the score 0."
     ),
     rows=_rows,
     tables=_tables,

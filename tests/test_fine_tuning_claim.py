@@ -300,11 +300,11 @@ def test_a_step_may_say_how_many_values_are_matched():
     assert net[1].matched_values == 7
 
 
-def test_numbers_of_values_are_compared_with_that_of_nets_from_scratch(tmp_path):
+def test_variants_are_compared_with_what_nets_from_scratch_have(tmp_path):
     rows = [
-        {"matched_values": values} | made_up(task, "matched", seed, 60.0 + number + seed, rate, steps)
+        variant._asdict() | made_up(task, "matched", seed, 60.0 + number + seed, rate, steps)
         for task in TUNED_FINE
-        for number, values in enumerate(trained_values.VALUES)
+        for number, variant in enumerate(trained_values.VARIANTS)
         for rate in task.rates
         for steps in task.lengths
         for seed in range(3)
@@ -312,8 +312,18 @@ def test_numbers_of_values_are_compared_with_that_of_nets_from_scratch(tmp_path)
     for _, lines in trained_values.CLAIM.tables(rows):
         assert [set(line[1:]) for line in lines] == [
             {"61.0 ± 2.5"},
-            {"62.0 ± 2.5 [+1.0 ± 0.0]"},
-            {"63.0 ± 2.5 [+2.0 ± 0.0]"},
+            *({f"{61 + n}.0 ± 2.5 [+{n}.0 ± 0.0]"} for n in range(1, 6)),
         ]
     draw(trained_values.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_training_is_measured_with_three_kinds_of_statistics(tiny):
+    rows = trained_values._trained(Step(TINY, "matched", 0.1, 0, (1, 2), 1024))
+    kinds = "running", "memory", "exact"
+    assert [(row["steps"], row["statistics"]) for row in rows] == [
+        (n, kind) for n in (1, 2) for kind in kinds
+    ]
+    # measuring leaves nothing behind
+    alone = trained(Step(TINY, "matched", 0.1, 0, (1, 2), 1024))
+    assert [row["accuracy"] for row in rows[::3]] == [row["accuracy"] for row in alone]
