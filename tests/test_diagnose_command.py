@@ -124,6 +124,7 @@ def test_a_file_that_is_no_checkpoint_of_the_net_gives_one_line_that_names_it(we
         (["--method", "group"], "'group' leaves no batch norm to look at"),
         (["--batches", "1"], "expected at least 2, got 1"),
         (["--batch-size", "0"], "expected at least 1, got 0"),
+        (["--data", "synthetic", "--loss"], "--loss: synthetic data have no classes"),
         (["--batch-size", "500", "--sampling", "one-class"], "one-class batches have at most"),
     ],
 )
@@ -137,7 +138,25 @@ def test_a_wrong_option_gives_one_line(arguments, message, tmp_path):
 @pytest.mark.parametrize("count", [3, 700])
 def test_as_many_batches_are_drawn_as_asked_for_over_epochs(count):
     batches = list(batches_of("digits", "one-class", 2, count))
-    assert [x.shape for x in batches] == [(2, 1, 8, 8)] * count
+    assert [x.shape for x, _ in batches] == [(2, 1, 8, 8)] * count
+    assert all(len(classes.unique()) == 1 and classes.shape == (2,) for _, classes in batches)
+
+
+@pytest.mark.parametrize(("model", "data"), [("mlp", "digits"), ("segment", "segments")])
+def test_with_a_loss_the_table_says_what_noise_adds(model, data, tmp_path):
+    arguments = ["--model", model, "--data", data, "--batches", "4", "--loss", "--out", tmp_path]
+    status, out, err = mbnorm_says("diagnose", *arguments)
+    assert (status, err) == (0, "")
+    assert "without noise the loss is" in out
+    record = json.loads((tmp_path / "diagnose.json").read_text())
+    assert all(layer["cost"]["error"] >= 0 for layer in record["layers"])
+
+
+def test_without_a_loss_nothing_is_said_of_it(tmp_path):
+    status, out, _ = mbnorm_says("diagnose", "--batches", "4", "--out", tmp_path)
+    assert status == 0
+    assert "the loss" not in out
+    assert json.loads((tmp_path / "diagnose.json").read_text())["loss"] is None
 
 
 @pytest.mark.parametrize(

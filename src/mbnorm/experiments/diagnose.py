@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm import Diagnosis, diagnose
 from mbnorm.diagnose import ENOUGH_VALUES
@@ -16,9 +18,11 @@ from mbnorm.experiments.data import Parts, parts
 from mbnorm.experiments.grid import Run, Setting, linear_rate
 from mbnorm.experiments.methods import Method
 from mbnorm.experiments.plot import BATCH, LETTERS, OTHERS, OWN, WIDTH
+from mbnorm.experiments.progress import counted
 from mbnorm.experiments.sampling import Sampling, one_epoch
 from mbnorm.experiments.synthetic import GaussianField
 from mbnorm.experiments.training import net_for
+from mbnorm.noise_cost import BATCHES
 
 SYNTHETIC_NAME = "synthetic"
 SYNTHETIC = GaussianField(channels=1, sides=(8, 8), correlation=0.8)
@@ -87,28 +91,58 @@ def _state_dict(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def batches_of(data: str, sampling: Sampling, batch_size: int, count: int) -> Iterator[Tensor]:
-    """Draw so many batches of inputs, shape (batch_size, C, ...); ``sampling`` is not for synthetic ones."""
+Batch: TypeAlias = tuple[Tensor, Tensor | None]
+"""Inputs, shape (batch_size, C, ...), and their targets, if there are any."""
+
+
+def batches_of(data: str, sampling: Sampling, batch_size: int, count: int) -> Iterator[Batch]:
+    """Draw so many batches; ``sampling`` is not for synthetic ones, which have no targets."""
     if data == SYNTHETIC_NAME:
-        yield from SYNTHETIC.batches(batch_size, count, seed=0)
+        yield from ((inputs, None) for inputs in SYNTHETIC.batches(batch_size, count, seed=0))
         return
     read = source(data)
     draws = torch.Generator().manual_seed(0)
     drawn = 0
     while drawn < count:
         for indices in one_epoch(sampling, read.train_targets, batch_size, draws)[: count - drawn].tolist():
-            yield torch.stack([read.train[index][0] for index in indices])
+            yield torch.stack([read.train[index][0] for index in indices]), read.train_targets[indices]
             drawn += 1
 
 
-def write(model: nn.Module, batches: Iterator[Tensor], title: str, out: Path) -> tuple[Diagnosis, list[Path]]:
-    """Diagnose a model and write table.txt, diagnose.json and diagnose.png into ``out``."""
-    found = diagnose(model, batches)
+def write(
+    model: nn.Module, batches: Iterator[Batch], count: int, title: str, out: Path, *, with_loss: bool = False
+) -> tuple[Diagnosis, list[Path]]:
+    """Diagnose a model and write table.txt, diagnose.json and diagnose.png into ``out``.
+
+    Args:
+        model: with batch norms.
+        batches: what it is trained with.
+        count: how many.
+        title: of table and figure.
+        out: the folder.
+        with_loss: also say what the noise of each layer adds to the cross-entropy.
+
+    Raises:
+        ValueError: an input cannot be decoded, or the model has no batch norms.
+    """
+    layers = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    forwards = count + ((2 * layers + 3) * min(count, BATCHES) if with_loss else 0)
+    with counted(forwards, "batches") as step:
+
+        def forward(model: nn.Module, batch: Batch) -> Any:
+            step()
+            return model(batch[0])
+
+        found = diagnose(model, batches, loss=_cross_entropy if with_loss else None, forward=forward)
     table, record, figure = (out / name for name in ("table.txt", "diagnose.json", "diagnose.png"))
     table.write_text(f"{title}\n\n{found}\n", encoding="utf-8")
     record.write_text(found.to_json() + "\n", encoding="utf-8")
     draw(found, title, figure)
     return found, [table, record, figure]
+
+
+def _cross_entropy(output: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(output, cast(Tensor, batch[1]))
 
 
 def draw(found: Diagnosis, title: str, path: Path) -> None:

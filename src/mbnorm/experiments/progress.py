@@ -1,6 +1,7 @@
 """A bar for what may take more than some seconds."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,6 +17,15 @@ def shown(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
     """Yield the items while a bar says how many of ``count`` there were; it needs a terminal, and goes."""
     console = Console(stderr=True)
     yield from track(items, what, count, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def counted(count: int, what: str) -> Iterator[Callable[[], None]]:
+    """Give a function to call ``count`` times, once a step, while a bar says how often it was called."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=count)
+        yield lambda: bar.advance(task)
 
 
 def prepare_kernels(methods: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from mbnorm.experiments.diagnose import SYNTHETIC_NAME, batches_of, net, source
 from mbnorm.experiments.diagnose import write as write_diagnosis
 from mbnorm.experiments.methods import METHODS, WITHOUT_BATCH_NORM
 from mbnorm.experiments.models import MODELS, why_not
-from mbnorm.experiments.progress import prepare_kernels, shown
+from mbnorm.experiments.progress import prepare_kernels
 from mbnorm.experiments.sampling import SAMPLINGS
 
 
@@ -42,6 +42,17 @@ def diagnose(
         str, typer.Option(help=f"How batches are drawn: {', '.join(SAMPLINGS)}.", metavar="NAME")
     ] = "shuffled",
     batches: Annotated[int, typer.Option(help="Batches to look at.", metavar="N")] = 100,
+    loss: Annotated[
+        bool,
+        typer.Option(
+            "--loss",
+            help=(
+                "Also measure what the noise of each layer adds to the cross-entropy, for a trained net: "
+                "2 L + 3 more forwards of 32 batches for L layers."
+            ),
+            show_default="without",
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for table.txt, diagnose.json and diagnose.png.", metavar="FOLDER")
     ] = Path("runs/diagnose"),
@@ -62,6 +73,8 @@ def diagnose(
     chosen_method = choice("--method", method, METHODS)
     if chosen_method in WITHOUT_BATCH_NORM:
         raise typer.BadParameter(f"{method!r} leaves no batch norm to look at", param_hint="--method")
+    if loss and data == SYNTHETIC_NAME:
+        raise typer.BadParameter("synthetic data have no classes", param_hint="--loss")
     chosen_sampling = choice("--sampling", sampling, SAMPLINGS)
     at_least_1("--batch-size", batch_size)
     if data != SYNTHETIC_NAME:
@@ -78,9 +91,9 @@ def diagnose(
     weights = "untrained" if checkpoint is None else str(checkpoint)
     title = f"{model} with {method} layers, {weights}; {drawn}, {batches} batches of {batch_size}"
     prepare_kernels([method])
-    given = shown(batches_of(data, chosen_sampling, batch_size, batches), batches, "batches")
+    given = batches_of(data, chosen_sampling, batch_size, batches)
     try:
-        found, paths = write_diagnosis(built, given, title, out)
+        found, paths = write_diagnosis(built, given, batches, title, out, with_loss=loss)
     except ValueError as error:
         # an image that cannot be decoded, a net without batch norms
         typer.echo(f"mbnorm: {error}", err=True)
