@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from evidence import fine_tuning, mobilenet, pretrained, trained_values
+from evidence import fine_tuned_statistics, fine_tuning, mobilenet, pretrained
 from evidence.claim import as_markdown, draw
 from evidence.fine_tuning import CLAIM, CONFIRMED, METHODS, Step, columns, fine_tuned, next_steps, trained
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
@@ -300,30 +300,36 @@ def test_a_step_may_say_how_many_values_are_matched():
     assert net[1].matched_values == 7
 
 
-def test_variants_are_compared_with_what_nets_from_scratch_have(tmp_path):
+def test_statistics_are_compared_with_those_of_convert(tmp_path):
     rows = [
-        variant._asdict() | made_up(task, "matched", seed, 60.0 + number + seed, rate, steps)
+        variant.norm._asdict()
+        | made_up(task, variant.norm.method, seed, 60.0 + number + seed, rate, steps)
+        | {"statistics": variant.statistics}
         for task in TUNED_FINE
-        for number, variant in enumerate(trained_values.VARIANTS)
+        for number, variant in enumerate(fine_tuned_statistics.VARIANTS)
         for rate in task.rates
         for steps in task.lengths
         for seed in range(3)
     ]
-    for _, lines in trained_values.CLAIM.tables(rows):
+    for _, lines in fine_tuned_statistics.CLAIM.tables(rows):
         assert [set(line[1:]) for line in lines] == [
-            {"61.0 ± 2.5"},
-            *({f"{61 + n}.0 ± 2.5 [+{n}.0 ± 0.0]"} for n in range(1, 6)),
+            *({f"{61 + n}.0 ± 2.5 [{n - 2:+d}.0 ± 0.0]"} for n in range(2)),
+            {"63.0 ± 2.5"},
+            *({f"{61 + n}.0 ± 2.5 [{n - 2:+d}.0 ± 0.0]"} for n in range(3, 8)),
         ]
-    draw(trained_values.CLAIM, rows, tmp_path / "plot.png")
+    draw(fine_tuned_statistics.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_training_is_measured_with_three_kinds_of_statistics(tiny):
-    rows = trained_values._trained(Step(TINY, "matched", 0.1, 0, (1, 2), 1024))
-    kinds = "running", "memory", "exact"
+@pytest.mark.parametrize(
+    ("method", "values", "kinds"),
+    [("matched", 1024, ("running", "memory", "exact")), ("batch", None, ("running", "exact"))],
+)
+def test_a_training_is_measured_with_each_kind_of_statistics(method, values, kinds, tiny):
+    rows = fine_tuned_statistics._trained(Step(TINY, method, 0.1, 0, (1, 2), values))
     assert [(row["steps"], row["statistics"]) for row in rows] == [
         (n, kind) for n in (1, 2) for kind in kinds
     ]
     # measuring leaves nothing behind
-    alone = trained(Step(TINY, "matched", 0.1, 0, (1, 2), 1024))
-    assert [row["accuracy"] for row in rows[::3]] == [row["accuracy"] for row in alone]
+    alone = trained(Step(TINY, method, 0.1, 0, (1, 2), values))
+    assert [row["accuracy"] for row in rows[:: len(kinds)]] == [row["accuracy"] for row in alone]
