@@ -160,9 +160,10 @@ def tables(rows: list[Row]) -> list[str]:
         return []
     text = (
         "Whole training steps at batch 2: milliseconds, and time, memory that the forward keeps for the "
-        "backward, and peak memory over those of the same net with `nn.BatchNorm`. matched has centered "
-        f"filters, as `convert` makes it; {UNCENTERED} has not."
+        "backward, and peak memory over those of the same net with `nn.BatchNorm`."
     )
+    if any(row["norm"] == UNCENTERED for row in steps):
+        text += f" matched has centered filters, as `convert` makes it; {UNCENTERED} has not."
     header = ["net, how", "norm", "ms", "time", "saved", "peak"]
     return [text, table(header, list(_lines(steps)), "llrrrr")]
 

@@ -316,7 +316,7 @@ def test_the_real_data_are_shown_and_drawn(tmp_path):
         for r in chosen(entrant, 0.1, task) + reported(entrant, [50.0 + number] * 3, task=task)
     ]
     text = as_markdown(real_data.CLAIM, rows, "python -m evidence real-data")
-    assert text.startswith("`matched` is before the best of the others in CIFAR-10")
+    assert text.split("\n\n")[1].startswith("`matched` is before the best of the others in CIFAR-10")
     draw(real_data.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -401,6 +401,6 @@ def test_ways_to_remember_are_shown_and_drawn(tmp_path):
         for name, task, seed in of
     ]
     text = as_markdown(gradient_forms.CLAIM, rows, "python -m evidence gradient-forms")
-    assert text.startswith("Mean score over the tasks: averaged, four times as long")
+    assert text.split("\n\n")[1].startswith("Mean score over the tasks: averaged, four times as long")
     draw(gradient_forms.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

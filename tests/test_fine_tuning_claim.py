@@ -203,7 +203,9 @@ def test_renorm_has_a_training_for_each_length():
 
 def test_methods_start_from_the_same_new_layer(tiny, monkeypatch):
     found = []
-    monkeypatch.setattr(fine_tuning, "fine_tuned", lambda model, step, data: found.append(model) or ())
+    monkeypatch.setattr(
+        fine_tuning, "fine_tuned", lambda model, step, data, measure: found.append(model) or ()
+    )
     for seed, method in ((0, "batch"), (0, "matched"), (1, "batch")):
         trained(Step(TINY, method, 0.1, seed, (1,)))
     first, same, other = (net[-1].weight for net in found)
