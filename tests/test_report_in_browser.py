@@ -205,7 +205,7 @@ def test_names_that_look_like_html_are_shown_as_they_are(browser, tmp_path):
     [
         ("<p style='width: 900px'>wide</p>", CUT, "the page is wider"),
         (
-            "<p style='width: 90px; overflow: hidden; white-space: nowrap'>cut off here</p>",
+            "<p style='width: 40px; overflow: hidden; white-space: nowrap'>cut off here</p>",
             CUT,
             "wider than its",
         ),
