@@ -80,12 +80,12 @@ def test_unequal_batches_have_the_variance_of_the_mean_at_their_mean_size(cut):
 
 @on_every_field
 def test_only_batches_of_their_own_kind_have_samples_that_are_alike(field, m):
-    alikeness = measured(field, m).noise.alikeness
+    variance_inflation = measured(field, m).noise.variance_inflation
     if m == 1:
-        assert alikeness is None
+        assert variance_inflation is None
     else:
         expected = m * field.effective_values(1) / field.effective_values(m)
-        assert alikeness == pytest.approx(expected, rel=4 * SPREAD)
+        assert variance_inflation == pytest.approx(expected, rel=4 * SPREAD)
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.9])

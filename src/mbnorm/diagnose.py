@@ -17,7 +17,7 @@ from mbnorm.observe import Forward, observe
 ENOUGH_VALUES = IDEAL_BATCH_SIZE
 """Effective values per batch from which noise does no harm: the ECCV paper's ideal batch size."""
 
-VALUES_IF_ALIKE = 128
+VALUES_IF_CORRELATED = 128
 """How many it takes where values are correlated."""
 
 MATCHED_VALUES = 128
@@ -148,8 +148,8 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
         verdict = "noisy" if verdict == "fine" else verdict
         recommendation = "matched"
         # a net learns to see what values share, and their effective sample size falls while it trains
-        alike = _values_alike(noise, noise.effective_values) or _batches_alike(noise)
-        wanted = VALUES_IF_ALIKE if alike else ENOUGH_VALUES
+        alike = _values_correlated(noise, noise.effective_values) or _samples_correlated(noise)
+        wanted = VALUES_IF_CORRELATED if alike else ENOUGH_VALUES
         # then (N - n) / (N + n), with N these values, is the history weight that n_eff values need
         matched_values = math.ceil(wanted * noise.values / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
@@ -211,21 +211,21 @@ def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
     return not modes or sum((then or 0.0) ** 2 - now**2 for now, then in modes) < 0
 
 
-def _values_alike(noise: Noise, effective: float) -> bool:
+def _values_correlated(noise: Noise, effective: float) -> bool:
     """Whether the effective sample size is smaller than the number of values, and not by chance."""
     return noise.values > effective * (1 + 3 * math.sqrt(2 / (noise.batches - 1)))
 
 
-def _batches_alike(noise: Noise) -> bool:
+def _samples_correlated(noise: Noise) -> bool:
     """Whether the samples of a batch are more correlated than chance makes those of one channel."""
     by_chance = 1 + 3 * math.sqrt(2 * (1 - 1 / noise.samples) / (noise.batches - 1))
-    return noise.alikeness is not None and noise.alikeness > by_chance
+    return noise.variance_inflation is not None and noise.variance_inflation > by_chance
 
 
 def _ideal_batch_size(noise: Noise, effective: float) -> int:
-    if _batches_alike(noise) and noise.alikeness is not None:
+    if _samples_correlated(noise) and noise.variance_inflation is not None:
         # independent samples would have so many times the effective sample size
-        effective *= noise.alikeness
+        effective *= noise.variance_inflation
     return max(1, math.ceil(ENOUGH_VALUES * noise.samples / effective))
 
 
@@ -237,10 +237,10 @@ def _why_noisy(noise: Noise, effective: float, used: float, own: str) -> str:
     )
     if noise.pooled_batches > 1:
         words += f"; with its memory {own} normalizes with {number(used)}, too few"
-    if _batches_alike(noise):
+    if _samples_correlated(noise):
         words += (
-            f"; its samples are correlated ({noise.alikeness:.1f} times the noise of independent ones): "
-            "shuffle them if you can"
+            f"; its samples are correlated ({noise.variance_inflation:.1f} times the noise of independent "
+            "ones): shuffle them if you can"
         )
     return words
 

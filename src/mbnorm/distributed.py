@@ -180,7 +180,7 @@ def pooled_batch_norm(
         x: (N, C, ...), may be empty.
         weight: scale, shape (C,), or None.
         bias: shift, shape (C,), or None.
-        past: the past, the statistics of the whole batch, and the ranks whose backward passes come here.
+        past: the past statistics, those of the whole batch, and the ranks whose backward passes come here.
         variance_rule: "averaged" or "pooled".
         eps: added to the variance.
         gradient: what the backward reads and writes; None is the exact gradient.

@@ -4,12 +4,12 @@ MEASURED_WEIGHT = 0.02
 """Weight of a batch in what is measured of the batches."""
 
 EARLY = 8.0
-"""After t batches the next weighs at least 8 / (t + 8) in that, so that it forgets its start."""
+"""After t batches the next has at least the weight 8 / (t + 8), so that the first ones are forgotten."""
 
 SEEDED = 400.0
 """How many samples a trained norm's statistics stand for: from so many on `MEASURED_WEIGHT` is the larger."""
 
-MOST_IF_ALIKE = 4.0
+MOST_IF_CORRELATED = 4.0
 """How many times as many values are matched, at most, where values are correlated."""
 
 MEASURES = 4

@@ -32,8 +32,8 @@ class Noise(NamedTuple):
             batches are the same.
         mean_error: standard error of the batch mean, in standard deviations of the channel.
         var_error: root mean square error of the biased batch variance, relative to the channel's.
-        alikeness: variance of the batch mean, in units of that of as many samples drawn independently:
-            1 for shuffled batches, more where the samples of a batch are correlated.
+        variance_inflation: variance of the batch mean, in units of that of as many samples drawn
+            independently: 1 for shuffled batches, more where the samples of a batch are correlated.
         pooled_batches: how many batches' noise is averaged out by the layer's memory; 1 without one.
         mismatch: root mean square difference between the outputs that train and eval mode give for the same
             input, before weight and bias; 0 for a frozen layer; None if the running statistics are still
@@ -53,7 +53,7 @@ class Noise(NamedTuple):
     effective_values: float | None
     mean_error: float | None
     var_error: float | None
-    alikeness: float | None
+    variance_inflation: float | None
     pooled_batches: float
     mismatch: float | None
     recalibrated_mismatch: float | None
@@ -72,7 +72,7 @@ class NoiseMeter:
         \sigma^2 = \tfrac1N \sum_b n_b v_b + \tau / n, \qquad
         n_\mathrm{eff} = n\,\sigma^2 / \tau
 
-    with n = N/B. The alikeness of m samples whose means have the variance u within a batch is
+    with n = N/B. The variance inflation of m samples whose means have the variance u within a batch is
     :math:`m\,(\tau/n) \,/\, (\tau/n + (m-1)\,u/m)`, at most m.
     :math:`\sigma^2` has no bias whatever the correlation of the values, and neither has
     :math:`\tau/n` as the variance of the mean of n values. Of C independent channels and B batches
@@ -191,7 +191,7 @@ class NoiseMeter:
             effective_values=None if mean_error is None else _effective_values(mean_error, n),
             mean_error=mean_error,
             var_error=_rms((scatter + (within - var).square()) / var.square(), live),
-            alikeness=self._alikeness(between, var, live),
+            variance_inflation=self._variance_inflation(between, var, live),
             pooled_batches=self.pooled_batches / b,
             mismatch=self._running_mismatch(live),
             recalibrated_mismatch=self._mismatch(*self.population(), live),
@@ -200,7 +200,7 @@ class NoiseMeter:
             exploding=_indices(exploding),
         )
 
-    def _alikeness(self, between: Tensor, var: Tensor, live: Tensor) -> float | None:
+    def _variance_inflation(self, between: Tensor, var: Tensor, live: Tensor) -> float | None:
         if not self.pairs.any():
             # batches of one sample say nothing of how samples scatter within a batch
             return None

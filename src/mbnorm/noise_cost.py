@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.measures import MOST_IF_ALIKE
+from mbnorm.measures import MOST_IF_CORRELATED
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, Observer, observe
 from mbnorm.values import has_values
@@ -113,7 +113,7 @@ def matched_part(noise: Noise, matched_values: int) -> float:
     """Return the part of a batch's noise that statistics of so many values have."""
     if noise.effective_values is None:
         return 1.0
-    correlated = min(max(noise.values / noise.effective_values, 1.0), MOST_IF_ALIKE)
+    correlated = min(max(noise.values / noise.effective_values, 1.0), MOST_IF_CORRELATED)
     return min(1.0, math.sqrt(noise.effective_values / (matched_values * correlated)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbnorm.backends import aten
 from mbnorm.blend import VarianceRule, weight_in_gradient
-from mbnorm.measures import EARLY, MEASURED_WEIGHT, MOST_IF_ALIKE
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MOST_IF_CORRELATED
 
 forward, backward = aten.forward, aten.backward
 
@@ -62,7 +62,7 @@ def remembering_backward(
     need_dx: bool,
     store: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Do as `backward` with ``remembered`` as the past; return it, too, and ``store`` the batch or not."""
+    """Do as `backward` with ``remembered`` as the past means; return these, too, and ``store`` or not."""
     sums = aten.Sums(dy, x, weight, rows, variance_rule, eps)
     mean, scale = remembered
     b = weight_in_gradient(rows[6].item())
@@ -99,7 +99,7 @@ class _Average:
             return max(0.0, (self.matched_values - n) / (self.matched_values + n))
         ratio = max(1.0, self.ratio) if self.samples > 0 else 1.0
         noise = min(1.0, ratio / n) if self.samples > 0 else 1.0
-        inverse = noise * min(MOST_IF_ALIKE, ratio) * self.matched_values
+        inverse = noise * min(MOST_IF_CORRELATED, ratio) * self.matched_values
         matched = (inverse - 1) / (inverse + 1)
         return float(max(0.0, min(noise / (noise + max(0.0, self.error)), matched)))
 
@@ -201,7 +201,7 @@ def _forward(
     past_mean, past_var, a = past.read(n, pooled)
     batch_weight = torch.full((), a, dtype=past_mean.dtype)
     rule: VarianceRule = "pooled" if pooled else "averaged"
-    # the same operations, since a recompute is told by equal bits
+    # the same operations, since a recompute is recognized by equal bits
     y, rows = aten.forward(x, weight, bias, past_mean, past_var, batch_weight, rule, eps)
     if store:
         _commit(past, averages, rows, n, update)

@@ -155,7 +155,7 @@ def remembering_backward(
     need_dx: bool,
     store: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Do as `backward` with ``remembered`` as the past; return it, too, and ``store`` the batch or not.
+    """Do as `backward` with ``remembered`` as the past means; return these, too, and ``store`` or not.
 
     ``remembered`` are the buffers of a `mbnorm.gradient.RememberedGradient`, in the dtype of the record.
     """

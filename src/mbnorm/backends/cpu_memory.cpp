@@ -79,7 +79,7 @@ struct Average {
     const double ratio = known ? std::max(1.0, double(measured->ratio)) : 1,
                  error = std::max(0.0, double(measured->error)),
                  noise = known ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1,
-                 inverse = noise * std::min(MOST_IF_ALIKE, ratio) * matched_values,
+                 inverse = noise * std::min(MOST_IF_CORRELATED, ratio) * matched_values,
                  matched = (inverse - 1) / (inverse + 1);
     return std::max(0.0, std::min(noise / (noise + error), matched));
   }

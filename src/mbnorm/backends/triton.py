@@ -152,7 +152,7 @@ def remembering_backward(
     need_dx: bool,
     store: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Do as `backward` with the past that ``remembered`` is; return it, too, and ``store`` or not."""
+    """Do as `backward` with ``remembered`` as the past means; return them, too, and ``store`` or not."""
     plain = is_plain(dy, x, weight)
     run = _backward.remembering_backward if plain else _operators.remembering_backward.default
     how = variance_rule == "pooled", eps, need_dx, store

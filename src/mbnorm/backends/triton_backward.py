@@ -13,7 +13,7 @@ from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_ran
 from mbnorm.blend import statistics_dtype
 
 PAST_ROWS = 3
-"""Of what is read of a remembered gradient: its two means, and what the batch weighs beside them."""
+"""Of what is read of a remembered gradient: its two means, and the weight of the batch beside them."""
 MOST_AT_ONCE = 1024
 """Channels that one program remembers at a time."""
 
@@ -50,7 +50,7 @@ def _sums(
 
 @triton.jit
 def _weight_of_batch(record_ptr, past_ptr, past_scale_ptr, channels):
-    """Return what the batch weighs beside the past, which is one tensor, or two that are remembered."""
+    """Return the weight of the batch beside the past means: one tensor, or two that are remembered."""
     if past_ptr is not None and past_scale_ptr is None:
         weight = tl.load(past_ptr + 2 * channels)
     else:
@@ -323,7 +323,7 @@ def remember(
     STORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write the past into ``past``, and replace it by its blend with the batch, if that is finite."""
+    """Write the past means into ``past``, and replace them by their blend with the batch, if it is finite."""
     STATE: tl.constexpr = record_ptr.dtype.element_ty
     weight = _weight_of_batch(record_ptr, mean_ptr, scale_ptr, channels)
     share = weight / tl.cast(n, STATE)
@@ -381,7 +381,7 @@ def remembering_backward(
     need_dx: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do as `backward` with ``mean`` and ``scale`` as the past; return it, too, and ``store`` or not."""
+    """Do as `backward` with past means ``mean`` and ``scale``; return them, too, and ``store`` or not."""
     gradients = _backward(dy, x, weight, record, mean, scale, pooled, eps, need_dx)
     _, dw, db = gradients
     kind = kind_of(x)

@@ -74,7 +74,7 @@ def _moments(
 
 @triton.jit
 def _batch_weight(filled_ptr, history_weight_ptr, measured_ptr, matched_values, n, MEASURED: tl.constexpr):
-    """Return what a batch weighs beside a moving average."""
+    """Return the weight of a batch beside a moving average."""
     if measured_ptr is None:
         history_weight = tl.load(history_weight_ptr)
     else:
@@ -369,8 +369,8 @@ def normalize_part(
 class Past(NamedTuple):
     """What a batch is blended with, as the kernels take it; without ``mean`` the record has it.
 
-    The batch weighs ``batch_weight``, or what a moving average leaves to it: one that is ``filled`` weighs
-    ``history_weight``, or what matches ``matched_values`` for ``n`` values per channel.
+    The batch has the weight ``batch_weight``, or what a moving average leaves: one that is ``filled`` has the
+    weight ``history_weight``, or that which matches ``matched_values`` for ``n`` values per channel.
     """
 
     mean: Tensor | None = None

@@ -35,7 +35,7 @@ CHANNELS_A_WARP = 128
 
 @triton.jit
 def _entry_weights(counts_ptr, ages_ptr, offs_s, n, size, limit, LOG2_DECAY: tl.constexpr):
-    """Return what entries of a ring weigh: as many values as they have, or as the batch if initialized."""
+    """Return the weights of the entries of a ring: their numbers of values, or the batch's if initialized."""
     mask = offs_s < size
     count = tl.load(counts_ptr + offs_s, mask=mask, other=0.0)
     age = tl.load(ages_ptr + offs_s, mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""The law of mixing statistics in Triton kernels, what a moving average weighs, and what it measures.
+"""The law of mixing statistics in Triton kernels, the weight of a moving average, and what it measures.
 
 All is computed in the dtype of statistics: most GPUs are slow in float64.
 """
@@ -10,7 +10,7 @@ from mbnorm import measures
 
 _MEASURED_WEIGHT = tl.constexpr(measures.MEASURED_WEIGHT)
 _EARLY = tl.constexpr(measures.EARLY)
-_MOST_IF_ALIKE = tl.constexpr(measures.MOST_IF_ALIKE)
+_MOST_IF_CORRELATED = tl.constexpr(measures.MOST_IF_CORRELATED)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def matched_history_weight(measured_ptr, matched_values, n, MEASURED: tl.constex
         known = tl.load(measured_ptr + 3) > 0
         ratio = tl.where(known, tl.maximum(tl.load(measured_ptr), 1.0), 1.0)
         noise = tl.minimum(tl.where(known, ratio / n, 1.0), 1.0)
-        inverse = noise * tl.minimum(ratio, _MOST_IF_ALIKE) * values
+        inverse = noise * tl.minimum(ratio, _MOST_IF_CORRELATED) * values
         least_error = noise / (noise + tl.maximum(tl.load(measured_ptr + 1), 0.0))
     else:
         inverse = values / n

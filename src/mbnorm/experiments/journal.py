@@ -21,7 +21,7 @@ SECONDS_BETWEEN_UPDATES = 0.5
 class Journal:
     """A line of JSON and an event for TensorBoard for each epoch, and curves of all.
 
-    Epochs that are repeated are told once.
+    Epochs that are repeated are reported once.
 
     Args:
         out: the folder of log.jsonl, curves.png and the events.

@@ -68,7 +68,7 @@ _BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 class Schedule(Protocol):
-    """What is told of every optimizer step."""
+    """What is called after every optimizer step."""
 
     def step(self) -> None:
         """Follow an optimizer step."""

@@ -688,7 +688,7 @@ class HistoryBatchNorm(_BatchNorm):
         )
 
     def has_past(self) -> bool:
-        """Whether there is a past that weighs something; asks the device until the answer is yes."""
+        """Whether the memory has statistics with a weight; asks the device until the answer is yes."""
         if torch.compiler.is_compiling():
             return True
         state = self.state

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class _Late:
     """A forward that has not entered the memory: its exchange, what it read, and how it would have entered.
 
-    ``past`` is what it read; it is None where the CPU's kernels, alike on all ranks, commit it. ``options``
-    are the buffers that the options say, as they were. ``seen`` is the state that it leads to, once someone
-    has looked at it.
+    ``past`` is what it read; it is None where the CPU's kernels, the same on all ranks, commit it.
+    ``options`` are the buffers that the options say, as they were. ``seen`` is the state that it leads to,
+    once someone has looked at it.
     """
 
     __slots__ = ("exchange", "momentum", "options", "past", "seen")
@@ -66,8 +66,9 @@ class Sharing:
     ``sync="late"``: forward t normalizes with :math:`\mathrm{blend}_a(m_r, v_r)`, a, M and V from
     :math:`\mathrm{read}(n_r)`: its own part of the batch and the memory of all ranks. It starts the
     all-reduce and goes on; what ``sync=True`` would commit from the same input is committed when the
-    layer's next training forward begins, before that reads. So the past is always whole and the present
-    always local, no rank waits for another, and the backward does not communicate. In between
+    layer's next training forward begins, before that reads. So past statistics are always those of all
+    ranks and the batch's those of one, no rank waits for another, and the backward does not
+    communicate. In between
 
     - the buffers are one batch behind; eval mode, ``state_dict``, copies and pickles have that batch,
       and waiting for it is all they do: no rank needs another for that, and nothing is written;
@@ -76,9 +77,9 @@ class Sharing:
     - loading and resetting the state drop it;
     - with momentum None or 1.0, where tools read the raw statistics of each batch, nothing is late.
 
-    Forwards in train mode and backwards must run on all ranks alike; an empty part takes part with
-    ``n_r = 0``. Where torch.distributed is not initialized, or one rank is all, a layer is one without
-    ``process_group``.
+    Forwards in train mode and backwards must run on all ranks in the same order; an empty part takes
+    part with ``n_r = 0``. Where torch.distributed is not initialized, or one rank is all, a layer
+    is one without ``process_group``.
     """
 
     def __init__(self, ranks: Ranks, sync: Sync) -> None:
@@ -151,7 +152,7 @@ class Sharing:
             return layer._plain_batch_norm(input)
         backend = choose(input, layer.backend)
         stores = layer.stores
-        # alike on all ranks, also where this one's part is empty: they must round alike
+        # on all ranks the same, also where this one's part is empty: all must round in the same way
         fused = backend == "cpu" and layer.fused_kernels(input, backend) is not None
         past = None
         local: tuple[Tensor, Tensor]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, MOST_IF_ALIKE, SEEDED
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, MOST_IF_CORRELATED, SEEDED
 from mbnorm.memories.memory import (
     InferenceUpdate,
     State,
@@ -93,7 +93,7 @@ class MeasuredAverage(Average):
         ratio, error, _, samples = state[4].unbind()
         ratio = torch.where(samples > 0, ratio.clamp_min(1.0), 1.0)
         noise = torch.where(samples > 0, ratio / max(n, 1), 1.0).clamp_max(1.0)
-        inverse = noise * ratio.clamp_max(MOST_IF_ALIKE) * self.matched_values
+        inverse = noise * ratio.clamp_max(MOST_IF_CORRELATED) * self.matched_values
         matched = ((inverse - 1) / (inverse + 1)).clamp_min(0.0)
         return torch.minimum(noise / (noise + error.clamp_min(0.0)), matched)
 
@@ -142,11 +142,11 @@ class MeasuredAverage(Average):
         return f"matched_values={self.matched_values}{measured}, early_weight={self.early_weight:g}"
 
     def read_numbers(self, n: int) -> list[float]:
-        """Return N, and whether to weigh by what was measured."""
+        """Return N, and whether the history weight follows what was measured."""
         return [float(self.matched_values), float(self.measured)]
 
     def weighs_past(self, state: State) -> bool:
-        """Return whether a batch of one value would be blended with the past, if there is one."""
+        """Return whether a batch of one value would be blended with past statistics, if there are any."""
         return self.matched_values > 1
 
     def batches_seen(self, state: State, batches: Tensor) -> Tensor:

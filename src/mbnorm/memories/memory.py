@@ -37,7 +37,7 @@ class InferenceUpdate(NamedTuple):
     Attributes:
         weight: of the new statistics.
         early: how many of the batches before them they weigh at least, which matters while these are few.
-        cumulative: each batch weighs as much as any before, whatever the rest says.
+        cumulative: each batch has the same weight as any before, whatever the rest says.
         blended: the statistics that normalized the batch, not the batch's own.
         unbiased: the variance is corrected for the number of values.
         pooled: the variance between old and new mean is added.
@@ -117,7 +117,7 @@ class Memory:
         raise NotImplementedError
 
     def weighs_past(self, state: State) -> bool:
-        """Return whether a batch of one value would be blended with the past, if there is one."""
+        """Return whether a batch of one value would be blended with past statistics, if there are any."""
         return True
 
     @property

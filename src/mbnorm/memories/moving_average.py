@@ -55,7 +55,7 @@ class Average(Memory):
         raise NotImplementedError
 
     def read(self, state: State, n: int) -> Past:
-        """Return the averages; they weigh nothing while they hold nothing."""
+        """Return the averages; their weight is 0 while they are empty."""
         mean, var, filled, *_ = state
         held = (filled > 0).to(mean.dtype)
         return Past(mean.clone(), var.clone(), 1 - self.weight_of_history(state, n) * held)
@@ -173,7 +173,7 @@ class MovingAverage(Average):
 
 
 class _Notice:
-    """The warning that Momentum layers have no weight on the past, shared by the layers of a model.
+    """The warning that Momentum layers have no history weight, shared by the layers of a model.
 
     Layers do not know their model: those that are made while no notice has been given share one.
     """

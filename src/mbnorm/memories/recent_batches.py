@@ -25,7 +25,7 @@ from mbnorm.values import has_values
 Inference: TypeAlias = Literal["memory", "ema"]
 
 AS_MANY_AS_THE_BATCH = -1.0
-"""Count of a seeded entry, as any below 0: it weighs as many values as whichever batch reads it."""
+"""Count of a seeded entry, as any below 0: it counts as many values as the batch that reads it."""
 
 
 class RecentBatches(Memory):
@@ -150,7 +150,7 @@ class RecentBatches(Memory):
         return [float(self.entries_read(n)), float(self.decay)]
 
     def weighs_past(self, state: State) -> bool:
-        """Return whether a batch of one value would be blended with the past, if there is one."""
+        """Return whether a batch of one value would be blended with past statistics, if there are any."""
         return self.entries_read(1) > 0
 
     def describe(self) -> str:

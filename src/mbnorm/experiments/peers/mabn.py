@@ -38,7 +38,7 @@ class MABN(nn.Module):
         batch_size: samples of a batch.
         simulated: samples of the batch whose statistics are wanted.
         eps: added to mean squares.
-        momentum: weight of the past in R.
+        momentum: weight of past batches in R.
 
     Source: Yan et al.: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization,
     ICLR 2020.

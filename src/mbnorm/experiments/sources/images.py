@@ -41,7 +41,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Skipping(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset in which the next image stands in for one that cannot be read; each is told and counted.
+    """A dataset in which the next image stands in for one that cannot be read; each is named and counted.
 
     Args:
         images: raises a ValueError for an image that cannot be read.
