@@ -1,7 +1,8 @@
-"""What fine-tuned nets are evaluated with, and what a longer memory gains in them."""
+"""What fine-tuned nets are evaluated with."""
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -23,63 +24,45 @@ from mbnorm.layers import MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNo
 MATCHED = (MatchedBatchNorm1d, MatchedBatchNorm2d, MatchedBatchNorm3d)
 
 
-class Norm(NamedTuple):
-    """What a net is fine-tuned with: batch norm, or Matched BN that matches so many values."""
-
-    method: Method
-    matched_values: int | None
-
-    def __str__(self) -> str:
-        return (
-            self.method if self.matched_values is None else f"{self.method}, {self.matched_values:,} values"
-        )
-
-
 class Variant(NamedTuple):
     """What a net is fine-tuned with, and what it is evaluated with."""
 
-    norm: Norm
+    method: Method
     statistics: str
 
     def __str__(self) -> str:
-        return f"{self.norm}: {self.statistics}"
+        return f"{self.method}: {self.statistics}"
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows of this variant."""
-        return where(rows, **self.norm._asdict(), statistics=self.statistics)
+        return where(rows, **self._asdict())
 
 
-BATCH, SHIPPED, LONGER = Norm("batch", None), Norm("matched", 128), Norm("matched", 1024)
-AS_CONVERTED = Variant(SHIPPED, "running")
+METHODS: tuple[Method, ...] = ("batch", "matched")
+AS_CONVERTED = Variant("matched", "running")
 VARIANTS = (
-    *(Variant(BATCH, statistics) for statistics in ("running", "exact")),
-    *(Variant(norm, kind) for norm in (SHIPPED, LONGER) for kind in ("running", "memory", "exact")),
+    *(Variant("batch", statistics) for statistics in ("running", "exact")),
+    *(Variant("matched", statistics) for statistics in ("running", "memory", "exact")),
 )
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     steps = [
-        Step(task, norm.method, rate, seed, task.lengths, norm.matched_values).without(
-            Variant(norm, "running").of(known)
-        )
-        for norm in (SHIPPED, BATCH, LONGER)
+        Step(task, method, rate, seed, task.lengths).without(Variant(method, "running").of(known))
         for seed in range(seeds)
         for task in TUNED_FINE
+        for method in METHODS
         for rate in task.rates
     ]
     steps = [step for step in steps if step.lengths]
-    for number, rows in enumerate(in_processes(_trained, steps), 1):
+    for number, rows in enumerate(in_processes(partial(trained, measure=_in_all_ways), steps), 1):
         for row in rows:
             tell(
-                f"{number} of {len(steps)}: {row['method']}, {row['matched_values']}, {row['statistics']}, "
+                f"{number} of {len(steps)}: {row['method']}, {row['statistics']}, "
                 f"{row['task']}, rate {row['rate']}, {row['steps']} steps, seed {row['seed']}: "
                 f"{score_of(row):.1f} %, {row['seconds']} s"
             )
             yield row
-
-
-def _trained(step: Step) -> list[Row]:
-    return [{"matched_values": step.matched_values} | row for row in trained(step, _in_all_ways)]
 
 
 def _in_all_ways(model: nn.Module, data: Data) -> list[Row]:
@@ -104,14 +87,9 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
     return [_table(task, rows) for task in TUNED_FINE]
 
 
-def _of_task(task: FineTuning, rows: Sequence[Row]) -> list[Variant]:
-    """Return the variants that are measured on a task."""
-    return [variant for variant in VARIANTS if variant.of(where(rows, task=task.name))]
-
-
 def _table(task: FineTuning, rows: Sequence[Row]) -> Table:
     lines, found = [], columns(task, rows)
-    for variant in _of_task(task, rows):
+    for variant in VARIANTS:
         cells = []
         for column in found:
             scores = _scores(column, variant)
@@ -119,21 +97,20 @@ def _table(task: FineTuning, rows: Sequence[Row]) -> Table:
             gain = paired_difference(scores, _scores(column, AS_CONVERTED))
             cells.append(mean if variant == AS_CONVERTED else f"{mean} [{difference_cell(gain, 1)}]")
         lines.append([str(variant), *cells])
-    return [f"{task.name}: {score_name(task)}, % [against running, 128 values]", *map(str, found)], lines
+    return [f"{task.name}: {score_name(task)}, % [against {AS_CONVERTED}]", *map(str, found)], lines
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for panel, task in zip(panels, TUNED_FINE, strict=True):
-        variants = _of_task(task, rows)
         for number, column in enumerate(columns(task, rows)):
-            for place, variant in enumerate(variants):
+            for place, variant in enumerate(VARIANTS):
                 scores = list(_scores(column, variant).values())
                 y, mean = place + 0.15 * (number - 1.5), estimate(scores, PERCENT)
                 if mean is not None:
                     panel.hlines(y, mean.low, mean.high, color=f"C{number}")
                 panel.plot(scores, [y] * len(scores), ".", color=f"C{number}")
             panel.plot([], [], ".", color=f"C{number}", label=str(column))
-        name_lines(panel, [str(variant) for variant in variants])
+        name_lines(panel, [str(variant) for variant in VARIANTS])
         panel.set_xlabel(f"{score_name(task)}, % (dots: seeds; lines: 95 % intervals)")
         panel.set_title(task.name)
 
@@ -148,7 +125,7 @@ CLAIM = Claim(
         "Score on test images after a fine-tuning, as in `fine-tuning`: "
         f"{'. '.join(described(task) for task in TUNED_FINE)}. Eval mode uses the running statistics, which "
         "with Matched BN average some 150 batches; or the statistics of the memory; or the exact ones of the "
-        "training images, as `recalibrate` sets them. 128 values are what `convert` sets. "
+        "training images, as `recalibrate` sets them. matched is what `convert` makes. "
         f"{NO_DIFFERENCE} A training whose loss is not finite has the score 0."
     ),
     rows=_rows,

@@ -20,7 +20,6 @@ from evidence.claim import Claim, Table, Tell, name_lines
 from evidence.lists import CONFIRMED_FINE, TUNED_FINE, FineTuning
 from evidence.pretrained import PRETRAINING, SIDE, check, data_of, pretrained, with_new_head
 from evidence.trained import score_of, where
-from mbnorm import convert
 from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, Estimate, estimate, paired_difference
 from mbnorm.experiments.methods import Method, schedule_for, set_method
@@ -34,18 +33,13 @@ METHODS: tuple[Method, ...] = (*HABITS, "renorm", *OURS)
 
 
 class Step(NamedTuple):
-    """A training that is measured after one or several numbers of steps.
-
-    Attributes:
-        matched_values: of Matched BN; None is what `convert` sets.
-    """
+    """A training that is measured after one or several numbers of steps."""
 
     task: FineTuning
     method: Method
     rate: float
     seed: int
     lengths: tuple[int, ...]
-    matched_values: int | None = None
 
     def without(self, rows: Sequence[Row]) -> "Step":
         """Return the same training, measured where no row is."""
@@ -107,10 +101,7 @@ def fine_tuned(model: nn.Module, step: Step, data: Data, measure: Measure = _as_
     """Train a net on, in place, and yield what it has come to after each length."""
     start = time.perf_counter()
     batch_size, last = step.task.batch_size, step.lengths[-1]
-    if step.matched_values is None:
-        set_method(model, step.method, batch_size, data.shape)
-    else:
-        convert(model, matched_values=step.matched_values)
+    set_method(model, step.method, batch_size, data.shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=step.rate, momentum=MOMENTUM, fused=True)
     schedule = schedule_for(step.method, model, last, batch_size)
     losses: list[Tensor] = []

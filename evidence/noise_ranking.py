@@ -140,8 +140,8 @@ CLAIM = Claim(
     measured=(
         f"Batches of 2, rate {RATE} for a batch of 64, fixed beforehand. `diagnose` looks with a loss and "
         f"{BATCHES} batches at a net that batch norm has trained for an epoch. In the untrained net half the "
-        "layers become Matched BN with its defaults, and the others stay batch norm. Scores are those of "
-        "held-out training images, and of the test images in the "
+        "layers become Matched BN, without centered filters, and the others stay batch norm. Scores are "
+        "those of held-out training images, and of the test images in the "
         f"confirming task, which was run once. Scenes learn for {TASKS[2].epochs} epochs, and Fashion-MNIST "
         f"{CONFIRMING.images} images for {CONFIRMING.epochs}. {NO_DIFFERENCE}"
     ),
