@@ -11,16 +11,17 @@ from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
 from evidence.lists import CIFAR10, MLP, Entrant, Task, data_of
 from evidence.noise_layers import NoisyBatchNorm, independent, replace_norms
-from evidence.trained import score_of, where
+from evidence.trained import DIVERGED, score_of, where
 from mbnorm import recalibrate
 from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, paired_difference
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.methods import in_random_order
 from mbnorm.experiments.training import fit, measured
 from mbnorm.experiments.workers import preparing
+from mbnorm.memories.measured_average import MeasuredAverage
 
 BATCH = 32
-MATCHED = 128
+MATCHED = MeasuredAverage().matched_values
 """The values whose noise Matched BN aims at; up to four times as many where they are correlated."""
 VALUES = (2, 4, 8, 16, 32, 128, 512, None)
 """Independent values whose noise is injected; None injects none."""
@@ -29,8 +30,6 @@ CNN = Task("CNN", "digits", "cnn", BATCH, 6)
 FEW = replace(CIFAR10, images=320, epochs=12, held_out=1000)
 TASKS = (MLP, CNN, FEW)
 RATE = 0.1
-DIVERGED = 1000.0
-"""A mean loss in the last epoch from which a training has diverged."""
 
 
 def trained(task: Task, values: int | None, seed: int) -> Row:

@@ -1,7 +1,7 @@
 """What a claim consists of, and the three files that it becomes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from benchmarks.rows import Row
-from mbnorm.experiments.estimates import INTERVAL, Bounds, Estimate, estimate
+from mbnorm.experiments.estimates import INTERVAL, PERCENT, Bounds, Estimate, estimate
 from mbnorm.experiments.markdown import table
 from mbnorm.experiments.plot import WIDTH
 
@@ -120,6 +120,16 @@ def _finished(panel: Axes) -> float:
         panel.set_title("")
     names = [label.get_text().count("\n") + 1 for label in panel.get_yticklabels()]
     return max(2.4, LINE * len(names) * max(names)) + LINE * math.ceil(len(labels) / columns) + 0.8
+
+
+def draw_seeds(panel: Axes, scores: Mapping[str, Sequence[float]], bounds: Bounds = PERCENT) -> None:
+    """Draw the scores of each line, a dot a seed on the interval of their mean, and name the lines."""
+    for place, values in enumerate(scores.values()):
+        found = estimate(values, bounds)
+        if found is not None:
+            panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
+            panel.plot(values, [place] * len(values), ".", color="C0")
+    name_lines(panel, list(scores))
 
 
 def name_lines(panel: Axes, names: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.rows import Row
 from evidence.arena import Step, trained
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
+from evidence.claim import Claim, Table, Tell, difference_cell, draw_seeds, mean_cell
 from evidence.lists import MLP, TUNED, Entrant, Task
 from evidence.trained import score_of, where
-from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
+from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, paired_difference
 from mbnorm.experiments.workers import in_processes
 from mbnorm.functional import KernelRun
 from mbnorm.measures import EARLY, MEASURED_WEIGHT
@@ -179,13 +179,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for task, panel in zip(TASKS, panels, strict=True):
-        for place, name in enumerate(FORMS):
-            scores = list(_scores(rows, name, task).values())
-            found = estimate(scores, PERCENT)
-            if found is not None:
-                panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
-                panel.plot(scores, [place] * len(scores), ".", color="C0")
-        name_lines(panel, list(FORMS))
+        draw_seeds(panel, {name: list(_scores(rows, name, task).values()) for name in FORMS})
         panel.set_xlabel(
             "score on held-out training images, % (dots: seeds; bars: 95 % interval of the mean)"
         )

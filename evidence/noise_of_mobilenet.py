@@ -20,6 +20,7 @@ from mbnorm import diagnose
 from mbnorm.experiments.dataset import Data
 from mbnorm.experiments.estimates import NOT_NEGATIVE, UNBOUNDED
 from mbnorm.experiments.sampling import one_epoch
+from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.noise import NoiseMeter
 from mbnorm.noise_cost import Normalizer, matched_part
 from mbnorm.observe import Observer, observe
@@ -28,7 +29,7 @@ TASK = TUNED_FINE[0]
 BATCHES = 100
 OTHER_BATCHES = 50
 """Of a choice of layers; the statistics are those of all."""
-VALUES = 128
+VALUES = MeasuredAverage().matched_values
 COUNTS = (5, 13, 26)
 BY_LOSS, BY_SIZE = "most added loss", "smallest effective sample size"
 SHOWN = 8

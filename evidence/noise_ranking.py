@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from torch.nn import functional as F
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
+from evidence.claim import Claim, Table, Tell, difference_cell, draw_seeds, mean_cell
 from evidence.lists import CONFIRMED, MLP, TUNED, Entrant, Task, data_of
 from evidence.trained import score_of, where
 from mbnorm import Diagnosis, convert, diagnose
 from mbnorm.experiments.dataset import Data
-from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, estimate, paired_difference
+from mbnorm.experiments.estimates import NO_DIFFERENCE, PERCENT, paired_difference
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.sampling import one_epoch
 from mbnorm.experiments.training import fit, measured
@@ -120,13 +120,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for task, panel in zip(TASKS, panels, strict=True):
-        for place, name in enumerate(NAMES):
-            scores = list(_scores(rows, task, name).values())
-            found = estimate(scores, PERCENT)
-            if found is not None:
-                panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
-                panel.plot(scores, [place] * len(scores), ".", color="C0")
-        name_lines(panel, NAMES)
+        draw_seeds(panel, {name: list(_scores(rows, task, name).values()) for name in NAMES})
         panel.set_xlabel("score, % (dots: seeds; bars: 95 % interval of the mean)")
         panel.set_title(task.name)
 

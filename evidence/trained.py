@@ -12,6 +12,8 @@ from mbnorm.experiments.estimates import NOT_NEGATIVE, PERCENT
 from mbnorm.experiments.grid import Run, Setting
 from mbnorm.experiments.training import train
 
+DIVERGED = 1000.0
+"""A mean loss in the last epoch from which a training has diverged; guessing has about 2.3."""
 TICKS = (0, 50, 80, 90, 95, 98)
 
 

@@ -7,28 +7,25 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from matplotlib.axes import Axes
 from torch import nn
 
 from benchmarks.rows import Row
-from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell, name_lines
+from evidence.claim import Claim, Table, Tell, difference_cell, draw_seeds, mean_cell
 from evidence.lists import CIFAR10, MLP, Entrant, Task, data_of
 from evidence.noise_layers import NoisyBatchNorm, SplitBatchNorm, replace_norms, size_of
-from evidence.trained import where
+from evidence.trained import DIVERGED, where
 from mbnorm import recalibrate
 from mbnorm.experiments.dataset import Data
-from mbnorm.experiments.estimates import NO_DIFFERENCE, NOT_NEGATIVE, PERCENT, estimate, paired_difference
+from mbnorm.experiments.estimates import NO_DIFFERENCE, NOT_NEGATIVE, PERCENT, paired_difference
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.methods import in_random_order
-from mbnorm.experiments.training import classes_of, eval_mode_loss, fit, measured
+from mbnorm.experiments.training import eval_mode_loss, fit, measured
 from mbnorm.experiments.workers import preparing
 
 SMALL, LARGE = 2, 32
 TASKS = (MLP, replace(CIFAR10, images=1000, epochs=5))
 RATE = 0.1
-DIVERGED = 1000.0
-"""A mean loss in the last epoch from which a training has diverged; guessing has about 2.3."""
 AT_TWO, AT_32 = "batch norm at 2", "batch norm at 32"
 SPLIT = "at 32, each 2 normalized by themselves"
 INJECTED = "at 32, injected noise of 2"
@@ -85,19 +82,14 @@ def trained(task: Task, name: str, seed: int) -> Row:
         row: Row = {"task": task.name, "name": name, "seed": seed, "status": "ok" if finite else "diverged"}
         if finite:
             recalibrate(model, in_random_order(data.train_inputs))
+            seen = data._replace(test_inputs=data.train_inputs, test_targets=data.train_targets)
             row |= {
                 "train_mode_loss": train_mode,
                 "loss": eval_mode_loss(model, data),
-                "train_accuracy": _train_accuracy(model, data),
+                "train_accuracy": measured(model, seen)["accuracy"],
                 **measured(model, data),
             }
     return row | {"seconds": round(time.perf_counter() - start, 1)}
-
-
-@torch.no_grad()
-def _train_accuracy(model: nn.Module, data: Data) -> float:
-    found = classes_of(model.eval(), data.train_inputs)
-    return 100 * (found == data.train_targets).float().mean().item()
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
@@ -144,13 +136,8 @@ def _table_of(rows: Sequence[Row], task: Task) -> Table:
 
 def _draw(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
     for task, panel in zip(TASKS, panels, strict=True):
-        for place, name in enumerate(NAMES):
-            losses = list(_of(rows, task, name, "train_mode_loss").values())
-            found = estimate(losses, NOT_NEGATIVE)
-            if found is not None:
-                panel.plot([found.low, found.high], [place, place], color="C0", linewidth=3, alpha=0.4)
-                panel.plot(losses, [place] * len(losses), ".", color="C0")
-        name_lines(panel, NAMES)
+        losses = {name: list(_of(rows, task, name, "train_mode_loss").values()) for name in NAMES}
+        draw_seeds(panel, losses, NOT_NEGATIVE)
         panel.set_xlabel("loss of the last epoch (dots: seeds; bars: 95 % interval of the mean)")
         panel.set_title(task.name)
 

@@ -148,7 +148,8 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
     assert mbnorm_says("train", "--help") == (
         1,
         "",
-        "mbnorm: compare, train and diagnose need no_such_package: pip install 'mbnorm[experiments]'\n",
+        "mbnorm: compare, train and diagnose need no_such_package: "
+        "pip install '.[experiments]' in a clone of mbnorm\n",
     )
 
 

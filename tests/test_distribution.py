@@ -170,5 +170,5 @@ def test_the_version_is_told_beside_torch_alone(beside_torch):
 def test_what_needs_an_extra_says_how_to_get_it(beside_torch):
     result = beside_torch("-m", "mbnorm", "compare")
     assert result.returncode == 1
-    assert result.stderr.endswith("pip install 'mbnorm[experiments]'\n")
+    assert result.stderr.endswith("pip install '.[experiments]' in a clone of mbnorm\n")
     assert result.stderr.count("\n") == 1

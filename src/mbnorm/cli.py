@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         commands = f"{', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
-        return _fail(f"{commands} need {', '.join(missing)}: pip install 'mbnorm[experiments]'", 1)
+        return _fail(
+            f"{commands} need {', '.join(missing)}: pip install '.[experiments]' in a clone of mbnorm", 1
+        )
     try:
         return _run(arguments)
     except KeyboardInterrupt:

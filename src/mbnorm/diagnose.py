@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.convert import IDEAL_BATCH_SIZE, without_batch_norm
 from mbnorm.diagnosis import ITSELF, Diagnosis, LayerDiagnosis, Recommendation, Verdict, number
+from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.noise_cost import BATCHES, Loss, NoiseCost, noise_costs
 from mbnorm.observe import Forward, observe
@@ -19,9 +20,6 @@ ENOUGH_VALUES = IDEAL_BATCH_SIZE
 
 VALUES_IF_CORRELATED = 128
 """How many it takes where values are correlated."""
-
-MATCHED_VALUES = 128
-"""The default of Matched BN, whose noise is compared."""
 
 
 def diagnose(
@@ -100,7 +98,11 @@ def diagnose(
     if not reached:
         most = max(meter.batches for meter in meters.values())
         raise ValueError(f"expected at least 2 batches to reach a batch norm, got {most}")
-    costs = None if loss is None else noise_costs(model, kept, meters, loss, MATCHED_VALUES, forward, device)
+    costs = (
+        None
+        if loss is None
+        else noise_costs(model, kept, meters, loss, MeasuredAverage().matched_values, forward, device)
+    )
     found = tuple(
         _diagnosis(layers[layer] or ITSELF, meter, costs and costs.of_each.get(layer))
         for layer, meter in reached.items()
