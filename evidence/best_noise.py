@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, mean_cell
-from evidence.lists import CIFAR10, MLP, Entrant, Task, data_of
+from evidence.lists import CIFAR10, CNN, MLP, Entrant, Task, data_of
 from evidence.noise_layers import NoisyBatchNorm, independent, replace_norms
 from evidence.trained import DIVERGED, score_of, where
 from mbnorm import recalibrate
@@ -26,7 +26,6 @@ MATCHED = MeasuredAverage().matched_values
 VALUES = (2, 4, 8, 16, 32, 128, 512, None)
 """Independent values whose noise is injected; None injects none."""
 NONE = "none"
-CNN = Task("CNN", "digits", "cnn", BATCH, 6)
 FEW = replace(CIFAR10, images=320, epochs=12, held_out=1000)
 TASKS = (MLP, CNN, FEW)
 RATE = 0.1

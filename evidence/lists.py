@@ -129,6 +129,9 @@ NUCLEI = Task(
     note="seen while the rule was found",
 )
 
+CNN = Task("CNN", "digits", "cnn", 32, 6)
+"""On no list: the noise of its layers is looked at."""
+
 TUNED: tuple[Task, ...] = (
     MLP,
     Task("MLP of two layers", "digits", "mlp", 2, 3),

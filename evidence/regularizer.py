@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, mean_cell
-from evidence.lists import MLP, Entrant, Task, data_of
+from evidence.lists import CNN, MLP, Entrant, Task, data_of
 from evidence.noise_layers import Size, draw_noise, replace_norms, size_of
 from evidence.trained import where
 from mbnorm import recalibrate
@@ -20,7 +20,7 @@ from mbnorm.experiments.estimates import UNBOUNDED
 from mbnorm.experiments.grid import Run
 from mbnorm.experiments.training import fit
 
-TASKS = (MLP,)
+TASKS = (MLP, CNN)
 RATE = 0.1
 TRAINING_BATCH = 32
 SIZES = (2, 4, 8, 16, 32, 64)
