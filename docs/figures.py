@@ -31,7 +31,7 @@ COLORS = {"batch": "#c62828", "matched": "#1769aa", "group": "#616161"}
 LABELS = {"batch": "batch norm", "matched": 'ours, "matched"', "group": "group norm"}
 SIZES = (2, 4, 8, 16, 32, 64)
 WEIGHTS = (1, 2, 4, 8, 16)
-DEFAULT_VALUES = MatchedBatchNorm1d(1).matched_values
+DEFAULT_SIZE = MatchedBatchNorm1d(1).matched_batch_size
 
 
 def noise() -> None:
@@ -98,13 +98,13 @@ def history_weight() -> None:
     schedule.set_ylabel("history weight λ")
     schedule.set_title("Momentum BN with the paper's schedule", fontsize="medium", loc="left")
     schedule.legend(frameon=False)
-    values = [2 ** (i / 8) for i in range(8 * 9 + 1)]
+    sizes = [2 ** (i / 8) for i in range(8 * 9 + 1)]
     for target in (32, 64, 128):
-        weights = [max(0.0, (target - n) / (target + n)) for n in values]
-        default = ", the default" if target == DEFAULT_VALUES else ""
-        matched.plot(values, weights, label=f"matched_values = {target}{default}")
+        weights = [max(0.0, (target - m) / (target + m)) for m in sizes]
+        default = ", the default" if target == DEFAULT_SIZE else ""
+        matched.plot(sizes, weights, label=f"matched_batch_size = {target}{default}")
     matched.set_xscale("log", base=2)
-    matched.set_xlabel("values per channel in the batch, n")
+    matched.set_xlabel("samples in the batch, m")
     matched.set_title("Matched BN with measured=False", fontsize="medium", loc="left")
     matched.set_ylim(top=1.5)
     matched.legend(frameon=False, loc="upper right")

@@ -21,8 +21,8 @@ from mbnorm.experiments.workers import preparing
 from mbnorm.memories.measured_average import MeasuredAverage
 
 BATCH = 32
-MATCHED = MeasuredAverage().matched_values
-"""The values whose noise Matched BN aims at; up to four times as many where they are correlated."""
+MATCHED = MeasuredAverage().matched_batch_size
+"""The samples whose noise Matched BN aims at; where there are maps they have more values."""
 VALUES = (2, 4, 8, 16, 32, 128, 512, None)
 """Independent values whose noise is injected; None injects none."""
 NONE = "none"

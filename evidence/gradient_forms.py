@@ -24,9 +24,8 @@ SHIPPED = "averaged, a quarter as long"
 VGG, SCENES = (next(task for task in TUNED if task.model == model) for model in ("vgg-small", "segment"))
 TASKS = (MLP, VGG, SCENES)
 RATE = 0.1
-OURS = Entrant(
-    "matched", None, (("gradient", "remembered"), ("center_filters", True), ("matched_values", 128))
-)
+OURS = Entrant("matched", None, (("gradient", "remembered"), ("center_filters", True), ("by_values", 128)))
+"""With the rule that the form was chosen for."""
 
 
 class Pass(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evidence.by_values import match_by_values
 from mbnorm import convert
 from mbnorm.centered import release
 from mbnorm.convert import Method as Converted
@@ -80,6 +81,7 @@ class Entrant:
         batch_size: where it is not the task's.
         options: of `mbnorm.convert`, where they are not the method's; pairs of name and value. With
             ``first_layers`` all filters are centered but those of layers on the net's own inputs.
+            ``by_values`` is the number of values that an earlier rule matches.
     """
 
     method: Method
@@ -113,7 +115,10 @@ class Entrant:
         first = feeders(model).raw if options.pop("first_layers", None) else set()
         weights = {layer: layer.weight.detach().clone() for layer in first}
         options |= {"center_filters": True} if first else {}
+        values = options.pop("by_values", None)
         convert(model, cast(Converted, method), batch_size=run.setting.batch_size, **options)
+        if values is not None:
+            match_by_values(model, values)
         for layer, weight in weights.items():
             release(layer)
             layer.weight.data.copy_(weight)

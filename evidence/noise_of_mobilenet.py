@@ -29,7 +29,7 @@ TASK = TUNED_FINE[0]
 BATCHES = 100
 OTHER_BATCHES = 50
 """Of a choice of layers; the statistics are those of all."""
-VALUES = MeasuredAverage().matched_values
+VALUES = MeasuredAverage().matched_batch_size
 COUNTS = (5, 13, 26)
 BY_LOSS, BY_SIZE = "most added loss", "smallest effective sample size"
 SHOWN = 8

@@ -126,7 +126,7 @@ def _convert(model: nn.Module, candidate: str, before: Diagnosis) -> None:
     elif method == "matched":
         convert(model, "matched")
     elif method == "plain":
-        convert(model, "matched", matched_values=int(number), measured=False)
+        convert(model, "matched", matched_batch_size=int(number), measured=False)
     elif method == "memorized":
         convert(model, "memorized", memory_size=int(number), inference="ema")
 
@@ -144,9 +144,13 @@ def _told(model: nn.Module, setting: Setting, seed: int) -> Diagnosis:
 
 
 def _in_short(found: Diagnosis) -> dict[str, Any]:
-    """Return the number of layers, and the matched_values of those to convert."""
-    matched = {layer.name: layer.matched_values for layer in found.layers if layer.matched_values}
-    return {"recommendation": found.recommendation, "layers": len(found.layers), "matched_values": matched}
+    """Return the number of layers, and the matched_batch_size of those to convert."""
+    matched = {layer.name: layer.matched_batch_size for layer in found.layers if layer.matched_batch_size}
+    return {
+        "recommendation": found.recommendation,
+        "layers": len(found.layers),
+        "matched_batch_size": matched,
+    }
 
 
 @torch.no_grad()
@@ -266,7 +270,7 @@ def in_words(rows: Sequence[Row], setting: Setting) -> str:
         choice, told = recommended(rows, setting, seed), _row(rows, setting, seed, UNTRAINED)
         name = str(choice)
         if choice.candidate == AS_TOLD:
-            layers = f"matched in {len(told['matched_values'])} of {told['layers']} layers"
+            layers = f"matched in {len(told['matched_batch_size'])} of {told['layers']} layers"
             name = layers + (", recalibrated" if choice.recalibrated else "")
         names.append(name)
     return _counted(names)

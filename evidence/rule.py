@@ -12,32 +12,44 @@ from mbnorm.gradient import Gradient
 REMEMBERED = (("gradient", "remembered"),)
 
 
-def matched(gradient: Gradient, values: int, *, centered: bool = False, per_image: bool = False) -> Entrant:
-    """Return Matched BN with options; it matches the noise of so many values."""
+def by_values(*, centered: bool) -> Entrant:
+    """Return Matched BN with the rule before this one, which matches 128 values."""
+    options = ("gradient", "remembered"), ("center_filters", centered), ("per_image", False)
+    return Entrant("matched", None, (*options, ("by_values", 128)))
+
+
+def matched(gradient: Gradient, size: int, *, centered: bool = False, per_image: bool = False) -> Entrant:
+    """Return Matched BN with options; it matches the noise of batches of so many."""
     options = ("gradient", gradient), ("center_filters", centered), ("per_image", per_image)
-    return Entrant("matched", None, (*options, ("matched_values", values)))
+    return Entrant("matched", None, (*options, ("matched_batch_size", size)))
 
 
 CHOSEN = matched("remembered", 128, centered=True)
 PER_IMAGE = matched("remembered", 128, centered=True, per_image=True)
 FIRST_LEFT = Entrant("matched", None, (("first_layers", "not in first layers"),))
 """As chosen, but for the filters of layers on the net's own inputs. In MLPs `convert(model)` does so."""
+DROP_IN = matched("remembered", 128)
 CHANGES = {
-    "128 values for 32, not centered": (matched("remembered", 128), matched("remembered", 32)),
-    "remembered for exact, 128, centered": (CHOSEN, matched("exact", 128, centered=True)),
-    "centered for not, 128": (CHOSEN, matched("remembered", 128)),
-    "first layers not centered": (FIRST_LEFT, CHOSEN),
+    "samples for values, centered": (CHOSEN, by_values(centered=True)),
+    "samples for values, not centered": (DROP_IN, by_values(centered=False)),
+    "centered for not": (CHOSEN, DROP_IN),
+    "remembered for exact, centered": (CHOSEN, matched("exact", 128, centered=True)),
     "each image too": (PER_IMAGE, CHOSEN),
+    "first layers not centered": (FIRST_LEFT, CHOSEN),
+    "128 for 64, centered": (CHOSEN, matched("remembered", 64, centered=True)),
+    "256 for 128, centered": (matched("remembered", 256, centered=True), CHOSEN),
 }
 """What a change adds: with it, and without."""
 CANDIDATES = (
-    matched("exact", 32),
-    matched("remembered", 32),
-    matched("remembered", 128),
-    matched("exact", 128, centered=True),
     CHOSEN,
-    FIRST_LEFT,
+    DROP_IN,
+    by_values(centered=True),
+    by_values(centered=False),
+    matched("exact", 128, centered=True),
     PER_IMAGE,
+    FIRST_LEFT,
+    matched("remembered", 64, centered=True),
+    matched("remembered", 256, centered=True),
     Entrant("momentum-constant", None, REMEMBERED),
     Entrant("memorized", None, REMEMBERED),
 )
@@ -78,7 +90,7 @@ CLAIM = Claim(
     title="Candidates for the rule",
     sentence=(
         "Candidates for the rule of Matched BN, beside other methods, on the data that choose it: remembered "
-        "gradient, centered filters, each image's own statistics, and how many values to match."
+        "gradient, centered filters, each image's own statistics, and which batch size to match."
     ),
     measured=MEASURED,
     rows=_rows,

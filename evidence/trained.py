@@ -42,7 +42,8 @@ def where(rows: Sequence[Row], **values: Any) -> list[Row]:
 def score_of(row: Row) -> float:
     """Return Dice where pixels have classes, else the accuracy; nothing where the loss was not finite."""
     # a net whose loss is not finite may be right by chance
-    return float(row["dice" if "dice" in row else "accuracy"]) if row["status"] == "ok" else 0.0
+    scored = "accuracy" if row.get("dice") is None else "dice"
+    return float(row[scored]) if row["status"] == "ok" else 0.0
 
 
 def accuracy_cell(rows: Sequence[Row]) -> str:

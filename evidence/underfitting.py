@@ -35,7 +35,7 @@ NAMES = (AT_TWO, SPLIT, WITH_ITSELF, INJECTED, AT_32, MATCHED)
 COMPARED = {AT_TWO: AT_32, SPLIT: AT_TWO, WITH_ITSELF: AT_TWO, INJECTED: AT_TWO, MATCHED: AT_32}
 """Each training, and the one it is compared with."""
 OURS = Entrant(
-    "matched", None, (("gradient", "remembered"), ("center_filters", False), ("matched_values", 128))
+    "matched", None, (("gradient", "remembered"), ("center_filters", False), ("matched_batch_size", 128))
 )
 
 

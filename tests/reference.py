@@ -176,8 +176,8 @@ class MomentumNorm(_Norm):
         """Start from known statistics."""
         self.M, self.V = mean.double(), var.double()
 
-    def weight_of_the_past(self, n: int) -> float:
-        """Return lambda for a batch of n values."""
+    def weight_of_the_past(self, n: int, m: int) -> float:
+        """Return lambda for a batch of m samples with n values per channel."""
         return self.history_weight
 
     def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
@@ -190,7 +190,7 @@ class MomentumNorm(_Norm):
     def __call__(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Return the output of a training forward, and store it."""
         n = x.numel() // x.shape[1]
-        lam = self.weight_of_the_past(n)
+        lam = self.weight_of_the_past(n, x.shape[0])
         M, V = self.M, self.V
         if M is None or V is None:
             lam, M, V = 0.0, self.running_mean, self.running_var
@@ -214,20 +214,23 @@ class MomentumNorm(_Norm):
 
 
 class MatchedNorm(MomentumNorm):
-    """Matched BN: a moving average whose weight follows from N, and from what is measured."""
+    """Matched BN: a moving average whose weight follows from N, and from what is measured.
+
+    N counts samples: the statistics shall be as accurate as those of so many.
+    """
 
     def __init__(
         self,
         channels: int,
         *,
-        matched_values: int = 128,
+        matched_batch_size: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
         super().__init__(channels, variance_rule="pooled", eps=eps, momentum=momentum)
-        self.matched_values = matched_values
+        self.matched_batch_size = matched_batch_size
         self.measured = measured
         self.early_weight = early_weight
         self.last: tuple[Tensor, int] | None = None  # m', n'
@@ -242,15 +245,15 @@ class MatchedNorm(MomentumNorm):
         self.e = 0.0
         self.seen = max(400, batches)
 
-    def weight_of_the_past(self, n: int) -> float:
-        """Return lambda for a batch of n values."""
-        N = self.matched_values
+    def weight_of_the_past(self, n: int, m: int) -> float:
+        """Return lambda for a batch of m samples with n values per channel."""
+        N = self.matched_batch_size
         if not self.measured:
-            return max(0.0, (N - n) / (N + n))
-        r = max(self.r, 1.0) if self.samples > 0 else 1.0
-        worth = max(n / r, 1.0) if self.samples > 0 else 1.0
-        noise, wanted = 1 / worth, N * min(r, 4.0)
-        return min(noise / (noise + max(self.e, 0.0)), max(0.0, (wanted - worth) / (wanted + worth)))
+            return max(0.0, (N - m) / (N + m))
+        n_eff = max(n / max(self.r, 1.0), 1.0) if self.samples > 0 else 1.0
+        worth = min(m, n_eff)
+        kalman = (1 / n_eff) / (1 / n_eff + max(self.e, 0.0))
+        return min(kalman, max(0.0, (N - worth) / (N + worth)))
 
     def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
         """Take a batch into r and e."""

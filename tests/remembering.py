@@ -64,9 +64,9 @@ class Held(NamedTuple):
         state, averages = (tuple(t.clone() for t in part) for part in self[1:])
         return Held(self.memory, state, InferenceAverages(*averages))
 
-    def arguments(self, update, n):
+    def arguments(self, update, n, m):
         """What the operators take of it: lists of tensors, and lists of numbers."""
-        numbers = self.memory.read_numbers(n), [float(number) for number in update]
+        numbers = self.memory.read_numbers(n, m), [float(number) for number in update]
         return list(self.state), list(self.averages), *numbers
 
 
@@ -104,14 +104,14 @@ def assert_same(got, wanted):
 def fused(kernels, x, parameters, held, update, *, store=True):
     operator = getattr(kernels, f"forward_with_{held.memory.kernels}")
     rules = held.memory.variance_rule == "pooled", EPS, store
-    y, record = operator(x, *parameters, *held.arguments(update, x.numel() // x.shape[1]), *rules)
+    y, record = operator(x, *parameters, *held.arguments(update, x.numel() // x.shape[1], len(x)), *rules)
     return y, as_matrix(record)
 
 
 def step_by_step(kernels, x, parameters, held, update):
     memory, state, averages = held
     n = x.numel() // x.shape[1]
-    past = memory.read(state, n)
+    past = memory.read(state, n, len(x))
     a = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
     y, record = kernels.forward(x, *parameters, past.mean, past.var, a, memory.variance_rule, EPS)
     commit(memory, state, averages, tuple(record[:2]), tuple(record[2:4]), n, update)

@@ -19,8 +19,8 @@ from mbnorm import (
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=layout_id)
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
-    "matched": lambda: MatchedBatchNorm2d(3, matched_values=4096, measured=False, early_weight=0),
-    "measured": lambda: MatchedBatchNorm2d(3, matched_values=4096, early_weight=0),
+    "matched": lambda: MatchedBatchNorm2d(3, matched_batch_size=4096, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm2d(3, matched_batch_size=4096, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=5),
 }
 on_every_method = pytest.mark.parametrize("method", LAYERS)

@@ -8,11 +8,13 @@ import torch
 
 from evidence import arena, batches_of_128, confirmed, gradient_forms, lists, real_data, rule
 from evidence.arena import CHOOSING_SEED, Known, Step, next_steps, tables_of, trained, verdict
+from evidence.by_values import ByValues, match_by_values
 from evidence.claim import as_markdown, draw, mean_cell
 from evidence.lists import CONFIRMED, EDGES, RATES, TUNED, Entrant, Task, data_of
-from mbnorm import MatchedBatchNorm2d
+from mbnorm import MatchedBatchNorm1d, MatchedBatchNorm2d
 from mbnorm.experiments.data import load
 from mbnorm.experiments.estimates import PERCENT
+from mbnorm.experiments.grid import Run
 from mbnorm.experiments.records import read
 
 TASK = Task("digits", "digits", "mlp", 8, 1, images=64, held_out=32)
@@ -292,8 +294,8 @@ def test_what_is_not_measured_yet_is_not_shown():
 
 
 def test_labels_name_what_is_switched_on():
-    options = ("gradient", "exact"), ("center_filters", True), ("per_image", False), ("matched_values", 8)
-    assert Entrant("matched", 4, options).label == "matched exact center_filters matched_values=8 at 4"
+    options = ("gradient", "exact"), ("center_filters", True), ("per_image", False), ("matched_batch_size", 8)
+    assert Entrant("matched", 4, options).label == "matched exact center_filters matched_batch_size=8 at 4"
 
 
 def test_the_changes_of_a_rule_are_shown():
@@ -305,7 +307,8 @@ def test_the_changes_of_a_rule_are_shown():
     ]
     (headings, lines), *_ = rule.CLAIM.tables(rows)
     assert headings[1] == rule.TUNED[0].name
-    assert lines[-1] == ["each image too", "+10.0 ± 0.0", *["-"] * (len(rule.TUNED) - 1)]
+    expected = ["each image too", "+10.0 ± 0.0", *["-"] * (len(rule.TUNED) - 1)]
+    assert lines[list(rule.CHANGES).index("each image too")] == expected
 
 
 def test_the_real_data_are_shown_and_drawn(tmp_path):
@@ -365,7 +368,7 @@ def test_what_an_earlier_rule_was_tried_on_counts_as_tuned():
 
 
 def test_the_shipped_way_to_remember_is_the_layers_own():
-    own, swapped = (MatchedBatchNorm2d(4, gradient="remembered", matched_values=512) for _ in range(2))
+    own, swapped = (MatchedBatchNorm2d(4, gradient="remembered", matched_batch_size=512) for _ in range(2))
     draws = torch.Generator().manual_seed(0)
     for _ in range(4):
         x, dy = torch.randn(2, 2, 4, 3, 3, generator=draws)
@@ -379,7 +382,7 @@ def test_the_shipped_way_to_remember_is_the_layers_own():
 
 @pytest.mark.parametrize("name", gradient_forms.FORMS)
 def test_every_way_to_remember_trains(name):
-    layer = MatchedBatchNorm2d(4, gradient="remembered", matched_values=512)
+    layer = MatchedBatchNorm2d(4, gradient="remembered", matched_batch_size=512)
     draws = torch.Generator().manual_seed(0)
     with gradient_forms.remembering(gradient_forms.FORMS[name]):
         for _ in range(3):
@@ -404,3 +407,21 @@ def test_ways_to_remember_are_shown_and_drawn(tmp_path):
     assert text.split("\n\n")[1].startswith("Mean score over the tasks: averaged, four times as long")
     draw(gradient_forms.CLAIM, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ratio", "wanted", "worth"), [(1e9, 256, 1), (2.0, 128, 4), (0.0, 64, 8)])
+def test_an_earlier_rule_matches_values(ratio, wanted, worth):
+    layer = MatchedBatchNorm2d(4)
+    match_by_values(layer, 64)
+    layer.memory_measured.copy_(torch.tensor([ratio, 0.0, 8.0, 9.0]))
+    weight = float(layer.memory.weight_of_history(layer.state, 8, 2))
+    assert weight == pytest.approx((wanted - worth) / (wanted + worth))
+
+
+def test_an_entrant_may_have_the_earlier_rule():
+    task = lists.MLP
+    run = Run("matched", task.setting(0.1, 2), 0)
+    model = rule.by_values(centered=False).net(run, lists.data_of(task, "report"))
+    memories = [m.memory for m in model.modules() if isinstance(m, MatchedBatchNorm1d)]
+    assert memories
+    assert all(isinstance(memory, ByValues) for memory in memories)

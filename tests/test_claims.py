@@ -222,7 +222,7 @@ SMALLEST = Setting("mlp", 4, "shuffled", 0.0125, 1)
 
 def recommendation_rows(told, **accuracy):
     """Rows of SMALLEST: [as trained, recalibrated] of each half by candidate, 90 % where nothing is said."""
-    told = {"recommendation": told, "layers": 2, "matched_values": {"1": 40, "4": 20}}
+    told = {"recommendation": told, "layers": 2, "matched_batch_size": {"1": 40, "4": 20}}
     rows = []
     for seed in (0, 1):
         common = {**asdict(SMALLEST), "seed": seed}
@@ -268,7 +268,7 @@ def test_recommendations_are_measured_and_shown_and_known_ones_are_not_measured_
     rows = list(claim.rows(1, told.append, []))
     assert [row["candidate"] for row in rows] == ["untrained", "as told", *recommendation.SWEEP]
     assert rows[0]["recommendation"] == "matched"
-    assert rows[0]["matched_values"].keys() == {"2", "5"}
+    assert rows[0]["matched_batch_size"].keys() == {"2", "5"}
     assert len(told) == len(recommendation.SWEEP) + 1
     assert all(0 <= half <= 100 for row in rows[1:] for halves in row["accuracy"] for half in halves)
     (again,) = claim.rows(1, told.append, rows[:-1])

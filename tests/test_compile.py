@@ -184,8 +184,8 @@ def test_inductor_computes_what_eager_mode_does(method):
 CHEAP_TO_READ = {
     "averaged": lambda: MomentumBatchNorm1d(3, history_weight=0.75),
     "pooled": lambda: MomentumBatchNorm1d(3, history_weight=0.75, variance_rule="pooled"),
-    "matched": lambda: MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0),
-    "measured": lambda: MatchedBatchNorm1d(3, matched_values=64, early_weight=0),
+    "matched": lambda: MatchedBatchNorm1d(3, matched_batch_size=64, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm1d(3, matched_batch_size=64, early_weight=0),
     "memory of 2": lambda: MemorizedBatchNorm1d(3, memory_size=2),
     "memory of 4, decaying": lambda: MemorizedBatchNorm1d(3, memory_size=4, decay=0.9),
 }

@@ -190,7 +190,7 @@ def test_a_seeded_memory_is_full_of_the_running_statistics():
     layer = nn.BatchNorm1d(3)
     layer(torch.randn(8, 3))
     convert(layer, "memorized", memory_size=5)
-    past = layer.read(2)
+    past = layer.read(2, 2)
     torch.testing.assert_close(past.mean, layer.running_mean)
     assert past.batch_weight.item() == pytest.approx(1 / 5)
 
@@ -199,7 +199,7 @@ def test_a_seeded_memory_is_full_of_the_running_statistics():
 def test_an_untrained_norm_starts_empty(method):
     layer = nn.BatchNorm1d(3)
     convert(layer, method)
-    assert layer.read(2).batch_weight == 1
+    assert layer.read(2, 2).batch_weight == 1
 
 
 @pytest.mark.parametrize(("m", "size"), [(1, 128), (2, 64), (3, 43), (128, 1), (500, 1)])
@@ -227,7 +227,7 @@ def test_momentum_follows_the_batch_size(m, weight):
 def test_matched_is_the_default_and_needs_nothing(method):
     layer = nn.BatchNorm1d(3)
     convert(layer, *method)
-    assert (layer.matched_values, layer.measured, layer.gradient) == (128, True, "remembered")
+    assert (layer.matched_batch_size, layer.measured, layer.gradient) == (128, True, "remembered")
     assert (layer.early_weight, layer.momentum) == (8, 0.1)
 
 
@@ -382,7 +382,7 @@ def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
         ({"method": "group"}, ValueError, r"one of \('matched', 'momentum', 'memorized'\), got 'group'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
-        ({"method": "memorized", "matched_values": 3}, TypeError, "no option 'matched_values'"),
+        ({"method": "memorized", "matched_batch_size": 3}, TypeError, "no option 'matched_batch_size'"),
         (
             {"method": "memorized", "momentum": 0.05},
             TypeError,
@@ -407,7 +407,7 @@ def test_stock_checkpoints_load_strictly_into_a_converted_model(method):
     convert(model, method, center_filters=False)
     model.load_state_dict(stock.state_dict(), strict=True)
     assert torch.equal(model.eval()(images()), stock.eval()(images()))
-    torch.testing.assert_close(model[0].norm.read(8).mean, stock[0].norm.running_mean)
+    torch.testing.assert_close(model[0].norm.read(8, 8).mean, stock[0].norm.running_mean)
 
 
 @on_every_method
@@ -445,7 +445,7 @@ def test_orders_in_the_momentum_are_kept_and_other_values_come_back():
         (("momentum", {"batch_size": 2}), ("momentum", {"batch_size": 2}), True),
         (("momentum", {"batch_size": 2}), ("matched", {}), False),
         (("matched", {}), ("matched", {}), True),
-        (("matched", {}), ("matched", {"matched_values": 64}), False),
+        (("matched", {}), ("matched", {"matched_batch_size": 64}), False),
         (("matched", {}), ("matched", {"measured": False}), False),
         (("matched", {}), ("momentum", {"batch_size": 2}), False),
     ],

@@ -22,7 +22,7 @@ def arguments_after_parameters(variance_rule="pooled", store=False):
     memory = with_rule(KINDS["average"], variance_rule)
     ours = held(memory, torch.float64)
     memory.seed(ours.state, *seeds(SHAPE[1], torch.float64))
-    return *ours.arguments(InferenceUpdate(0.1), VALUES), variance_rule == "pooled", EPS, store
+    return *ours.arguments(InferenceUpdate(0.1), VALUES, SHAPE[0]), variance_rule == "pooled", EPS, store
 
 
 def forward(x, weight, bias, variance_rule="pooled"):

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missin
 
 def commit(held, sums, update):
     operator = getattr(cpu, f"commit_to_{held.memory.kernels}")
-    n = int(sums[-2])
-    operator(sums, *held.arguments(update, n), held.memory.variance_rule == "pooled")
+    n, m = int(sums[-2]), int(sums[-1])
+    operator(sums, *held.arguments(update, n, m), held.memory.variance_rule == "pooled")
 
 
 @in_both_precisions
@@ -124,7 +124,7 @@ def test_states_that_do_not_fit_are_refused():
 
 def test_an_average_of_other_tensors_is_refused():
     ours, x = held(KINDS["measured"], torch.float32), make_input(SHAPE, torch.float32)
-    message = "an average of 4 tensors and no numbers, or of 5 and 2, got 4 and 2"
+    message = "an average of 4 tensors and no numbers, or of 5 and 3, got 4 and 3"
     with pytest.raises(RuntimeError, match=message):
         fused(x, (None, None), ours._replace(state=ours.state[:4]), UPDATE)
 
@@ -134,7 +134,7 @@ def test_an_input_without_values_is_refused():
     for shape in ((4, 0, 3), (0, 11, 3)):
         with pytest.raises(RuntimeError, match="expected an input with values"):
             cpu.forward_with_average(
-                torch.empty(shape), None, None, *ours.arguments(UPDATE, 1), False, EPS, True
+                torch.empty(shape), None, None, *ours.arguments(UPDATE, 1, 1), False, EPS, True
             )
 
 
@@ -143,7 +143,7 @@ def test_an_input_without_values_is_refused():
 def test_the_operators_are_well_formed(name, dtype):
     x, parameters = make_input(SHAPE, dtype), make_parameters(SHAPE[1], dtype)
     ours, operators = held(KINDS[name], dtype), torch.ops.mbnorm_cpu
-    arguments = ours.arguments(InferenceUpdate(0.1, 2.0), 18)
+    arguments = ours.arguments(InferenceUpdate(0.1, 2.0), 18, 2)
     kind = ours.memory.kernels
     forward = getattr(operators, f"forward_with_{kind}").default
     opcheck(forward, (x, *parameters, *arguments, True, EPS, True))

@@ -102,7 +102,7 @@ def test_drift_is_called_by_its_name_and_shuffling_is_the_ideal(persistence):
 def test_samples_that_are_alike_are_to_be_given_the_noise_of_128_values():
     field = GaussianField(CHANNELS, (4, 4), batch_offset=0.3)
     found = measured(field, 4)
-    assert found.matched_values == pytest.approx(128 * 64 / field.effective_values(4), rel=4 * SPREAD)
+    assert found.matched_batch_size == pytest.approx(128 * 4 / field.effective_values(4), rel=4 * SPREAD)
 
 
 def test_shuffled_samples_are_not_called_alike():
@@ -227,7 +227,7 @@ def test_a_stale_frozen_layer_is_to_be_thawed_before_recalibrate_reaches_it():
 
 
 GAINS = {
-    "matched": ("matched", {"matched_values": 128, "measured": False}, 64.0),
+    "matched": ("matched", {"matched_batch_size": 128, "measured": False}, 64.0),
     "lambda": ("momentum", {"history_weight": 0.75}, 7.0),
     "memory": ("memorized", {"memory_size": 16}, 16.0),
     "decaying": ("memorized", {"memory_size": 3, "decay": 0.5}, 1.75**2 / (1 + 0.25 + 0.0625)),
@@ -245,11 +245,11 @@ def test_layers_with_a_memory_use_more_values_than_the_batch_has(method, options
 
 @pytest.mark.parametrize(("wanted", "verdict"), [(128, "fine"), (12, "noisy")])
 @pytest.mark.parametrize("pixels_alike", [False, True])
-def test_a_layer_that_measures_uses_the_values_it_is_to_match(pixels_alike, wanted, verdict):
-    # 8 values that are worth 8; or 2, so that four times as many are matched
+def test_a_layer_that_measures_uses_the_samples_it_is_to_match(pixels_alike, wanted, verdict):
+    # samples that are worth one value each, or four
     field = GaussianField(CHANNELS, (2, 2), image_offset=1.0 if pixels_alike else 0.0)
     layer = layer_for(field)
-    convert(layer, "matched", matched_values=wanted // 4 if pixels_alike else wanted)
+    convert(layer, "matched", matched_batch_size=wanted if pixels_alike else wanted // 4)
     for x in field.batches(2, 300, 1):
         layer(x)
     found = only(layer, field.batches(2, BATCHES, 0))
@@ -263,8 +263,7 @@ VERDICTS = {
     "few effective values": (
         GaussianField(CHANNELS, (4, 4), image_offset=1.0),
         8,
-        # 128 values that are worth 8, 16 times less
-        ("noisy", "matched", 128 * 16),
+        ("noisy", "matched", 128),
     ),
 }
 
@@ -273,7 +272,7 @@ VERDICTS = {
 def test_verdicts(field, m, expected):
     found = measured(field, m)
     values = expected[2] and pytest.approx(expected[2], rel=4 * SPREAD)
-    assert (found.verdict, found.recommendation, found.matched_values) == (*expected[:2], values)
+    assert (found.verdict, found.recommendation, found.matched_batch_size) == (*expected[:2], values)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +315,7 @@ def test_what_is_recommended_has_the_noise_of_32_values_or_of_128_where_they_are
 
 def test_a_layer_whose_worth_has_halved_since_is_told_again():
     layer = layer_for(VERDICTS["few values"][0])
-    convert(layer, "matched", matched_values=12, measured=False)
+    convert(layer, "matched", matched_batch_size=12, measured=False)
     assert only(layer, GaussianField(CHANNELS).batches(4, BATCHES, 0)).verdict == "noisy"
 
 
@@ -325,7 +324,7 @@ def test_only_the_layers_that_need_it_are_converted():
     found = diagnose(model, GaussianField(CHANNELS, (8, 8)).batches(2, BATCHES, 0))
     assert list(found.convert(model).converted) == ["3"]
     assert [type(model[i]) for i in (0, 3)] == [nn.BatchNorm2d, MatchedBatchNorm1d]
-    assert model[3].matched_values == found.layers[1].matched_values
+    assert model[3].matched_batch_size == found.layers[1].matched_batch_size
 
 
 def test_what_cannot_be_converted_is_told():

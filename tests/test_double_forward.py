@@ -25,7 +25,7 @@ from mbnorm import (
 
 
 def matched(measured, early_weight):
-    options = {"matched_values": 64, "measured": measured, "early_weight": early_weight}
+    options = {"matched_batch_size": 64, "measured": measured, "early_weight": early_weight}
     # the reference has the exact gradient; test_gradient.py has the other
     layer = functools.partial(MatchedBatchNorm1d, gradient="exact")
     return layer, reference.MatchedNorm, options

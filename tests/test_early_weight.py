@@ -19,7 +19,9 @@ def batch(seed=0):
 
 
 def matched(**options):
-    return MatchedBatchNorm1d(3, dtype=torch.float64, **{"matched_values": 64, "measured": False, **options})
+    return MatchedBatchNorm1d(
+        3, dtype=torch.float64, **{"matched_batch_size": 64, "measured": False, **options}
+    )
 
 
 def weight_of(layer, x):

@@ -355,7 +355,7 @@ def test_what_other_ema_codes_leave_in_the_memory_can_train_on(method, update):
     for x in batches(12):
         train(model, [x], lr=0.001)
         update(average, model, 0.9)
-    past = average.bn1.read(100)
+    past = average.bn1.read(100, 100)
     weight = torch.as_tensor(past.batch_weight)
     assert 0 < weight <= 1
     assert past.var.min() > 0
@@ -373,7 +373,7 @@ def test_averaged_models_train_on_from_where_they_evaluate(method, average):
         for x in batches(6):
             train(model, [x], lr=0.001)
             averaged.update_parameters(model)
-    past = averaged.module.bn1.read(1000)
+    past = averaged.module.bn1.read(1000, 1000)
     spread = averaged.module.bn1.running_var.sqrt()
     assert ((past.mean - averaged.module.bn1.running_mean).abs() < spread).all()
     assert all(torch.isfinite(averaged(x)).all() for x in batches(6))
@@ -388,7 +388,7 @@ def test_an_average_of_seeded_and_real_entries_has_no_negative_weight():
     for x in batches(2):
         model(x)
         averaged.update_parameters(model)
-    past = averaged.module.bn1.read(100)
+    past = averaged.module.bn1.read(100, 100)
     assert 0 < past.batch_weight < 1
     assert past.var.min() > 0
 

@@ -15,7 +15,7 @@ from mbnorm import DoubleForward, MatchedBatchNorm2d, MomentumBatchNorm2d, conve
 from mbnorm.functional import choose
 
 KINDS = {
-    "matched": ("Matched", {"matched_values": 1024}),
+    "matched": ("Matched", {"matched_batch_size": 1024}),
     "momentum": ("Momentum", {"history_weight": 0.75}),
     "pooled": ("Momentum", {"history_weight": 0.75, "variance_rule": "pooled"}),
     "memorized": ("Memorized", {"memory_size": 3}),
@@ -39,7 +39,7 @@ def batch(step, rank=4, dtype=torch.float32, m=2):
 
 def past_of(layer, x):
     n = x.numel() // x.shape[1]
-    mean, var, weight = layer.memory.read(layer.state, n)
+    mean, var, weight = layer.memory.read(layer.state, n, len(x))
     return mean.clone(), var.clone(), torch.as_tensor(weight).clone()
 
 

@@ -21,9 +21,9 @@ from mbnorm.backends import triton
 
 METHODS = {
     "momentum": (MomentumBatchNorm2d, {"history_weight": 0.5}),
-    "matched": (MatchedBatchNorm2d, {"matched_values": 128, "measured": False, "early_weight": 0.0}),
-    "matched, early": (MatchedBatchNorm2d, {"matched_values": 128, "measured": False}),
-    "measured": (MatchedBatchNorm2d, {"matched_values": 128, "early_weight": 0.0}),
+    "matched": (MatchedBatchNorm2d, {"matched_batch_size": 128, "measured": False, "early_weight": 0.0}),
+    "matched, early": (MatchedBatchNorm2d, {"matched_batch_size": 128, "measured": False}),
+    "measured": (MatchedBatchNorm2d, {"matched_batch_size": 128, "early_weight": 0.0}),
     "memorized": (MemorizedBatchNorm2d, {"memory_size": 4}),
     "memorized, ema": (MemorizedBatchNorm2d, {"memory_size": 4, "memory_values": 32}),
 }

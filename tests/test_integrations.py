@@ -47,7 +47,7 @@ PLANS = json.loads("""{
     "momentum": {"norm_op": "mbnorm.MomentumBatchNorm3d", "norm_op_kwargs":
         {"eps": 1e-05, "affine": true, "history_weight": 0.9}},
     "matched": {"norm_op": "mbnorm.MatchedBatchNorm3d", "norm_op_kwargs":
-        {"eps": 1e-05, "affine": true, "matched_values": 128, "measured": true, "early_weight": 8}},
+        {"eps": 1e-05, "affine": true, "matched_batch_size": 128, "measured": true, "early_weight": 8}},
     "memorized": {"norm_op": "mbnorm.MemorizedBatchNorm2d", "norm_op_kwargs":
         {"eps": 1e-05, "affine": true, "memory_size": 64}}
 }""")

@@ -145,7 +145,7 @@ def test_a_hook_with_nothing_to_do_is_refused():
     ("config", "kind"),
     [
         ({"type": "MatchedBN"}, MatchedBatchNorm2d),
-        ({"type": "MatchedBN2d", "matched_values": 128}, MatchedBatchNorm2d),
+        ({"type": "MatchedBN2d", "matched_batch_size": 128}, MatchedBatchNorm2d),
         ({"type": "MomentumBN", "history_weight": 0.9}, MomentumBatchNorm2d),
         ({"type": "MomentumBN2d", "history_weight": 0.9}, MomentumBatchNorm2d),
         ({"type": "MemorizedBN1d", "memory_size": 64}, MemorizedBatchNorm1d),

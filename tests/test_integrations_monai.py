@@ -104,7 +104,7 @@ def test_the_factory_gives_the_layer_of_the_dimension(norm, dim):
     assert type(layer).__name__ == KINDS[name_of(norm)].__name__.replace("3d", f"{dim}d")
     assert layer.num_features == 5
     if norm == "matched":
-        assert (layer.matched_values, layer.measured, layer.early_weight) == (128, True, 8)
+        assert (layer.matched_batch_size, layer.measured, layer.early_weight) == (128, True, 8)
     elif name_of(norm) == "memorized":
         assert layer.memory_size == 16
     else:

@@ -23,8 +23,8 @@ from mbnorm import (
 
 METHODS = {
     "momentum": ("Momentum", {"history_weight": 0.75}),
-    "plain-rule": ("Matched", {"matched_values": 64, "measured": False, "early_weight": 0.0}),
-    "matched": ("Matched", {"matched_values": 64}),
+    "plain-rule": ("Matched", {"matched_batch_size": 64, "measured": False, "early_weight": 0.0}),
+    "matched": ("Matched", {"matched_batch_size": 64}),
     "memorized": ("Memorized", {"memory_size": 4}),
     "memorized-ema": ("Memorized", {"memory_size": 4, "inference": "ema"}),
 }
@@ -561,7 +561,7 @@ def test_a_trained_stock_checkpoint_loads_strictly_and_seeds_the_memory(method, 
     layer.load_state_dict(stock.state_dict(), strict=True, assign=assign)
     x = make_input(shape_of(4, m=2), torch.float64, seed=99)
     assert torch.equal(layer.eval()(x), stock.eval()(x))
-    past = layer.read(8)
+    past = layer.read(8, 8)
     torch.testing.assert_close(past.mean, stock.running_mean)
     torch.testing.assert_close(past.var, stock.running_var)
     assert past.batch_weight < 1
@@ -573,13 +573,13 @@ def test_an_untrained_stock_checkpoint_leaves_the_memory_empty(method):
     layer = build(method)
     layer(make_input(shape_of(4), torch.float32))
     layer.load_state_dict(nn.BatchNorm2d(3).state_dict())
-    assert layer.read(8).batch_weight == 1
+    assert layer.read(8, 8).batch_weight == 1
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("matched", {"eps": np.float32(1e-3), "matched_values": np.int64(64)}),
+        ("matched", {"eps": np.float32(1e-3), "matched_batch_size": np.int64(64)}),
         ("memorized", {"decay": np.float64(0.5), "memory_values": np.int64(64), "memory_size": np.int64(4)}),
     ],
 )
@@ -687,9 +687,11 @@ def test_the_memorys_cost_is_shown():
 @pytest.mark.contract("A8")
 def test_the_method_is_shown():
     assert "history_weight=0.75, variance_rule=averaged" in repr(MomentumBatchNorm2d(3, history_weight=0.75))
-    assert "matched_values=128, early_weight=8, gradient=remembered, backend" in repr(MatchedBatchNorm2d(3))
-    assert "matched_values=64, measured=False, early_weight=0" in repr(
-        MatchedBatchNorm2d(3, matched_values=64, measured=False, early_weight=0)
+    assert "matched_batch_size=128, early_weight=8, gradient=remembered, backend" in repr(
+        MatchedBatchNorm2d(3)
+    )
+    assert "matched_batch_size=64, measured=False, early_weight=0" in repr(
+        MatchedBatchNorm2d(3, matched_batch_size=64, measured=False, early_weight=0)
     )
     assert "history_weight=0 (plain batch norm without a weight or schedule)" in repr(MomentumBatchNorm2d(3))
     assert "memory_values=128, decay=1.0, variance_rule=pooled, inference=ema" in repr(
@@ -702,7 +704,7 @@ def test_the_method_is_shown():
     [
         ("Momentum", {"history_weight": 1.0}, r"history_weight must be in \[0, 1\), got 1.0"),
         ("Momentum", {"history_weight": -0.1}, "history_weight must be"),
-        ("Matched", {"matched_values": 0}, "matched_values must be at least 1, got 0"),
+        ("Matched", {"matched_batch_size": 0}, "matched_batch_size must be at least 1, got 0"),
         ("Matched", {"early_weight": -1.0}, "early_weight must be 0 or more, and finite, got -1.0"),
         ("Matched", {"early_weight": float("inf")}, "early_weight must be .*got inf"),
         ("Momentum", {"variance_rule": "mixed"}, "variance_rule must be one of .*got 'mixed'"),
@@ -756,7 +758,7 @@ def test_checkpoints_load_into_layers_made_empty_from_meta(method):
 
 
 @pytest.mark.filterwarnings("ignore:Momentum layers train with history_weight=0")
-@pytest.mark.parametrize(("kind", "options"), [("Momentum", {}), ("Matched", {"matched_values": 1})])
+@pytest.mark.parametrize(("kind", "options"), [("Momentum", {}), ("Matched", {"matched_batch_size": 1})])
 def test_one_value_per_channel_raises_where_the_past_has_no_weight(kind, options):
     layer = layer_class(kind, 2)(3, **options)
     layer(torch.randn(4, 3))

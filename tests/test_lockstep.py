@@ -17,12 +17,12 @@ OPTIONS = {
     ],
     "Matched": [
         {},
-        {"matched_values": 64, "measured": False, "early_weight": 0.0},
-        {"matched_values": 8, "measured": False, "early_weight": 0.0, "momentum": 0.2},
-        {"matched_values": 64, "measured": False, "early_weight": 1.0},
-        {"matched_values": 64, "measured": False, "early_weight": 4.5, "momentum": 0.9},
-        {"matched_values": 64, "early_weight": 0.0},
-        {"matched_values": 8, "early_weight": 8.0, "momentum": 0.3},
+        {"matched_batch_size": 64, "measured": False, "early_weight": 0.0},
+        {"matched_batch_size": 8, "measured": False, "early_weight": 0.0, "momentum": 0.2},
+        {"matched_batch_size": 64, "measured": False, "early_weight": 1.0},
+        {"matched_batch_size": 64, "measured": False, "early_weight": 4.5, "momentum": 0.9},
+        {"matched_batch_size": 64, "early_weight": 0.0},
+        {"matched_batch_size": 8, "early_weight": 8.0, "momentum": 0.3},
     ],
     "Memorized": [
         {"memory_size": 1},
@@ -48,7 +48,7 @@ def pairs():
     for momentum in ANY_MOMENTUM:
         options += [
             ("Momentum", {"history_weight": 0.75, "momentum": momentum}),
-            ("Matched", {"matched_values": 64, "momentum": momentum}),
+            ("Matched", {"matched_batch_size": 64, "momentum": momentum}),
             ("Memorized", {"memory_size": 4, "momentum": momentum}),
             ("Memorized", {"memory_size": 4, "inference": "ema", "momentum": momentum}),
         ]
@@ -110,7 +110,7 @@ def test_outputs_gradients_and_state_follow_the_reference(kind, options, rank, b
     ("kind", "options"),
     [
         ("Momentum", {"history_weight": 0.01}),
-        ("Matched", {"matched_values": 2, "measured": False}),
+        ("Matched", {"matched_batch_size": 2, "measured": False}),
         ("Memorized", {"memory_size": 2}),
         ("Memorized", {"memory_size": 64, "memory_values": 2}),
     ],

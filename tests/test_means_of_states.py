@@ -151,7 +151,7 @@ def test_a_teacher_that_is_loaded_with_its_own_moving_average(method):
         teacher.load_state_dict(new)
         assert held(teacher)
         torch.testing.assert_close(teacher[0].running_mean, new["0.running_mean"])
-    past = teacher[0].memory.read(teacher[0].state, 32)
+    past = teacher[0].memory.read(teacher[0].state, 32, 32)
     assert (past.mean - 3).abs().max() < 1
 
 

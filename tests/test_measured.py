@@ -24,8 +24,13 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def layer_of(matched_values=64, **options):
-    return MatchedBatchNorm2d(CHANNELS, matched_values=matched_values, **options, early_weight=0)
+def layer_of(matched_batch_size=64, **options):
+    return MatchedBatchNorm2d(CHANNELS, matched_batch_size=matched_batch_size, **options, early_weight=0)
+
+
+def weight(layer, n, m):
+    """The weight of the past for a batch of m samples with n values per channel."""
+    return float(layer.memory.weight_of_history(layer.state, n, m))
 
 
 def worth(layer, n):
@@ -50,17 +55,24 @@ def test_what_a_batch_is_worth_is_measured(field):
     assert worth(layer, 64) == pytest.approx(field.effective_values(4), rel=error)
 
 
-# of four times as many where the four pixels of an image are the same value
-@pytest.mark.parametrize(("worth_of_a_pixel", "matched_values"), [(1.0, 64), (0.0, 16)])
-def test_the_normalizing_mean_has_the_noise_of_so_many_values(worth_of_a_pixel, matched_values):
-    field = GaussianField(CHANNELS, (2, 2), image_offset=1 - worth_of_a_pixel)
-    layer = layer_of(matched_values)
+# four pixels to a sample, which are as many values or one
+@pytest.mark.parametrize(("image_offset", "values_of_a_sample"), [(0.0, 4), (1.0, 1)])
+def test_the_normalizing_mean_has_the_noise_of_so_many_samples(image_offset, values_of_a_sample):
+    field = GaussianField(CHANNELS, (2, 2), image_offset=image_offset)
+    layer = layer_of(64 // values_of_a_sample)
     squares = []
     for number, x in enumerate(field.batches(2, 1200, seed=0)):
         layer(x)
         if number > 200:
             squares.append(layer.memory_mean.square().mean())
     assert 1 / float(torch.stack(squares).mean()) == pytest.approx(64, rel=0.25)
+
+
+def test_samples_that_are_correlated_are_worth_less_than_so_many():
+    # the four samples of a batch are one
+    layer = fed(layer_of(64), GaussianField(CHANNELS, (2, 2), batch_offset=0.9).batches(4, 400, seed=0))
+    layer.memory_measured[1] = 0.0
+    assert weight(layer, 16, 4) == pytest.approx((64 - 1) / (64 + 1), abs=0.01)
 
 
 def weight_where_the_truth_moves(by):
@@ -72,7 +84,7 @@ def weight_where_the_truth_moves(by):
         truth = truth + by * torch.randn(truth.shape, generator=draws)
         layer(truth + torch.randn(4, CHANNELS, 1, 1, generator=draws))
         if step >= 200:
-            weights.append(float(layer.memory.weight_of_history(layer.state, 4)))
+            weights.append(weight(layer, 4, 4))
     return sum(weights) / len(weights)
 
 
@@ -89,13 +101,13 @@ def test_the_past_weighs_half_at_most_where_the_truth_moves_faster_than_the_nois
 
 
 def test_matched_alone_stays_the_plain_rule():
-    layer = MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0)
+    layer = MatchedBatchNorm1d(3, matched_batch_size=64, measured=False, early_weight=0)
     fed(layer, normal(5, 2, 3).float())
-    assert float(layer.memory.weight_of_history(layer.state, 2)) == pytest.approx(62 / 66)
+    assert weight(layer, 2, 2) == pytest.approx(62 / 66)
 
 
-def test_enough_values_are_plain_batch_norm():
-    layer, stock = layer_of(64), nn.BatchNorm2d(CHANNELS)
+def test_enough_samples_are_plain_batch_norm():
+    layer, stock = layer_of(4), nn.BatchNorm2d(CHANNELS)
     for seed in range(20):
         x = normal(4, CHANNELS, 8, 8, seed=seed).float()
         got, want = layer(x), stock(x)
@@ -104,7 +116,7 @@ def test_enough_values_are_plain_batch_norm():
 
 def test_a_second_batch_weighs_as_much_as_the_first():
     layer = fed(layer_of(), [normal(2, CHANNELS, 2, 2).float()])
-    assert float(layer.memory.weight_of_history(layer.state, 8)) == 0.5
+    assert weight(layer, 8, 2) == 0.5
 
 
 def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
@@ -113,13 +125,13 @@ def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
     layer = layer_of(64)
     layer.load_state_dict(stock.state_dict())
     # as if the batch were a single value
-    assert float(layer.memory.weight_of_history(layer.state, 10_000)) == pytest.approx(63 / 65)
+    assert weight(layer, 10_000, 50) == pytest.approx(63 / 65)
 
 
 @pytest.mark.parametrize("backend", ["auto", "traceable"])
 def test_a_seeded_memory_follows_the_reference(backend):
-    layer = MatchedBatchNorm1d(5, matched_values=64, backend=backend, early_weight=0).double()
-    norm = reference.MatchedNorm(5, matched_values=64)
+    layer = MatchedBatchNorm1d(5, matched_batch_size=64, backend=backend, early_weight=0).double()
+    norm = reference.MatchedNorm(5, matched_batch_size=64)
     mean, var = normal(5), normal(5, seed=1).square() + 0.5
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
@@ -137,29 +149,27 @@ def test_what_a_trained_norm_knows_weighs_for_some_fifty_batches():
     layer = layer_of(64)
     stock.running_mean.fill_(1e-6)
     layer.load_state_dict(stock.state_dict())
-    # 256 values that are worth as many: plain batch norm in the end
+    # 64 samples that are worth as many: plain batch norm in the end
     weights = []
     for seed in range(400):
-        layer(normal(4, CHANNELS, 8, 8, seed=seed).float())
-        weights.append(float(layer.memory.weight_of_history(layer.state, 256)))
+        layer(normal(64, CHANNELS, 2, 2, seed=seed).float())
+        weights.append(weight(layer, 256, 64))
     assert weights[10] > 0.9
     assert weights[50] > 0.8
     assert weights[-1] < 0.1
 
 
-@pytest.mark.parametrize(("ratio", "wanted", "worth"), [(1e9, 256, 1), (2.0, 128, 4), (0.0, 64, 8)])
-def test_a_batch_is_worth_one_value_at_least_and_its_own_at_most(ratio, wanted, worth):
+@pytest.mark.parametrize(("ratio", "worth"), [(1e9, 1), (4.0, 2), (2.0, 4), (1.0, 4), (0.0, 4)])
+def test_a_batch_is_worth_one_sample_at_least_and_its_own_at_most(ratio, worth):
     layer = layer_of(64)
     layer.memory_measured.copy_(torch.tensor([ratio, 0.0, 8.0, 9.0]))
-    assert float(layer.memory.weight_of_history(layer.state, 8)) == pytest.approx(
-        (wanted - worth) / (wanted + worth)
-    )
+    assert weight(layer, 8, 4) == pytest.approx((64 - worth) / (64 + worth))
 
 
 def test_the_same_batch_again_and_again_is_no_reason_to_forget():
     x = normal(2, CHANNELS, 2, 2).float()
     layer = fed(layer_of(64), [x] * 50)
-    assert float(layer.memory.weight_of_history(layer.state, 8)) == pytest.approx(56 / 72, abs=0.01)
+    assert weight(layer, 8, 2) == pytest.approx(62 / 66, abs=0.01)
 
 
 def test_what_is_measured_holds_for_batches_of_other_sizes():
@@ -167,9 +177,7 @@ def test_what_is_measured_holds_for_batches_of_other_sizes():
     expected = (1000 - 4) / (1000 + 4), (1000 - 64) / (1000 + 64)
     found = [float(layer.memory_measured[0]) / n for n in (4, 64)]
     layer.memory_measured[1] = 0.0
-    assert [float(layer.memory.weight_of_history(layer.state, n)) for n in (4, 64)] == pytest.approx(
-        expected, abs=0.02
-    )
+    assert [weight(layer, n, n) for n in (4, 64)] == pytest.approx(expected, abs=0.02)
     assert found == pytest.approx([1 / 4, 1 / 64], rel=0.2)
 
 
@@ -185,9 +193,9 @@ def test_the_scales_of_channels_do_not_matter(scale):
 
 def test_channels_without_variance_are_left_out():
     x = [normal(4, 2, 3, 3, seed=seed) for seed in range(9)]
-    both = fed(MatchedBatchNorm2d(2, matched_values=64, early_weight=0).double(), x)
+    both = fed(MatchedBatchNorm2d(2, matched_batch_size=64, early_weight=0).double(), x)
     x = [torch.cat([v, torch.full_like(v[:, :1], 0.5)], 1) for v in x]
-    with_dead = fed(MatchedBatchNorm2d(3, matched_values=64, early_weight=0).double(), x)
+    with_dead = fed(MatchedBatchNorm2d(3, matched_batch_size=64, early_weight=0).double(), x)
     torch.testing.assert_close(both.memory_measured, with_dead.memory_measured)
 
 
@@ -218,8 +226,8 @@ def test_an_empty_batch_measures_nothing():
 
 @pytest.mark.parametrize("backend", ["auto", "traceable"])
 def test_what_is_measured_agrees_with_the_reference(backend):
-    layer = MatchedBatchNorm1d(5, matched_values=64, backend=backend, early_weight=0).double()
-    norm = reference.MatchedNorm(5, matched_values=64)
+    layer = MatchedBatchNorm1d(5, matched_batch_size=64, backend=backend, early_weight=0).double()
+    norm = reference.MatchedNorm(5, matched_batch_size=64)
     for step in range(120):
         x = normal(3 + step % 3, 5, seed=step) + 3 * normal(1, 5, seed=100 + step)
         layer(x), norm(x)
@@ -251,10 +259,10 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit():
 @pytest.mark.parametrize("measures", [True, False])
 def test_a_layer_that_does_the_other_takes_the_memory_from_a_checkpoint(measures):
     source = fed(
-        MatchedBatchNorm2d(CHANNELS, matched_values=64, measured=not measures, early_weight=0),
+        MatchedBatchNorm2d(CHANNELS, matched_batch_size=64, measured=not measures, early_weight=0),
         [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(3)],
     )
-    target = MatchedBatchNorm2d(CHANNELS, matched_values=64, measured=measures, early_weight=0)
+    target = MatchedBatchNorm2d(CHANNELS, matched_batch_size=64, measured=measures, early_weight=0)
     target.load_state_dict(source.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(target.buffers(), source.buffers(), strict=True))
 

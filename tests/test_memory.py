@@ -38,12 +38,12 @@ def store(held, *means, n=2, finite=YES):
 
 
 def read_mean(held, n=2):
-    past = held.read(n)
+    past = held.read(n, n)
     return past.mean.item(), past.batch_weight.item()
 
 
 def test_an_empty_ring_leaves_the_batch_all_the_weight():
-    past = ring(3).read(2)
+    past = ring(3).read(2, 2)
     assert past.batch_weight.item() == 1
     assert torch.isfinite(past.mean).all()
 
@@ -145,13 +145,13 @@ def test_what_is_stored_again_after_a_rewind_is_where_it_was(stored):
 
 
 def test_an_empty_average_leaves_the_batch_all_the_weight():
-    assert moving(0.9).read(2).batch_weight.item() == 1
+    assert moving(0.9).read(2, 2).batch_weight.item() == 1
 
 
 def test_an_average_reads_what_was_committed():
     memory = moving(0.75)
     memory.commit(YES, BATCH, (torch.tensor([3.0]), torch.tensor([2.0])), 2)
-    past = memory.read(2)
+    past = memory.read(2, 2)
     assert (past.mean.item(), past.var.item(), past.batch_weight.item()) == (3.0, 2.0, 0.25)
 
 
@@ -159,7 +159,7 @@ def test_reads_do_not_alias_the_state():
     average, recent = moving(0.5), ring(2)
     average.commit(YES, BATCH, (torch.tensor([3.0]), torch.tensor([2.0])), 2)
     store(recent, 3)
-    pasts = average.read(2), recent.read(2)
+    pasts = average.read(2, 2), recent.read(2, 2)
     average.clear()
     recent.clear()
     assert [p.mean.item() for p in pasts] == [3.0, 3.0]

@@ -62,16 +62,16 @@ def test_what_a_layer_adds_is_the_loss_with_its_noise_alone_minus_that_without()
     assert found.cost.error == pytest.approx(float(differences.std()) / math.sqrt(BATCHES), rel=1e-4)
 
 
-def test_matched_leaves_the_part_of_the_noise_that_128_values_have():
+def test_matched_leaves_the_part_of_the_noise_that_128_samples_have():
     model, x = nn.Sequential(*list(net())[:4]), inputs(BATCHES)
     (found,) = diagnose(model, x, loss=square).layers
     size = found.noise.effective_values
-    part = math.sqrt(size / (128 * max(2 / size, 1)))
+    part = math.sqrt(min(size, 2) / 128)
     differences = by_hand(model, x, {1}, part) - by_hand(model, x, set())
     assert found.cost.matched == pytest.approx(float(differences.mean()), rel=1e-3)
 
 
-def test_a_layer_with_values_enough_keeps_its_noise():
+def test_a_layer_with_samples_enough_keeps_its_noise():
     (found,) = diagnose(nn.Sequential(nn.BatchNorm1d(4)), inputs(m=300), loss=square).layers
     assert found.cost.matched == found.cost.added
 

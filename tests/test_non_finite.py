@@ -10,8 +10,8 @@ from mbnorm import DoubleForward, MatchedBatchNorm2d, MemorizedBatchNorm2d, Mome
 
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(3, history_weight=0.75),
-    "matched": lambda: MatchedBatchNorm2d(3, matched_values=4096, measured=False, early_weight=0),
-    "measured": lambda: MatchedBatchNorm2d(3, matched_values=4096, early_weight=0),
+    "matched": lambda: MatchedBatchNorm2d(3, matched_batch_size=4096, measured=False, early_weight=0),
+    "measured": lambda: MatchedBatchNorm2d(3, matched_batch_size=4096, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(3, memory_size=4),
     "memorized-ema": lambda: MemorizedBatchNorm2d(3, memory_size=4, inference="ema"),
     "memory_size=1": lambda: MemorizedBatchNorm2d(3, memory_size=1),

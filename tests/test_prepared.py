@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missin
 CHANNELS = 3
 LAYERS = {
     "momentum": lambda: MomentumBatchNorm2d(CHANNELS, history_weight=0.75),
-    "matched": lambda: MatchedBatchNorm2d(CHANNELS, matched_values=128, measured=False),
-    "measured": lambda: MatchedBatchNorm2d(CHANNELS, matched_values=128, early_weight=0),
+    "matched": lambda: MatchedBatchNorm2d(CHANNELS, matched_batch_size=128, measured=False),
+    "measured": lambda: MatchedBatchNorm2d(CHANNELS, matched_batch_size=128, early_weight=0),
     "memorized": lambda: MemorizedBatchNorm2d(CHANNELS, memory_size=4),
 }
 
@@ -142,7 +142,7 @@ OF_MOMENTUM = {
     "variance rule": set_option("variance_rule", "pooled"),
 }
 OF_MATCHED = {
-    "matched values": set_option("matched_values", 64),
+    "matched values": set_option("matched_batch_size", 64),
     "early weight": set_option("early_weight", 2.0),
 }
 OF_MEMORIZED = {

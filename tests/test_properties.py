@@ -147,7 +147,7 @@ OPTIONS = {
     ),
     "Matched": st.fixed_dictionaries(
         {
-            "matched_values": st.integers(1, 200),
+            "matched_batch_size": st.integers(1, 200),
             "measured": st.booleans(),
             "early_weight": st.sampled_from([0.0, 1.0, 8.0]),
         }

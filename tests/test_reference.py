@@ -59,7 +59,7 @@ def test_momentum_by_hand():
 
 
 def test_matched_by_hand():
-    norm = reference.MatchedNorm(1, matched_values=6, measured=False, early_weight=0.0)
+    norm = reference.MatchedNorm(1, matched_batch_size=6, measured=False, early_weight=0.0)
     norm(column(0, 2))
     norm(column(4, 8))
     lam = (6 - 2) / (6 + 2)
@@ -80,7 +80,7 @@ def test_memorized_by_hand():
 def test_momentum_noise_is_that_of_the_matched_number_of_values():
     torch.manual_seed(0)
     N, m = 32, 2
-    norm = reference.MatchedNorm(20000, matched_values=N, measured=False)
+    norm = reference.MatchedNorm(20000, matched_batch_size=N, measured=False)
     for _ in range(80):
         norm(torch.randn(m, 20000, dtype=torch.float64))
     # 20000 channels: the estimate is good to about 1 %

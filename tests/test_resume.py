@@ -259,7 +259,7 @@ def resized(ring, size):
 def read(ring, n, limit, decay):
     memory = RecentBatches(len(ring[3]), decay=decay)
     memory.entries_read = lambda n: limit
-    return tuple(memory.read(ring, n))
+    return tuple(memory.read(ring, n, n))
 
 
 def entries(ring):
@@ -405,8 +405,13 @@ def saved_and_loaded(method, options, change):
             {"memory_values": 32},
             "memory_values=64 and .* memory_values=32",
         ),
-        ("matched", {"matched_values": 64}, {}, None),
-        ("matched", {"matched_values": 64}, {"matched_values": 96}, "matched_values=64 and .*=96"),
+        ("matched", {"matched_batch_size": 64}, {}, None),
+        (
+            "matched",
+            {"matched_batch_size": 64},
+            {"matched_batch_size": 96},
+            "matched_batch_size=64 and .*=96",
+        ),
         ("matched", {"measured": True}, {"measured": False}, "measured=True and .* measured=False"),
         ("matched", {"measured": False}, {"measured": True}, "measured=False and .* measured=True"),
         ("momentum", {}, {"history_weight": 0.5}, None),

@@ -84,7 +84,7 @@ def test_history_weight_is_changed_in_place():
 
 def test_matched_and_memorized_layers_are_left_alone():
     model = nn.Sequential(
-        MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0),
+        MatchedBatchNorm1d(3, matched_batch_size=64, measured=False, early_weight=0),
         MemorizedBatchNorm1d(3),
         MomentumBatchNorm1d(3),
     )
@@ -142,7 +142,7 @@ def test_a_model_without_momentum_layers_is_refused():
 def test_a_model_whose_layers_need_no_schedule_is_told_so():
     with pytest.raises(ValueError, match="to steer: those it has need no schedule"):
         MomentumSchedule(
-            MatchedBatchNorm1d(3, matched_values=64, measured=False, early_weight=0), 5, batch_size=2
+            MatchedBatchNorm1d(3, matched_batch_size=64, measured=False, early_weight=0), 5, batch_size=2
         )
 
 

@@ -359,8 +359,12 @@ def test_options_may_be_numbers_of_numpy_and_torch(number):
     plain = MemorizedBatchNorm2d(CHANNELS, decay=value, memory_values=64, eps=1e-3)
     assert (type(layer.decay), layer.decay) == (float, value)
     assert repr(layer).replace("64.0", "64") == repr(plain)
-    matched = MatchedBatchNorm2d(CHANNELS, matched_values=number(48), early_weight=number(5), eps=number(0.1))
-    plain_matched = MatchedBatchNorm2d(CHANNELS, matched_values=48, early_weight=5, eps=float(number(0.1)))
+    matched = MatchedBatchNorm2d(
+        CHANNELS, matched_batch_size=number(48), early_weight=number(5), eps=number(0.1)
+    )
+    plain_matched = MatchedBatchNorm2d(
+        CHANNELS, matched_batch_size=48, early_weight=5, eps=float(number(0.1))
+    )
     for given, meant in ((layer, plain), (matched, plain_matched)):
         given.double()
         meant.double()

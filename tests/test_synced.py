@@ -18,8 +18,8 @@ from mbnorm import MatchedBatchNorm1d, MemorizedBatchNorm1d
 LAYERS = {
     "momentum": ("Momentum", {"history_weight": 0.7}),
     "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance_rule": "pooled"}),
-    "matched": ("Matched", {"matched_values": 64, "measured": False, "early_weight": 8.0}),
-    "measured": ("Matched", {"matched_values": 64, "measured": True, "early_weight": 0.0}),
+    "matched": ("Matched", {"matched_batch_size": 64, "measured": False, "early_weight": 8.0}),
+    "measured": ("Matched", {"matched_batch_size": 64, "measured": True, "early_weight": 0.0}),
     "memorized": ("Memorized", {"memory_size": 3}),
     "averaged": ("Memorized", {"memory_size": 3, "variance_rule": "averaged"}),
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),
@@ -27,7 +27,7 @@ LAYERS = {
 on_every_layer = pytest.mark.parametrize("name", LAYERS)
 REMEMBERING = {
     "momentum, remembered": ("Momentum", {"history_weight": 0.9, "gradient": "remembered"}),
-    "matched, remembered": ("Matched", {"matched_values": 512, "gradient": "remembered"}),
+    "matched, remembered": ("Matched", {"matched_batch_size": 512, "gradient": "remembered"}),
     "averaged, remembered": (
         "Memorized",
         {"memory_size": 9, "variance_rule": "averaged", "gradient": "remembered"},
@@ -127,13 +127,13 @@ class Late:
         self.whole = getattr(reference, f"{self.kind}Norm")(CHANNELS, **options)
         self.weight, self.bias = make_parameters(CHANNELS, torch.float64)
 
-    def read(self, n):
-        """M, V, a for a part of n values."""
+    def read(self, n, m):
+        """M, V, a for a part of m samples with n values."""
         whole = self.whole
         if self.kind != "Memorized":
             if whole.M is None:
                 return torch.zeros(CHANNELS), torch.ones(CHANNELS), 1.0
-            return whole.M, whole.V, 1 - whole.weight_of_the_past(n)
+            return whole.M, whole.V, 1 - whole.weight_of_the_past(n, m)
         limit = whole.memory_size - 1
         if whole.memory_values:
             limit = min(-(-whole.memory_values // max(n, 1)), whole.memory_size) - 1
@@ -155,7 +155,9 @@ class Late:
         if x.numel() == 0:
             return x.detach(), torch.zeros_like(x), torch.zeros_like(w), torch.zeros_like(b)
         n = x.numel() // CHANNELS
-        y, *_ = reference.blended_batch_norm(x, w, b, *self.read(n), self.whole.variance_rule, self.whole.eps)
+        y, *_ = reference.blended_batch_norm(
+            x, w, b, *self.read(n, len(x)), self.whole.variance_rule, self.whole.eps
+        )
         return y.detach(), *torch.autograd.grad(y, (x, w, b), cotangent)
 
     def commit(self, batch):

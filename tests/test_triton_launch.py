@@ -101,7 +101,7 @@ class Norm:
     def forward(self, x, store=True):
         ring = self.memory.kernels == "ring"
         operator = kernels.forward_with_ring if ring else kernels.forward_with_average
-        read = self.memory.read_numbers(x.numel() // x.shape[1])
+        read = self.memory.read_numbers(x.numel() // x.shape[1], len(x))
         how = read, self.update or self.memory.update(0.1, len(x)), self.memory.variance_rule == "pooled"
         return operator(x, self.weight, self.bias, self.state, self.averages, *how, self.eps, store)
 

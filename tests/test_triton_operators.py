@@ -66,7 +66,7 @@ def test_the_operators_that_write_memories_are_well_formed(shape, layout, dtype,
     state = list(memory.new(averages[0]))
     update = [float(u) for u in InferenceUpdate(0.1, early=1.0, unbiased=True)]
     operator = OPERATORS.forward_with_ring if kind == "ring" else OPERATORS.forward_with_average
-    how = memory.read_numbers(x.numel() // shape[1]), update, True, EPS
+    how = memory.read_numbers(x.numel() // shape[1], shape[0]), update, True, EPS
     for store in (True, False):
         opcheck(operator.default, (x, None, None, state, averages, *how, store))
 

@@ -45,8 +45,8 @@ def diagnose(
     larger for values that compensate each other. A layer is noisy if n_used is below 32, or below 16 with a
     memory.
 
-    `Diagnosis.convert` makes each noisy layer a "matched" one with measured=False and matched_values =
-    32 n / n_eff, the shortest memory that has the noise of 32 values. For correlated values it takes 128 in
+    `Diagnosis.convert` makes each noisy layer a "matched" one with measured=False and matched_batch_size =
+    32 m / n_eff, the shortest memory that has the noise of 32 values. For correlated values it takes 128 in
     place of 32: their effective sample size falls while the net learns to see what they share.
 
     Printed, the table has a line for each layer, and a line below for the meaning of each column. Columns
@@ -101,7 +101,7 @@ def diagnose(
     costs = (
         None
         if loss is None
-        else noise_costs(model, kept, meters, loss, MeasuredAverage().matched_values, forward, device)
+        else noise_costs(model, kept, meters, loss, MeasuredAverage().matched_batch_size, forward, device)
     )
     found = tuple(
         _diagnosis(layers[layer] or ITSELF, meter, costs and costs.of_each.get(layer))
@@ -135,7 +135,7 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
     stale = _is_stale(noise)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
-    matched_values = ideal_batch_size = None
+    matched_batch_size = ideal_batch_size = None
     reasons = []
     if noise.exploding:
         verdict = "exploding"
@@ -152,8 +152,8 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
         # a net learns to see what values share, and their effective sample size falls while it trains
         alike = _values_correlated(noise, noise.effective_values) or _samples_correlated(noise)
         wanted = VALUES_IF_CORRELATED if alike else ENOUGH_VALUES
-        # then (N - n) / (N + n), with N these values, is the history weight that n_eff values need
-        matched_values = math.ceil(wanted * noise.values / noise.effective_values)
+        # then (N - m) / (N + m), with N this size, is the history weight that n_eff values need
+        matched_batch_size = math.ceil(wanted * noise.samples / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
     if stale:
@@ -176,7 +176,7 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
         noise,
         verdict,
         recommendation,
-        matched_values,
+        matched_batch_size,
         ideal_batch_size,
         stale,
         "; ".join(reasons),

@@ -34,7 +34,7 @@ class LayerDiagnosis:
             effective values normalize a batch, or 16 with a memory; "stale" if the running statistics have a
             larger error than those of 32 values; else "fine".
         recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        matched_values: the option of "matched" with measured=False; else None.
+        matched_batch_size: the option of "matched" with measured=False; else None.
         ideal_batch_size: the size of shuffled batches that this layer needs no memory for; None if it is not
             noisy.
         stale: whether the running statistics are stale, whatever the verdict.
@@ -47,7 +47,7 @@ class LayerDiagnosis:
     noise: Noise
     verdict: Verdict
     recommendation: Recommendation
-    matched_values: int | None
+    matched_batch_size: int | None
     ideal_batch_size: int | None
     stale: bool
     reason: str
@@ -81,7 +81,7 @@ class Diagnosis:
     cost: NoiseCost | None = None
 
     def convert(self, model: nn.Module) -> ConversionReport:
-        """Convert the noisy layers, and no others, each with the matched_values that it needs.
+        """Convert the noisy layers, and no others, each with the matched_batch_size that it needs.
 
         A memory is of older weights, and its error propagates to later layers. So a layer with a large
         effective sample size stays as it is, and the others get the shortest memory that does. Their
@@ -105,14 +105,14 @@ class Diagnosis:
           1: BatchNorm1d -> MatchedBatchNorm1d, memory starts empty
         """
         modules = {name or ITSELF: module for name, module in model.named_modules()}
-        needing = [layer for layer in self.layers if layer.matched_values is not None]
+        needing = [layer for layer in self.layers if layer.matched_batch_size is not None]
         for layer in needing:
             if layer.name not in modules:
                 raise ValueError(f"the model has no layer {layer.name!r}, which was diagnosed")
         report = ConversionReport()
         for layer in needing:
             found = convert(
-                modules[layer.name], "matched", matched_values=layer.matched_values, measured=False
+                modules[layer.name], "matched", matched_batch_size=layer.matched_batch_size, measured=False
             )
             report.converted.update((layer.name, what) for what in found.converted.values())
             report.skipped.update((layer.name, why) for why in found.skipped.values())
@@ -274,8 +274,10 @@ _COLUMNS = (
     ),
     _Column(
         "recommended",
-        "matched (N): Matched BN, matched_values=N, measured=False; recalibrate: mbnorm.recalibrate",
-        lambda layer: layer.recommendation + (f" ({layer.matched_values})" if layer.matched_values else ""),
+        "matched (N): Matched BN, matched_batch_size=N, measured=False; recalibrate: mbnorm.recalibrate",
+        lambda layer: (
+            layer.recommendation + (f" ({layer.matched_batch_size})" if layer.matched_batch_size else "")
+        ),
         left=True,
     ),
     _Column(

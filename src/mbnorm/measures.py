@@ -9,8 +9,5 @@ EARLY = 8.0
 SEEDED = 400.0
 """How many samples a trained norm's statistics stand for: from so many on `MEASURED_WEIGHT` is the larger."""
 
-MOST_IF_CORRELATED = 4.0
-"""How many times as many values are matched, at most, where values are correlated."""
-
 MEASURES = 4
 """Numbers that are kept of what has been measured."""

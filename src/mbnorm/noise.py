@@ -123,7 +123,7 @@ class NoiseMeter:
             between_samples = x.flatten(2).mean(2).var(0) if x.dim() > 2 else x.var(0)
             self.pairs = self.pairs + finite
             self.sample_scatter = self.sample_scatter + torch.where(finite, n * between_samples / m, 0.0)
-        self._compare_modes(mean, var, n)
+        self._compare_modes(mean, var, n, m)
         return None if self.frozen else self.population()
 
     def population(self) -> tuple[Tensor, Tensor]:
@@ -131,20 +131,20 @@ class NoiseMeter:
         mean, within = self.mean
         return mean, within + self.spread[0] / self.count.clamp_min(1)
 
-    def in_training(self, mean: Tensor, var: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def in_training(self, mean: Tensor, var: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         """Return what a batch of these statistics is normalized with in train mode, unless it is frozen."""
         layer = self.layer
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
             memory = layer.memory
-            return blend(mean, var, *memory.read(layer.state, n), memory.variance_rule)
+            return blend(mean, var, *memory.read(layer.state, n, m), memory.variance_rule)
         return mean, var
 
-    def _compare_modes(self, mean: Tensor, var: Tensor, n: int) -> None:
+    def _compare_modes(self, mean: Tensor, var: Tensor, n: int, m: int) -> None:
         """Add what this batch's output in train mode has to be compared with that of any statistics."""
         layer, pooled_batches = self.layer, 1.0
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
-            pooled_batches = layer.memory.pooled_batches(layer.state, n)
-        train_mean, train_var = self.in_training(mean, var, n)
+            pooled_batches = layer.memory.pooled_batches(layer.state, n, m)
+        train_mean, train_var = self.in_training(mean, var, n, m)
         self.pooled_batches += pooled_batches
         running_mean, running_var = self.running
         if self.frozen and running_mean is not None and running_var is not None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbnorm.measures import MOST_IF_CORRELATED
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, Observer, observe
 from mbnorm.values import has_values
@@ -53,7 +52,7 @@ def noise_costs(
     batches: Sequence[Any],
     meters: Mapping[_BatchNorm, NoiseMeter],
     loss: Loss,
-    matched_values: int,
+    matched_batch_size: int,
     forward: Forward | None,
     device: torch.device | str | int | None,
 ) -> NoiseCosts:
@@ -64,7 +63,7 @@ def noise_costs(
 
     .. math::
         \mathrm{mean} = \mu + k\,(m_B - \mu), \qquad \mathrm{var} = \sigma^2 + k\,(v_B - \sigma^2), \qquad
-        k = \min\big(1, \sqrt{n_\mathrm{eff} / N'}\big), \quad N' = N \min(n / n_\mathrm{eff}, 4)
+        k = \min\big(1, \sqrt{w / N}\big), \quad w = \min(m, n_\mathrm{eff})
 
     Each of L layers takes two forwards a batch, and all together three.
 
@@ -73,7 +72,7 @@ def noise_costs(
         batches: of which the loss is taken.
         meters: of the layers, which have seen batches.
         loss: is given what the model returns and the batch.
-        matched_values: N.
+        matched_batch_size: N.
         forward: how to call the model, as for `observe`.
         device: where the batches' tensors are moved first.
 
@@ -103,18 +102,18 @@ def noise_costs(
             return [one - other for one, other in zip(noisy, plain, strict=True)]
 
         of_batch = added(dict.fromkeys(layers, 1.0))
-        of_matched = added({layer: matched_part(noises[layer], matched_values) for layer in layers})
+        of_matched = added({layer: matched_part(noises[layer], matched_batch_size) for layer in layers})
         return NoiseCost(_mean(of_batch), _standard_error(of_batch), _mean(of_matched))
 
     return NoiseCosts(_mean(plain), cost(list(without)), {layer: cost([layer]) for layer in without})
 
 
-def matched_part(noise: Noise, matched_values: int) -> float:
-    """Return the part of a batch's noise that statistics of so many values have."""
+def matched_part(noise: Noise, matched_batch_size: int) -> float:
+    """Return the part of a batch's noise that statistics of so many samples have."""
     if noise.effective_values is None:
         return 1.0
-    correlated = min(max(noise.values / noise.effective_values, 1.0), MOST_IF_CORRELATED)
-    return min(1.0, math.sqrt(noise.effective_values / (matched_values * correlated)))
+    worth = min(noise.samples, noise.effective_values)
+    return min(1.0, math.sqrt(worth / matched_batch_size))
 
 
 class Normalizer:
@@ -132,7 +131,7 @@ class Normalizer:
             return mean, var
         own_var, own_mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
         if self.part == 1.0:
-            return self.meter.in_training(own_mean, own_var, x.numel() // x.shape[1])
+            return self.meter.in_training(own_mean, own_var, x.numel() // x.shape[1], x.shape[0])
         return torch.lerp(mean, own_mean, self.part), torch.lerp(var, own_var, self.part)
 
 

@@ -115,7 +115,7 @@ def _by_triton(
     x, dy, weight, bias = given
     m, n = x.shape[0], x.numel() // x.shape[1]
     operator = triton.forward_with_ring if memory.kernels == "ring" else triton.forward_with_average
-    how = memory.read_numbers(n), memory.update(MOMENTUM, m), True, EPS, True
+    how = memory.read_numbers(n, m), memory.update(MOMENTUM, m), True, EPS, True
     y, record = operator(x, weight, bias, state, averages, *how)
     past_mean, past_var, a = record[4:].unbind()
     _, again = triton.forward(x, weight, bias, past_mean, past_var, a[0], "pooled", EPS)
@@ -131,7 +131,7 @@ def _by_aten(
 ) -> tuple[Tensor, ...]:
     x, dy, weight, bias = given
     m, n = x.shape[0], x.numel() // x.shape[1]
-    past = memory.read(state, n)
+    past = memory.read(state, n, m)
     a = torch.as_tensor(past.batch_weight, **_EXACT)
     y, record = aten.forward(x, weight, bias, past.mean, past.var, a, "pooled", EPS)
     dx, dw, db = aten.backward(dy, x, weight, record, "pooled", EPS, True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbnorm.backends import aten
 from mbnorm.blend import VarianceRule, weight_in_gradient
-from mbnorm.measures import EARLY, MEASURED_WEIGHT, MOST_IF_CORRELATED
+from mbnorm.measures import EARLY, MEASURED_WEIGHT
 
 forward, backward = aten.forward, aten.backward
 
@@ -85,7 +85,7 @@ class _Average:
             return
         self.last, self.measured = memory[3:]
         self.ratio, self.error, self.last_values, self.samples = self.measured.tolist()
-        self.matched_values, self.by_measures = read
+        self.matched_batch_size, self.by_measures, self.m = read
 
     def read(self, n: int, pooled: bool) -> tuple[Tensor, Tensor, float]:
         """Return copies of the past statistics, and the weight of a batch of ``n`` values per channel."""
@@ -95,11 +95,13 @@ class _Average:
     def _history_weight(self, n: int) -> float:
         if self.history is not None:
             return float(self.history)
+        # of samples that are independent
+        inverse = self.matched_batch_size / self.m
         if not self.by_measures:
-            return max(0.0, (self.matched_values - n) / (self.matched_values + n))
+            return max(0.0, (inverse - 1) / (inverse + 1))
         ratio = max(1.0, self.ratio) if self.samples > 0 else 1.0
         noise = min(1.0, ratio / n) if self.samples > 0 else 1.0
-        inverse = noise * min(MOST_IF_CORRELATED, ratio) * self.matched_values
+        inverse = max(inverse, noise * self.matched_batch_size)
         matched = (inverse - 1) / (inverse + 1)
         return float(max(0.0, min(noise / (noise + max(0.0, self.error)), matched)))
 

@@ -187,7 +187,7 @@ def forward_with_average(
         memory: mean, var, filled and the history weight; or mean, var, filled, last and measured, as
             `mbnorm.memories.measured_average.MeasuredAverage` has them.
         averages: `mbnorm.averages.InferenceAverages`.
-        read: nothing; or the number of values to be matched, and whether by what is measured.
+        read: nothing; or the batch size to be matched, whether by what is measured, and the samples of ``x``.
         update: `mbnorm.memories.memory.InferenceUpdate`.
         pooled: whether the variance rule is "pooled".
         eps: added to the variance.

@@ -5,7 +5,7 @@
 
 namespace mbnorm {
 
-constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8, MOST_IF_CORRELATED = 4;
+constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8;
 
 // The past weighs the fourth power of what it weighs in the forward.
 inline double weight_in_gradient(double batch_weight) {

@@ -41,16 +41,17 @@ struct Average {
   A *mean, *var, *filled, *last = nullptr;
   Measured<A>* measured = nullptr;
   const A* given_weight = nullptr;  // of the history, where nothing is measured
-  double matched_values = 0;
+  double matched_batch_size = 0, samples = 1;
   bool by_measures = false;
   int64_t channels;
 
   // `memory` is mean, var, filled and the history weight, and `read` empty; or `memory` mean, var, filled,
-  // last and measured, and `read` how many values are matched and whether by what is measured.
+  // last and measured, and `read` which batch size is matched, whether by what is measured, and how many
+  // samples the batch has.
   Average(const Tensors& memory, const Numbers& read, int64_t channels) : channels(channels) {
     const bool measures = memory.size() == 5;
-    STD_TORCH_CHECK((measures || memory.size() == 4) && read.size() == (measures ? 2 : 0),
-                    "expected an average of 4 tensors and no numbers, or of 5 and 2, got ", memory.size(),
+    STD_TORCH_CHECK((measures || memory.size() == 4) && read.size() == (measures ? 3 : 0),
+                    "expected an average of 4 tensors and no numbers, or of 5 and 3, got ", memory.size(),
                     " and ", read.size());
     mean = state<A>(memory[0], channels);
     var = state<A>(memory[1], channels);
@@ -61,8 +62,9 @@ struct Average {
     }
     last = state<A>(memory[3], channels);
     measured = reinterpret_cast<Measured<A>*>(state<A>(memory[4], sizeof(Measured<A>) / sizeof(A)));
-    matched_values = read[0];
+    matched_batch_size = read[0];
     by_measures = read[1] != 0;
+    samples = read[2];
   }
 
   // After how many batches the averages for inference are; `batches` is their counter.
@@ -74,12 +76,13 @@ struct Average {
 
   double history_weight(int64_t n) const {
     if (!measured) return *given_weight;
-    if (!by_measures) return std::max(0.0, (matched_values - n) / (matched_values + n));
+    const double independent = matched_batch_size / samples;
+    if (!by_measures) return std::max(0.0, (independent - 1) / (independent + 1));
     const bool known = measured->samples > 0;
     const double ratio = known ? std::max(1.0, double(measured->ratio)) : 1,
                  error = std::max(0.0, double(measured->error)),
                  noise = known ? std::min(1.0, ratio / std::max<int64_t>(n, 1)) : 1,
-                 inverse = noise * std::min(MOST_IF_CORRELATED, ratio) * matched_values,
+                 inverse = std::max(independent, noise * matched_batch_size),
                  matched = (inverse - 1) / (inverse + 1);
     return std::max(0.0, std::min(noise / (noise + error), matched));
   }

@@ -73,12 +73,14 @@ def _moments(
 
 
 @triton.jit
-def _batch_weight(filled_ptr, history_weight_ptr, measured_ptr, matched_values, n, MEASURED: tl.constexpr):
+def _batch_weight(
+    filled_ptr, history_weight_ptr, measured_ptr, matched_batch_size, m, n, MEASURED: tl.constexpr
+):
     """Return the weight of a batch beside a moving average."""
     if measured_ptr is None:
         history_weight = tl.load(history_weight_ptr)
     else:
-        history_weight = matched_history_weight(measured_ptr, matched_values, n, MEASURED)
+        history_weight = matched_history_weight(measured_ptr, matched_batch_size, m, n, MEASURED)
     return 1.0 - tl.where(tl.load(filled_ptr) > 0, history_weight, 0.0)
 
 
@@ -92,7 +94,8 @@ def _blend(
     filled_ptr,
     history_weight_ptr,
     measured_ptr,
-    matched_values,
+    matched_batch_size,
+    m,
     n,
     record_ptr,
     offs_c,
@@ -111,7 +114,7 @@ def _blend(
         past_var = tl.load(past_var_ptr + offs_c, mask=mask, other=1.0)
         if batch_weight_ptr is None:
             batch_weight = _batch_weight(
-                filled_ptr, history_weight_ptr, measured_ptr, matched_values, n, MEASURED
+                filled_ptr, history_weight_ptr, measured_ptr, matched_batch_size, m, n, MEASURED
             )
         else:
             batch_weight = tl.load(batch_weight_ptr)
@@ -172,7 +175,8 @@ def forward_whole(
     filled_ptr,
     history_weight_ptr,
     measured_ptr,
-    matched_values: tl.float64,
+    matched_batch_size: tl.float64,
+    m: tl.float64,
     n,
     record_ptr,
     channels,
@@ -207,7 +211,8 @@ def forward_whole(
         filled_ptr,
         history_weight_ptr,
         measured_ptr,
-        matched_values,
+        matched_batch_size,
+        m,
         n,
         record_ptr,
         offs_c,
@@ -277,7 +282,8 @@ def blend_parts(
     filled_ptr,
     history_weight_ptr,
     measured_ptr,
-    matched_values: tl.float64,
+    matched_batch_size: tl.float64,
+    m: tl.float64,
     n,
     record_ptr,
     channels,
@@ -310,7 +316,8 @@ def blend_parts(
         filled_ptr,
         history_weight_ptr,
         measured_ptr,
-        matched_values,
+        matched_batch_size,
+        m,
         n,
         record_ptr,
         offs_c,
@@ -370,7 +377,8 @@ class Past(NamedTuple):
     """What a batch is blended with, as the kernels take it; without ``mean`` the record has it.
 
     The batch has the weight ``batch_weight``, or what a moving average leaves: one that is ``filled`` has the
-    weight ``history_weight``, or that which matches ``matched_values`` for ``n`` values per channel.
+    weight ``history_weight``, or that which matches ``matched_batch_size`` for a batch of ``m`` samples with
+    ``n`` values per channel.
     """
 
     mean: Tensor | None = None
@@ -379,7 +387,8 @@ class Past(NamedTuple):
     filled: Tensor | None = None
     history_weight: Tensor | None = None
     measured: Tensor | None = None
-    matched_values: float = 0.0
+    matched_batch_size: float = 0.0
+    m: float = 1.0
     n: int = 1
 
 

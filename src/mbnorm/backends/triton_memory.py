@@ -287,13 +287,13 @@ def forward_with_average(
     record = _new_record(x, kind, memory, averages)
     mean, var, filled, *rest = memory
     last = measured = history_weight = None
-    matched_values = measures = 0.0
+    matched_batch_size, measures, m = 0.0, 0.0, 1.0
     if len(rest) == 1:
         (history_weight,) = rest
     else:
         last, measured = rest
-        matched_values, measures = read
-    past = Past(mean, var, None, filled, history_weight, measured, matched_values, kind.n)
+        matched_batch_size, measures, m = read
+    past = Past(mean, var, None, filled, history_weight, measured, matched_batch_size, m, kind.n)
     with on_device_of(x):
         y = normalize(kind, x, weight, bias, past, bool(measures), record, pooled, eps)
         if store:

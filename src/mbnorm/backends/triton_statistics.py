@@ -10,7 +10,6 @@ from mbnorm import measures
 
 _MEASURED_WEIGHT = tl.constexpr(measures.MEASURED_WEIGHT)
 _EARLY = tl.constexpr(measures.EARLY)
-_MOST_IF_CORRELATED = tl.constexpr(measures.MOST_IF_CORRELATED)
 
 
 @triton.jit
@@ -32,21 +31,22 @@ def blend(new_mean, new_var, old_mean, old_var, new_weight, POOLED: tl.constexpr
 
 
 @triton.jit
-def matched_history_weight(measured_ptr, matched_values, n, MEASURED: tl.constexpr):
-    """Return the history weight that matches the noise of ``matched_values`` values.
+def matched_history_weight(measured_ptr, matched_batch_size, m, n, MEASURED: tl.constexpr):
+    """Return the history weight that matches the noise of batches of another size.
 
-    With ``MEASURED`` it follows from the measured ratio and error; else n is the effective sample size.
+    With ``MEASURED`` it follows from the measured ratio and error, too; else from the sizes alone.
     """
-    values = number(matched_values, measured_ptr.dtype.element_ty)
+    STATE: tl.constexpr = measured_ptr.dtype.element_ty
+    wanted = number(matched_batch_size, STATE)
+    # of samples that are independent
+    inverse = wanted / number(m, STATE)
+    least_error = 1.0
     if MEASURED:
         known = tl.load(measured_ptr + 3) > 0
         ratio = tl.where(known, tl.maximum(tl.load(measured_ptr), 1.0), 1.0)
         noise = tl.minimum(tl.where(known, ratio / n, 1.0), 1.0)
-        inverse = noise * tl.minimum(ratio, _MOST_IF_CORRELATED) * values
+        inverse = tl.maximum(inverse, noise * wanted)
         least_error = noise / (noise + tl.maximum(tl.load(measured_ptr + 1), 0.0))
-    else:
-        inverse = values / n
-        least_error = 1.0
     return tl.maximum(tl.minimum((inverse - 1.0) / (inverse + 1.0), least_error), 0.0)
 
 

@@ -161,9 +161,9 @@ def set_method(model: nn.Module, method: Method, batch_size: int, shape: torch.S
         case "momentum" | "momentum-constant" | "momentum+df":
             convert(model, "momentum", batch_size=batch_size)
         case "matched-64" | "matched-128":
-            convert(model, "matched", matched_values=int(method.removeprefix("matched-")))
+            convert(model, "matched", matched_batch_size=int(method.removeprefix("matched-")))
         case "matched-plain":
-            convert(model, "matched", matched_values=128, measured=False)
+            convert(model, "matched", matched_batch_size=128, measured=False)
         case "matched-plain-32":
             convert(model, "matched", measured=False)
         case "momentum-pooled":

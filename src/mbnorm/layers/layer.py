@@ -512,7 +512,7 @@ class HistoryBatchNorm(_BatchNorm):
             y: Tensor = in_eager_mode(HistoryBatchNorm._forward_eager, self, input)
             return y
         n = _values_per_channel(input)
-        past = saved_by_compiled_code(self.read(n))
+        past = saved_by_compiled_code(self.read(n, input.shape[0]))
         gradient = self.remembered_gradient()
         y, rows = self.blend(input, past, choose(input, self.backend), gradient)
         if n > 0 and self.stores:
@@ -553,7 +553,7 @@ class HistoryBatchNorm(_BatchNorm):
             )
             return prepared.run(self, input)
         self._calls.drop_done()
-        past = self.read(n)
+        past = self.read(n, input.shape[0])
         gradient = self.remembered_gradient()
         y, rows, node = self.blend_watched(input, past, backend, gradient)
         self._calls.remember(Call(n, rows, past, gradient), node)
@@ -592,9 +592,9 @@ class HistoryBatchNorm(_BatchNorm):
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
 
-    def read(self, n: int) -> Past:
-        """Return what a batch of ``n`` values per channel is blended with."""
-        return self.memory.read(self.state, n)
+    def read(self, n: int, m: int) -> Past:
+        """Return what a batch of ``m`` samples with ``n`` values per channel is blended with."""
+        return self.memory.read(self.state, n, m)
 
     def remembered_gradient(self) -> RememberedGradient | None:
         """Return what the backward passes of a forward now will read and write, if anything."""

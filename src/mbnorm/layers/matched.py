@@ -15,7 +15,7 @@ from mbnorm.memories.memory import option
 class _MatchedBatchNorm(HistoryBatchNorm):
     memory_type = MeasuredAverage
     memory: MeasuredAverage
-    matched_values = option("matched_values")
+    matched_batch_size = option("matched_batch_size")
     measured = option("measured")
     early_weight = option("early_weight")
     memory_measured: Tensor
@@ -31,7 +31,7 @@ class _MatchedBatchNorm(HistoryBatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
-        matched_values: int = 128,
+        matched_batch_size: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
         backend: Backend = "auto",
@@ -39,7 +39,7 @@ class _MatchedBatchNorm(HistoryBatchNorm):
         sync: Sync = True,
         gradient: Gradient | None = None,
     ) -> None:
-        memory = MeasuredAverage(matched_values, measured, early_weight)
+        memory = MeasuredAverage(matched_batch_size, measured, early_weight)
         torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         if gradient is None:
             gradient = default_gradient(sync)
@@ -57,7 +57,7 @@ class MatchedBatchNorm1d(_MatchedBatchNorm, nn.BatchNorm1d):
 
 
 class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
-    r"""Normalize (N, C, H, W) inputs with statistics as accurate as those of N independent values.
+    r"""Normalize (B, C, H, W) inputs with statistics as accurate as those of N independent samples.
 
     .. math::
         \mathrm{mean} = (1-\lambda)\,m_B + \lambda\,M, \qquad
@@ -65,13 +65,14 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         M, V \leftarrow \mathrm{mean}, \mathrm{var}
 
     .. math::
-        \lambda = \max\Bigl(0, \min\Bigl(\frac{r/n}{r/n+e}, \frac{N'-n/r}{N'+n/r}\Bigr)\Bigr), \qquad
-        N' = N \min(r, 4)
+        \lambda = \max\Bigl(0, \min\Bigl(\frac{r/n}{r/n+e}, \frac{N-w}{N+w}\Bigr)\Bigr), \qquad
+        w = \min(m, n/r)
 
-    Each layer measures, while it trains, the effective sample size n/r of a batch of n values per channel,
-    and the squared error e of M. A layer with enough independent values is plain batch normalization. A
-    drop-in for `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the
-    memory's. Nothing needs to be set.
+    A batch of m samples with n values per channel counts as w independent samples: m, or fewer where they are
+    correlated. For each layer measures, while it trains, the effective sample size n/r of its batches, and
+    the squared error e of M. Batches of N samples are plain batch normalization. A drop-in for
+    `torch.nn.BatchNorm2d`: same arguments, same eval mode, same checkpoint keys plus the memory's. Nothing
+    needs to be set.
 
     Args:
         num_features: number of channels C.
@@ -84,8 +85,8 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         device: where parameters and state live.
         dtype: of the parameters; the state is never below float32.
         bias: False leaves the bias out.
-        matched_values: N, at least 1; up to four times as many count where values are correlated.
-        measured: False takes r = 1 and e = 0: :math:`\lambda = \max(0, (N-n)/(N+n))`.
+        matched_batch_size: N, at least 1.
+        measured: False takes w = m and e = 0: :math:`\lambda = \max(0, (N-m)/(N+m))`.
         early_weight: in running_mean and running_var a batch has at least the weight of so many batches
             before it. So these cover the last part of a training of any length. 0 uses ``momentum`` only.
         backend: as in `mbnorm.functional.blended_batch_norm`.

@@ -67,7 +67,7 @@ class PreparedForward:
         self._arguments = (
             list(layer.state),
             list(averages),
-            memory.read_numbers(n),
+            memory.read_numbers(n, input.shape[0]),
             update,
             *rules,
             stores,

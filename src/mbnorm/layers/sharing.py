@@ -55,8 +55,9 @@ class Sharing:
         n = \sum_r n_r, \qquad m_B = \sum_r \tfrac{n_r}{n}\,m_r, \qquad
         v_B = \sum_r \tfrac{n_r}{n}\,(v_r + m_r^2) - m_B^2
 
-    Write :math:`M, V, a = \mathrm{read}(n)` for what the memory gives a batch of n values, and
-    :math:`\mathrm{blend}_a(m, v)` for the operator's mean and variance. All ranks hold the same memory.
+    Write :math:`M, V, a = \mathrm{read}(n)` for what the memory gives a batch of n values, whose samples
+    add up over ranks as n does, and :math:`\mathrm{blend}_a(m, v)` for the operator's mean and variance. All
+    ranks hold the same memory.
 
     ``sync=True``: forward t normalizes with :math:`\mathrm{blend}_a(m_B, v_B)`, a, M and V from
     :math:`\mathrm{read}(n)`, and commits :math:`m_B, v_B` and the blend. The ranks together are one
@@ -136,8 +137,8 @@ class Sharing:
                 "Expected more than 1 value per channel when training, got 1 on all ranks together"
             )
         if pooled.n == 0:
-            return layer.blend(input, layer.read(0), backend)[0]
-        past = PooledPast(layer.read(pooled.n), pooled, group)
+            return layer.blend(input, layer.read(0, 0), backend)[0]
+        past = PooledPast(layer.read(pooled.n, pooled.m), pooled, group)
         gradient = layer.remembered_gradient()
         y, rows, node = layer.blend_watched(input, past, backend, gradient)
         # it is known again by the statistics of this part
@@ -160,7 +161,7 @@ class Sharing:
             y, record = layer.prepare(cpu, input, n, stores=False).run_recorded(layer, input)
             local = record[0], record[1]
         else:
-            past = layer.read(n)
+            past = layer.read(n, input.shape[0])
             y, rows, node = layer.blend_watched(input, past, backend)
             layer._calls.remember(Call(n, rows, past), node)
             local = rows[0], rows[1]
@@ -223,9 +224,9 @@ class Sharing:
             # a schedule may have changed them since
             names = zip(memory.buffers, state, strict=True)
             state = tuple(late.options.get(name, tensor) for name, tensor in names)
-            self._enter_fused(layer, sums, state, averages, n, update)
+            self._enter_fused(layer, sums, state, averages, memory.read_numbers(n, m), update)
             return
-        past = memory.read(state, n) if memory.depends_on_count else late.past
+        past = memory.read(state, n, m) if memory.depends_on_count else late.past
         pooled = pooled_of(sums, late.exchange.dtype)
         blended = blend(pooled.mean, pooled.var, *past, memory.variance_rule)
         commit(memory, state, averages, (pooled.mean, pooled.var), blended, n, update)
@@ -236,14 +237,14 @@ class Sharing:
         sums: Tensor,
         state: State,
         averages: InferenceAverages,
-        n: int,
+        read: list[float],
         update: InferenceUpdate,
     ) -> None:
         memory = layer.memory
         operator: Any = getattr(cpu, f"commit_to_{memory.kernels}")
         numbers = [float(number) for number in update]
         pooled = memory.variance_rule == "pooled"
-        operator(sums, list(state), list(averages), memory.read_numbers(n), numbers, pooled)
+        operator(sums, list(state), list(averages), read, numbers, pooled)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the layer has the late batch in its buffers

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, MOST_IF_CORRELATED, SEEDED
+from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, SEEDED
 from mbnorm.memories.memory import (
     InferenceUpdate,
     State,
@@ -37,21 +37,23 @@ class MeasuredAverage(Average):
     empty memory, else minus the number of batches that the seeded statistics stand for.
 
     Args:
-        matched_values: N: the normalizing statistics shall be as accurate as those of N independent values.
-        measured: choose the history weight by r and e; False takes n for the effective sample size.
+        matched_batch_size: N: the normalizing statistics shall be as accurate as those of N samples.
+        measured: choose the history weight by r and e, too; False takes samples to be independent, and e = 0.
         early_weight: in the running statistics a batch has at least the weight of so many batches before it.
     """
 
     buffers = ("memory_mean", "memory_var", "memory_filled", "memory_last", "memory_measured")
-    options = ("matched_values", "measured", "early_weight")
-    written = ("matched_values", "measured")
+    options = ("matched_batch_size", "measured", "early_weight")
+    written = ("matched_batch_size", "measured")
 
-    def __init__(self, matched_values: int = 128, measured: bool = True, early_weight: float = 8.0) -> None:
-        if not matched_values >= 1:
-            raise ValueError(f"matched_values must be at least 1, got {matched_values}")
+    def __init__(
+        self, matched_batch_size: int = 128, measured: bool = True, early_weight: float = 8.0
+    ) -> None:
+        if not matched_batch_size >= 1:
+            raise ValueError(f"matched_batch_size must be at least 1, got {matched_batch_size}")
         if not 0 <= early_weight < math.inf:
             raise ValueError(f"early_weight must be 0 or more, and finite, got {early_weight}")
-        self.matched_values: int = plain(matched_values)
+        self.matched_batch_size: int = plain(matched_batch_size)
         self.measured = bool(measured)
         self.early_weight = float(early_weight)
 
@@ -77,23 +79,25 @@ class MeasuredAverage(Average):
         known = torch.as_tensor(batches, dtype=mean.dtype, device=mean.device)
         state[4].narrow(0, 3, 1).copy_(-known.clamp_min(SEEDED))
 
-    def weight_of_history(self, state: State, n: int) -> Tensor:
-        r"""Return the history weight for a batch of n values per channel.
+    def weight_of_history(self, state: State, n: int, m: int) -> Tensor:
+        r"""Return the history weight for a batch of m samples with n values per channel.
 
         .. math::
-            \lambda = \max\bigl(0, \min\bigl(\tfrac{r/n}{r/n + e}, \tfrac{N' - n/r}{N' + n/r}\bigr)\bigr),
-            \qquad N' = N \min(r, 4)
+            \lambda = \max\Bigl(0, \min\Bigl(\frac{r/n}{r/n + e}, \frac{N - w}{N + w}\Bigr)\Bigr),
+            \qquad w = \min(m, n/r)
 
-        The first term leaves the least error; the second matches the noise of N' values. The effective sample
-        size is 1 at least, which is also taken before there are samples, and n at most: the same batch again
-        and again has no noise, and would otherwise be used alone.
+        The first term leaves the least error. The second makes the noise that of N samples: a batch counts as
+        its samples, or fewer where these are correlated. The effective sample size n/r is 1 at least, which
+        is also taken before any is measured, and n at most: the same batch again and again has no noise, and
+        would otherwise be used alone.
         """
+        independent = self.matched_batch_size / max(m, 1)
         if not self.measured:
-            return state[0].new_full((), max(0.0, (self.matched_values - n) / (self.matched_values + n)))
+            return state[0].new_full((), max(0.0, (independent - 1) / (independent + 1)))
         ratio, error, _, samples = state[4].unbind()
         ratio = torch.where(samples > 0, ratio.clamp_min(1.0), 1.0)
         noise = torch.where(samples > 0, ratio / max(n, 1), 1.0).clamp_max(1.0)
-        inverse = noise * ratio.clamp_max(MOST_IF_CORRELATED) * self.matched_values
+        inverse = (noise * self.matched_batch_size).clamp_min(independent)
         matched = ((inverse - 1) / (inverse + 1)).clamp_min(0.0)
         return torch.minimum(noise / (noise + error.clamp_min(0.0)), matched)
 
@@ -139,15 +143,15 @@ class MeasuredAverage(Average):
     def describe(self) -> str:
         """Return the options as a layer's `repr` shows them."""
         measured = "" if self.measured else ", measured=False"
-        return f"matched_values={self.matched_values}{measured}, early_weight={self.early_weight:g}"
+        return f"matched_batch_size={self.matched_batch_size}{measured}, early_weight={self.early_weight:g}"
 
-    def read_numbers(self, n: int) -> list[float]:
-        """Return N, and whether the history weight follows what was measured."""
-        return [float(self.matched_values), float(self.measured)]
+    def read_numbers(self, n: int, m: int) -> list[float]:
+        """Return N, whether the history weight follows what was measured, and m."""
+        return [float(self.matched_batch_size), float(self.measured), float(max(m, 1))]
 
     def weighs_past(self, state: State) -> bool:
         """Return whether a batch of one value would be blended with past statistics, if there are any."""
-        return self.matched_values > 1
+        return self.matched_batch_size > 1
 
     def batches_seen(self, state: State, batches: Tensor) -> Tensor:
         """Return after how many batches the averages are: as many as the memory has seen."""
@@ -155,12 +159,11 @@ class MeasuredAverage(Average):
         samples = measured.narrow(0, 3, 1).view(())
         return torch.where((samples < 0) & (filled > 0), -samples, samples + 1)
 
-    def pooled_batches(self, state: State, n: int) -> float:
-        """Return how many batches' noise is averaged out, of independent values before any are measured."""
+    def pooled_batches(self, state: State, n: int, m: int) -> float:
+        """Return how many batches' noise is averaged out, of independent samples before any are measured."""
         if self.measured and state[4][3] <= 0:
-            history = max(0.0, (self.matched_values - n) / (self.matched_values + n))
-            return (1 + history) / (1 - history)
-        return super().pooled_batches(state, n)
+            return max(1.0, self.matched_batch_size / max(m, 1))
+        return super().pooled_batches(state, n, m)
 
     def is_valid(self, state: State) -> Tensor:
         """Return whether this can be a state: not a mean of full and empty ones."""

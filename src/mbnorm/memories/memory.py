@@ -92,8 +92,8 @@ class Memory:
         """Return whether there is something to read, as a 0-dim bool."""
         raise NotImplementedError
 
-    def read(self, state: State, n: int) -> Past:
-        """Return what a batch of ``n`` values per channel is blended with."""
+    def read(self, state: State, n: int, m: int) -> Past:
+        """Return what a batch of ``m`` samples with ``n`` values per channel is blended with."""
         raise NotImplementedError
 
     def commit(self, state: State, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
@@ -112,8 +112,8 @@ class Memory:
         """Return the options as a layer's `repr` shows them."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.options)
 
-    def read_numbers(self, n: int) -> list[float]:
-        """Return what tells the fused operators how a batch of ``n`` values per channel reads the state."""
+    def read_numbers(self, n: int, m: int) -> list[float]:
+        """Return what tells the fused operators how a batch reads the state, of a size as for `read`."""
         raise NotImplementedError
 
     def weighs_past(self, state: State) -> bool:
@@ -122,7 +122,7 @@ class Memory:
 
     @property
     def depends_on_count(self) -> bool:
-        """Whether `read` gives batches of different numbers of values different answers."""
+        """Whether `read` gives batches of different sizes different answers."""
         return True
 
     def batches_seen(self, state: State, batches: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class Memory:
     def reset(self) -> None:
         """Go back to the options as they were given."""
 
-    def pooled_batches(self, state: State, n: int) -> float:
-        """Return how many batches' noise is averaged out, for batches of ``n`` values per channel."""
+    def pooled_batches(self, state: State, n: int, m: int) -> float:
+        """Return how many batches' noise is averaged out, for batches of a size as for `read`."""
         raise NotImplementedError
 
     def before_training(self, state: State) -> None:

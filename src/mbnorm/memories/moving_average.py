@@ -50,15 +50,15 @@ class Average(Memory):
         """Return whether there is something to read, as a 0-dim bool."""
         return state[2] > 0
 
-    def weight_of_history(self, state: State, n: int) -> Tensor:
-        """Return the weight of a past that is not empty, for a batch of ``n`` values per channel."""
+    def weight_of_history(self, state: State, n: int, m: int) -> Tensor:
+        """Return the weight of a past that is not empty, for a batch of a size as for `read`."""
         raise NotImplementedError
 
-    def read(self, state: State, n: int) -> Past:
+    def read(self, state: State, n: int, m: int) -> Past:
         """Return the averages; their weight is 0 while they are empty."""
         mean, var, filled, *_ = state
         held = (filled > 0).to(mean.dtype)
-        return Past(mean.clone(), var.clone(), 1 - self.weight_of_history(state, n) * held)
+        return Past(mean.clone(), var.clone(), 1 - self.weight_of_history(state, n, m) * held)
 
     def commit(self, state: State, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Replace the averages with the blended statistics of a forward."""
@@ -68,9 +68,9 @@ class Average(Memory):
         # as a view: torch.compile drops what is written into 0-dim tensors of float64
         filled.view(1).masked_fill_(finite, 1.0)
 
-    def pooled_batches(self, state: State, n: int) -> float:
+    def pooled_batches(self, state: State, n: int, m: int) -> float:
         """Return how many batches' noise a moving average of this weight averages out, in the long run."""
-        history = float(self.weight_of_history(state, n))
+        history = float(self.weight_of_history(state, n, m))
         return (1 + history) / (1 - history)
 
     def is_valid(self, state: State) -> Tensor:
@@ -119,7 +119,7 @@ class MovingAverage(Average):
         self.clear(state)
         return state
 
-    def weight_of_history(self, state: State, n: int) -> Tensor:
+    def weight_of_history(self, state: State, n: int, m: int) -> Tensor:
         """Return the history weight."""
         return state[3]
 
@@ -129,10 +129,10 @@ class MovingAverage(Average):
 
     @property
     def depends_on_count(self) -> bool:
-        """Whether `read` gives batches of different numbers of values different answers."""
+        """Whether `read` gives batches of different sizes different answers."""
         return False
 
-    def read_numbers(self, n: int) -> list[float]:
+    def read_numbers(self, n: int, m: int) -> list[float]:
         """Return nothing: the history weight is in the state."""
         return []
 

@@ -108,7 +108,7 @@ class RecentBatches(Memory):
         # an empty batch reads as if it had a value
         return min(-(-self.memory_values // max(n, 1)), self.memory_size) - 1
 
-    def read(self, state: State, n: int) -> Past:
+    def read(self, state: State, n: int, m: int) -> Past:
         """Return the weighted statistics of the newest entries."""
         mean, var, counts, ages = state
         weight = torch.where(counts < 0, n, counts)
@@ -145,7 +145,7 @@ class RecentBatches(Memory):
             return InferenceUpdate(1.0, blended=True)
         return moments_update(momentum, m)
 
-    def read_numbers(self, n: int) -> list[float]:
+    def read_numbers(self, n: int, m: int) -> list[float]:
         """Return how many entries are read, and the decay."""
         return [float(self.entries_read(n)), float(self.decay)]
 
@@ -161,7 +161,7 @@ class RecentBatches(Memory):
             f"variance_rule={self.variance_rule}, inference={self.inference}"
         )
 
-    def pooled_batches(self, state: State, n: int) -> float:
+    def pooled_batches(self, state: State, n: int, m: int) -> float:
         """Return how many batches' noise is averaged out once the memory is full."""
         weights = [float(self.decay) ** age for age in range(1 + self.entries_read(n))]
         return sum(weights) ** 2 / sum(w * w for w in weights)
