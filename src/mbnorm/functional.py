@@ -405,7 +405,8 @@ class _CompiledBlendedBatchNorm(torch.autograd.Function):
         ctx.rules = stores, backend, variance_rule, eps
         statistics = Record(*rows)[:4]
         ctx.mark_non_differentiable(*statistics)
-        return y, *statistics
+        # torch 2.11 hands no gradient to an output that is an intermediate result as well
+        return y.clone(), *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

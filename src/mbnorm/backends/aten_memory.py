@@ -89,7 +89,7 @@ class _Average:
 
     def read(self, n: int, pooled: bool) -> tuple[Tensor, Tensor, float]:
         """Return copies of the past statistics, and the weight of a batch of ``n`` values per channel."""
-        mean, var = torch._foreach_clone([self.mean, self.var])
+        mean, var = self.mean.clone(), self.var.clone()
         return mean, var, 1 - self._history_weight(n) if self.is_filled else 1.0
 
     def _history_weight(self, n: int) -> float:
