@@ -14,6 +14,7 @@ from benchmarks.rows import Row
 from evidence.claim import Claim, Table, Tell, difference_cell, draw_seeds, mean_cell
 from evidence.lists import CIFAR10, MLP, Entrant, Task, data_of
 from evidence.noise_layers import NoisyBatchNorm, SplitBatchNorm, replace_norms, size_of
+from evidence.rule import DROP_IN
 from evidence.trained import DIVERGED, where
 from mbnorm import recalibrate
 from mbnorm.experiments.dataset import Data
@@ -34,9 +35,6 @@ MATCHED = "Matched BN at 2"
 NAMES = (AT_TWO, SPLIT, WITH_ITSELF, INJECTED, AT_32, MATCHED)
 COMPARED = {AT_TWO: AT_32, SPLIT: AT_TWO, WITH_ITSELF: AT_TWO, INJECTED: AT_TWO, MATCHED: AT_32}
 """Each training, and the one it is compared with."""
-OURS = Entrant(
-    "matched", None, (("gradient", "remembered"), ("center_filters", False), ("matched_batch_size", 128))
-)
 
 
 class Scores(NamedTuple):
@@ -57,7 +55,7 @@ SCORES = (
 def net(name: str, run: Run, data: Data) -> nn.Module:
     """Return the untrained net of a training; all have the same weights."""
     if name == MATCHED:
-        return OURS.net(run, data)
+        return DROP_IN.net(run, data)
     model = Entrant("batch").net(run, data)
     if name in (INJECTED, WITH_ITSELF):
         # beside an image itself there is one other

@@ -248,7 +248,7 @@ def test_the_table_names_both_where_the_first_does_not_differ_from_the_second():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_do_not_say_that_there_is_no_difference(seeds):
-    said = ["none has the best mean; whether that is a difference, 3 seeds can say."]
+    said = ["none has the best mean. Whether that is a difference takes 3 seeds to tell."]
     assert notes(SETTING, rows_for({method: found[:seeds] for method, found in CLEAR.items()})) == said
 
 

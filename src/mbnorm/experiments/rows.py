@@ -224,7 +224,7 @@ def _first(first: Row, second: Row) -> str:
         return f"{first.label} does best here."
     difference = paired_difference(first.scores, second.scores)
     if difference is None or difference.half_width is None:
-        return f"{first.label} has the best mean; whether that is a difference, {FEWEST} seeds can say."
+        return f"{first.label} has the best mean. Whether that is a difference takes {FEWEST} seeds to tell."
     return f"{first.label} and {second.label} come first, with no difference between them."
 
 
