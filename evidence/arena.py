@@ -104,10 +104,13 @@ class Known:
 
     def rate(self, task: Task, entrant: Entrant) -> float | None:
         """Return the rate with the best score on the held-out images, of equals the smaller."""
+        found = self.held_out(task, entrant)
+        return max(sorted(found), key=found.__getitem__) if found else None
+
+    def held_out(self, task: Task, entrant: Entrant) -> dict[float, float]:
+        """Return the score at each rate that was tried, on the held-out images."""
         found = [row for row in self._of(task, entrant) if row["part"] == "choice"]
-        if not found:
-            return None
-        return float(max(sorted(found, key=lambda row: float(row["rate"])), key=score_of)["rate"])
+        return {float(row["rate"]): score_of(row) for row in found}
 
     def scores(self, task: Task, entrant: Entrant) -> dict[int, float]:
         """Return the score of each seed at the chosen rate, on the test images."""

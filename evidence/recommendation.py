@@ -31,8 +31,12 @@ GOAL = 0.5
 """Points of accuracy that the recommended may stay behind the best."""
 UNTRAINED = "untrained"
 BATCH_NORM = "batch"
-AS_TOLD = "as told"
-SWEEP = (BATCH_NORM, "matched", "plain 128", "plain 32", *(f"memorized {size}" for size in MEMORY_SIZES))
+RECOMMENDED = "matched"
+NOT_CENTERED = "matched, not centered"
+SWEEP = (
+    *(BATCH_NORM, RECOMMENDED, NOT_CENTERED, "plain 128", "plain 32"),
+    *(f"memorized {size}" for size in MEMORY_SIZES),
+)
 """What is trained in every setting; each is measured as trained and recalibrated."""
 
 
@@ -61,50 +65,38 @@ class Choice:
     recalibrated: bool
 
     def __str__(self) -> str:
-        name = {BATCH_NORM: "batch norm", AS_TOLD: "layer by layer"}.get(self.candidate, self.candidate)
+        name = "batch norm" if self.candidate == BATCH_NORM else self.candidate
         return name + (", recalibrated" if self.recalibrated else "")
 
 
 NOTHING = Choice(BATCH_NORM, recalibrated=False)
-MATCHED = Choice("matched", recalibrated=False)
+MATCHED = Choice(RECOMMENDED, recalibrated=False)
 
 
 def _rows(seeds: int, tell: Tell, known: Sequence[Row]) -> Iterator[Row]:
     for seed in range(seeds):
         for setting in SETTINGS:
             done = {row["candidate"]: row for row in where(of_setting(known, setting), seed=seed)}
-            if UNTRAINED in done and done.keys() >= _candidates(done[UNTRAINED]).keys():
-                continue
-            before = _told(initial_model(Run("batch", setting, seed)), setting, seed)
-            told = {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_in_short(before)}
             if UNTRAINED not in done:
-                yield told
-            for candidate in _candidates(told):
+                before = _told(initial_model(Run("batch", setting, seed)), setting, seed)
+                yield {"candidate": UNTRAINED, **asdict(setting), "seed": seed, **_in_short(before)}
+            for candidate in SWEEP:
                 if candidate in done:
                     continue
-                row = _trained(candidate, setting, seed, before)
+                row = _trained(candidate, setting, seed)
                 tell(f"{candidate}, {setting}, seed {seed}: {row['accuracy']}, {row['seconds']} s")
                 yield row
 
 
-def _candidates(told: Row) -> dict[str, None]:
-    """Return what is to be trained, the recommended first."""
-    return dict.fromkeys((_recommended_candidate(told), *SWEEP))
-
-
-def _recommended_candidate(told: Row) -> str:
-    return AS_TOLD if told["recommendation"] == "matched" else BATCH_NORM
-
-
-def _trained(candidate: str, setting: Setting, seed: int, before: Diagnosis) -> Row:
+def _trained(candidate: str, setting: Setting, seed: int) -> Row:
     """Train a candidate, diagnose it, and measure it on both halves, as trained and recalibrated."""
     start = time.perf_counter()
     run = Run("batch", setting, seed)
     model, data = initial_model(run), load(setting.data)
-    _convert(model, candidate, before)
+    _convert(model, candidate)
     loss = fit(model, run, data)
-    # what else was trained is asked nothing
-    after = {"stale": _told(model, setting, seed).stale} if candidate in (BATCH_NORM, AS_TOLD) else {}
+    # what is not recommended is not diagnosed again
+    after = {"stale": _told(model, setting, seed).stale} if candidate in (BATCH_NORM, RECOMMENDED) else {}
     accuracy = [_accuracy_of_halves(model.eval(), data)]
     recalibrate(model, in_random_order(data.train_inputs))
     accuracy.append(_accuracy_of_halves(model, data))
@@ -119,12 +111,12 @@ def _trained(candidate: str, setting: Setting, seed: int, before: Diagnosis) -> 
     }
 
 
-def _convert(model: nn.Module, candidate: str, before: Diagnosis) -> None:
+def _convert(model: nn.Module, candidate: str) -> None:
     method, _, number = candidate.partition(" ")
-    if candidate == AS_TOLD:
-        before.convert(model)
-    elif method == "matched":
+    if candidate == RECOMMENDED:
         convert(model, "matched")
+    elif candidate == NOT_CENTERED:
+        convert(model, "matched", center_filters=False)
     elif method == "plain":
         convert(model, "matched", matched_batch_size=int(number), measured=False)
     elif method == "memorized":
@@ -144,13 +136,9 @@ def _told(model: nn.Module, setting: Setting, seed: int) -> Diagnosis:
 
 
 def _in_short(found: Diagnosis) -> dict[str, Any]:
-    """Return the number of layers, and the matched_batch_size of those to convert."""
-    matched = {layer.name: layer.matched_batch_size for layer in found.layers if layer.matched_batch_size}
-    return {
-        "recommendation": found.recommendation,
-        "layers": len(found.layers),
-        "matched_batch_size": matched,
-    }
+    """Return what is recommended, and how many of the layers are noisy."""
+    noisy = sum(layer.verdict == "noisy" for layer in found.layers)
+    return {"recommendation": found.recommendation, "layers": len(found.layers), "noisy": noisy}
 
 
 @torch.no_grad()
@@ -162,7 +150,8 @@ def _accuracy_of_halves(model: nn.Module, data: Data) -> list[float]:
 
 def recommended(rows: Sequence[Row], setting: Setting, seed: int) -> Choice:
     """Return what `diagnose` says before the training to train, and after it of the statistics."""
-    candidate = _recommended_candidate(_row(rows, setting, seed, UNTRAINED))
+    told = _row(rows, setting, seed, UNTRAINED)
+    candidate = RECOMMENDED if told["recommendation"] == "matched" else BATCH_NORM
     return Choice(candidate, _row(rows, setting, seed, candidate)["stale"])
 
 
@@ -206,7 +195,7 @@ class Comparison:
 
     @property
     def matched_behind(self) -> list[float]:
-        """The same of "matched" in all layers, undiagnosed."""
+        """The same of "matched", undiagnosed."""
         return self._behind(self.of_matched)
 
     @property
@@ -219,7 +208,7 @@ class Comparison:
 
 
 def compared(rows: Sequence[Row], setting: Setting) -> Comparison:
-    """Compare the recommended, the best, "matched" throughout and doing nothing in a setting."""
+    """Compare the recommended, the best, "matched" and doing nothing in a setting."""
     seeds = seeds_of(rows, setting)
     told, winners = [recommended(rows, setting, seed) for seed in seeds], best(rows, setting)
     always = ([choice] * len(seeds) for choice in (MATCHED, NOTHING))
@@ -255,11 +244,11 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 difference_cell(estimate(found.nothing_behind), 1),
             ]
         )
-        sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in (*SWEEP, AS_TOLD))])
+        sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in SWEEP)])
     headings = ["setting", "recommended", "best of the sweep", "recommended, %", "best, %"]
     return [
         ([*headings, "difference", "matched - best", "do nothing - best"], lines),
-        (["sweep", *SWEEP, "layer by layer"], sweep),
+        (["sweep", *SWEEP], sweep),
     ]
 
 
@@ -268,11 +257,7 @@ def in_words(rows: Sequence[Row], setting: Setting) -> str:
     names = []
     for seed in seeds_of(rows, setting):
         choice, told = recommended(rows, setting, seed), _row(rows, setting, seed, UNTRAINED)
-        name = str(choice)
-        if choice.candidate == AS_TOLD:
-            layers = f"matched in {len(told['matched_batch_size'])} of {told['layers']} layers"
-            name = layers + (", recalibrated" if choice.recalibrated else "")
-        names.append(name)
+        names.append(f"{choice} ({told['noisy']} of {told['layers']} layers are noisy)")
     return _counted(names)
 
 
@@ -316,13 +301,13 @@ CLAIM = Claim(
     sentence=f"What `diagnose` recommends is within {GOAL:g} point of accuracy of the best of a sweep.",
     measured=(
         f"A net with torch's batch norms is diagnosed before its training, on {BATCHES} batches drawn like "
-        "those of the training, and converted as recommended, layer by layer; the trained net is diagnosed "
-        "again, and recalibrated if it is called stale. The sweep trains batch norm, matched in all layers "
-        "(by the number of values, too: plain 128 and 32), and memorized of "
+        "those of the training, and converted where a layer is noisy; the trained net is diagnosed "
+        "again, and recalibrated if it is called stale. The sweep trains batch norm, matched "
+        "(without centered filters, and by the number of values, too: plain 128 and 32), and memorized of "
         f"{', '.join(map(str, MEMORY_SIZES))} batches, and takes each as trained and recalibrated. For each "
         "seed the best is what is best by the mean over the others, so that no luck of its own is counted. "
-        f"Differences are taken seed by seed. {NO_DIFFERENCE} matched - best: in "
-        "all layers, without a diagnosis, as trained. Do nothing: batch norm as trained. The second table "
+        f"Differences are taken seed by seed. {NO_DIFFERENCE} matched - best: "
+        "without a diagnosis, as trained. Do nothing: batch norm as trained. The second table "
         "has mean accuracies, as trained / recalibrated."
     ),
     rows=_rows,

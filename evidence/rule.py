@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.rows import Row
 from evidence.arena import MEASURED, Known, drawn, measured_rows, tables_of, verdict
 from evidence.claim import Claim, Table, Tell, difference_cell
-from evidence.lists import TUNED, Entrant
+from evidence.lists import RATES, TUNED, Entrant
 from mbnorm.experiments.estimates import paired_difference
 from mbnorm.gradient import Gradient
 
@@ -86,6 +86,23 @@ def _changes(rows: Sequence[Row]) -> Table:
     return ["what a change adds, points", *(task.name for task in TUNED)], lines
 
 
+def _score(of: dict[float, float], rate: float) -> str:
+    return f"{of[rate]:.1f}" if rate in of else "-"
+
+
+def _by_rate(rows: Sequence[Row]) -> Table:
+    """Return what each rate comes to on the held-out images, from the one seed that chooses."""
+    known = Known(rows)
+    lines = []
+    for entrant in ENTRANTS:
+        scores = [known.held_out(task, entrant) for task in TUNED]
+        cells = [" / ".join(_score(of, rate) for rate in RATES) if of else "-" for of in scores]
+        if any(scores):
+            lines.append([entrant.label, *cells])
+    rates = " / ".join(map(str, RATES))
+    return [f"held-out score at the rates {rates}, one seed", *(task.name for task in TUNED)], lines
+
+
 CLAIM = Claim(
     title="Candidates for the rule",
     sentence=(
@@ -94,7 +111,7 @@ CLAIM = Claim(
     ),
     measured=MEASURED,
     rows=_rows,
-    tables=lambda rows: [_changes(rows), *tables_of(TUNED, ENTRANTS, rows)],
+    tables=lambda rows: [_changes(rows), *tables_of(TUNED, ENTRANTS, rows), _by_rate(rows)],
     draw=lambda rows, panels: drawn(TUNED, ENTRANTS, rows, panels),
     panels=len(TUNED),
     verdict=lambda rows: verdict(TUNED, RIVALS, CHOSEN, rows),

@@ -18,9 +18,6 @@ from mbnorm.observe import Forward, observe
 ENOUGH_VALUES = IDEAL_BATCH_SIZE
 """Effective values per batch from which noise does no harm: the ECCV paper's ideal batch size."""
 
-VALUES_IF_CORRELATED = 128
-"""How many it takes where values are correlated."""
-
 
 def diagnose(
     model: nn.Module,
@@ -45,9 +42,9 @@ def diagnose(
     larger for values that compensate each other. A layer is noisy if n_used is below 32, or below 16 with a
     memory.
 
-    `Diagnosis.convert` makes each noisy layer a "matched" one with measured=False and matched_batch_size =
-    32 m / n_eff, the shortest memory that has the noise of 32 values. For correlated values it takes 128 in
-    place of 32: their effective sample size falls while the net learns to see what they share.
+    If a layer is noisy, convert the model: `mbnorm.convert` gives all layers a memory. In those with enough
+    values it is short. The effective sample size says how noisy a layer's batches are, not what that costs:
+    to convert the noisy layers alone does no better, and in some nets worse.
 
     Printed, the table has a line for each layer, and a line below for the meaning of each column. Columns
     that say nothing of any layer are left out.
@@ -130,12 +127,12 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
     noisy, used = False, None
     if noise.effective_values is not None and not frozen:
         used = noise.effective_values * noise.pooled_batches
-        # a layer that was converted to 32 values may have fewer with other batches or later weights
+        # a layer with a memory of 32 values may have fewer with other batches or later weights
         noisy = used < (ENOUGH_VALUES if noise.pooled_batches == 1 else ENOUGH_VALUES / 2)
     stale = _is_stale(noise)
     verdict: Verdict = "fine"
     recommendation: Recommendation = "none"
-    matched_batch_size = ideal_batch_size = None
+    ideal_batch_size = None
     reasons = []
     if noise.exploding:
         verdict = "exploding"
@@ -149,11 +146,6 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
     if noisy and noise.effective_values is not None and used is not None:
         verdict = "noisy" if verdict == "fine" else verdict
         recommendation = "matched"
-        # a net learns to see what values share, and their effective sample size falls while it trains
-        alike = _values_correlated(noise, noise.effective_values) or _samples_correlated(noise)
-        wanted = VALUES_IF_CORRELATED if alike else ENOUGH_VALUES
-        # then (N - m) / (N + m), with N this size, is the history weight that n_eff values need
-        matched_batch_size = math.ceil(wanted * noise.samples / noise.effective_values)
         ideal_batch_size = _ideal_batch_size(noise, noise.effective_values)
         reasons.append(_why_noisy(noise, noise.effective_values, used, own))
     if stale:
@@ -176,7 +168,6 @@ def _diagnosis(name: str, meter: NoiseMeter, cost: NoiseCost | None) -> LayerDia
         noise,
         verdict,
         recommendation,
-        matched_batch_size,
         ideal_batch_size,
         stale,
         "; ".join(reasons),
@@ -211,11 +202,6 @@ def _recalibrating_helps(layers: tuple[LayerDiagnosis, ...]) -> bool:
         (layer.noise.mismatch, layer.noise.recalibrated_mismatch) for layer in layers if layer.noise.mismatch
     ]
     return not modes or sum((then or 0.0) ** 2 - now**2 for now, then in modes) < 0
-
-
-def _values_correlated(noise: Noise, effective: float) -> bool:
-    """Whether the effective sample size is smaller than the number of values, and not by chance."""
-    return noise.values > effective * (1 + 3 * math.sqrt(2 / (noise.batches - 1)))
 
 
 def _samples_correlated(noise: Noise) -> bool:
@@ -257,8 +243,7 @@ def _overall(layers: tuple[LayerDiagnosis, ...]) -> tuple[Recommendation, int | 
     if noisy:
         reason = (
             f"noisy: {noisy} of {len(layers)} layers normalize their batches with too few effective values. "
-            "Recommended: mbnorm.convert(model) from scratch, frozen batch norms at a low learning rate for "
-            f"fine-tuning, or shuffled batches of {ideal_batch_size}"
+            f"Recommended: mbnorm.convert(model), or shuffled batches of {ideal_batch_size}"
         )
         if helps:
             reason += "; mbnorm.recalibrate(model, batches) before you evaluate this net as it is"

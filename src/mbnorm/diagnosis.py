@@ -6,10 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from torch import nn
-
-from mbnorm.conversion import ConversionReport
-from mbnorm.convert import convert
 from mbnorm.noise import Noise
 from mbnorm.noise_cost import NoiseCost
 
@@ -33,8 +29,8 @@ class LayerDiagnosis:
         verdict: the first that applies: "exploding" or "dead" if channels are; "noisy" if fewer than 32
             effective values normalize a batch, or 16 with a memory; "stale" if the running statistics have a
             larger error than those of 32 values; else "fine".
-        recommendation: "matched" of `mbnorm.convert`, `mbnorm.recalibrate`, or "none".
-        matched_batch_size: the option of "matched" with measured=False; else None.
+        recommendation: "matched", which `mbnorm.convert` makes of all layers; "recalibrate", for
+            `mbnorm.recalibrate`; or "none".
         ideal_batch_size: the size of shuffled batches that this layer needs no memory for; None if it is not
             noisy.
         stale: whether the running statistics are stale, whatever the verdict.
@@ -47,7 +43,6 @@ class LayerDiagnosis:
     noise: Noise
     verdict: Verdict
     recommendation: Recommendation
-    matched_batch_size: int | None
     ideal_batch_size: int | None
     stale: bool
     reason: str
@@ -79,45 +74,6 @@ class Diagnosis:
     reason: str
     loss: float | None = None
     cost: NoiseCost | None = None
-
-    def convert(self, model: nn.Module) -> ConversionReport:
-        """Convert the noisy layers, and no others, each with the matched_batch_size that it needs.
-
-        A memory is of older weights, and its error propagates to later layers. So a layer with a large
-        effective sample size stays as it is, and the others get the shortest memory that does. Their
-        history weights are fixed from the first step on (measured=False); ``convert(model)`` measures while
-        the net trains.
-
-        Args:
-            model: the one that was diagnosed, or another with layers of the same names.
-
-        Returns:
-            A report of what was converted, and what was not and why.
-
-        Raises:
-            ValueError: the model lacks a layer; nothing is converted then.
-
-        >>> import torch
-        >>> from mbnorm import diagnose
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-        >>> print(diagnose(model, torch.randn(100, 2, 4)).convert(model))
-        1 converted, 0 skipped
-          1: BatchNorm1d -> MatchedBatchNorm1d, memory starts empty
-        """
-        modules = {name or ITSELF: module for name, module in model.named_modules()}
-        needing = [layer for layer in self.layers if layer.matched_batch_size is not None]
-        for layer in needing:
-            if layer.name not in modules:
-                raise ValueError(f"the model has no layer {layer.name!r}, which was diagnosed")
-        report = ConversionReport()
-        for layer in needing:
-            found = convert(
-                modules[layer.name], "matched", matched_batch_size=layer.matched_batch_size, measured=False
-            )
-            report.converted.update((layer.name, what) for what in found.converted.values())
-            report.skipped.update((layer.name, why) for why in found.skipped.values())
-            report.notes += [note.replace(ITSELF, layer.name) for note in found.notes]
-        return report
 
     def __str__(self) -> str:
         rows = [[column.cell(layer) for column in _COLUMNS] for layer in self.layers]
@@ -274,10 +230,8 @@ _COLUMNS = (
     ),
     _Column(
         "recommended",
-        "matched (N): Matched BN, matched_batch_size=N, measured=False; recalibrate: mbnorm.recalibrate",
-        lambda layer: (
-            layer.recommendation + (f" ({layer.matched_batch_size})" if layer.matched_batch_size else "")
-        ),
+        "matched: mbnorm.convert(model), which makes all layers Matched BN; recalibrate: mbnorm.recalibrate",
+        lambda layer: layer.recommendation,
         left=True,
     ),
     _Column(
