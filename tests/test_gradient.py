@@ -298,6 +298,97 @@ def test_what_is_not_finite_is_not_remembered(value):
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-4")
+def test_what_is_finite_in_the_inputs_precision_alone_is_not_remembered():
+    layer = trained(build("matched"))
+    before = own(layer)
+    x, dy = batch(5, dtype=torch.float64)
+    layer(x.requires_grad_()).backward(1e200 * dy)
+    assert all(map(torch.equal, own(layer), before))
+    trained(layer)
+    assert not torch.equal(own(layer)[0], before[0])
+
+
+@pytest.mark.contract("GR-2")
+@pytest.mark.parametrize("backend", KERNELS)
+@on_every_kind
+def test_a_batch_that_is_not_stored_for_its_variance_is_not_remembered(kind, backend):
+    try:
+        choose(batch(0)[0], backend)
+    except (RuntimeError, ValueError) as reason:
+        pytest.skip(str(reason))
+    layer = trained(build(kind, backend=backend))
+    before = own(layer)
+    x, dy = batch(5)
+    # one channel is too large for its square
+    x[:, 1] *= 1e25
+    layer(x.requires_grad_()).backward(dy)
+    assert layer.num_batches_skipped == 1
+    assert all(map(torch.equal, own(layer), before))
+
+
+@pytest.mark.contract("GR-3")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("after", [False, True], ids=["first", "after a backward"])
+@pytest.mark.parametrize("backend", ["traceable", "aten", "cpu"])
+def test_gradients_that_are_mapped_are_exact_and_nothing_is_written(backend, after):
+    try:
+        choose(batch(0)[0], backend)
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    layer = trained(build("matched", backend=backend))
+    exact = build("matched", backend=backend, gradient="exact")
+    exact.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("gradient")})
+    x, dy = batch(5)
+    again = x.clone().requires_grad_()
+    y, wanted = layer(x.requires_grad_()), exact(again)
+    if after:
+        y.backward(dy, retain_graph=True)
+    before = own(layer)
+    directions = torch.stack((dy, 2 * dy, dy.sin()))
+
+    def mapped(output, leaf):
+        def gradient(direction):
+            return torch.autograd.grad(output, leaf, direction, retain_graph=True)[0]
+
+        return torch.vmap(gradient)(directions)
+
+    torch.testing.assert_close(mapped(y, x), mapped(wanted, again))
+    assert all(map(torch.equal, own(layer), before))
+
+
+def set_statistics(layer):
+    layer.running_mean = torch.ones(3)
+    layer.running_var = torch.full((3,), 2.0)
+    layer.train()
+
+
+def load(layer):
+    # no weights: torch refuses a backward pass after these have changed
+    layer.load_state_dict(dict(trained(build("matched")).named_buffers()), strict=False)
+
+
+NEW_STARTS = {
+    "reset": lambda layer: layer.reset_running_stats(),
+    "loaded": load,
+    "other statistics": set_statistics,
+}
+
+
+@pytest.mark.contract("GR-4")
+@pytest.mark.parametrize("start", NEW_STARTS)
+def test_no_pending_backward_writes_after_a_new_start_however_many_there_are(start):
+    layer = trained(build("matched"))
+    outputs = [
+        (layer(x.requires_grad_()), dy) for x, dy in map(batch, range(mbnorm.recompute.CALLS_KEPT + 2))
+    ]
+    NEW_STARTS[start](layer)
+    before = own(layer)
+    for y, dy in outputs:
+        y.backward(dy)
+    assert all(map(torch.equal, own(layer), before))
+
+
 @pytest.mark.contract("GR-5")
 @pytest.mark.parametrize("reentrant", [False, True])
 @on_every_kind

@@ -254,7 +254,7 @@ class _PooledRun:
         else:
             read = self._gradient.read(self._batch_weight)
             level, along = torch.lerp(read[:2], sums / self._n, read[2])
-            self._gradient.commit((sums[0], sums[1]), self._n)
+            self._gradient.commit((sums[0], sums[1]), self._n, self.rows)
         if not needs[0]:
             return None, dw, db
         scale = rstd if weight is None else weight * rstd

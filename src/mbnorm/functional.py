@@ -61,6 +61,16 @@ class Record(NamedTuple):
         return self.batch_weight if self.batch_weight.dim() == 0 else self.batch_weight[0]
 
 
+def transforms_run() -> bool:
+    """Return whether this call comes from inside a function transform, as `torch.func.vmap`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def differentiated_in_other_ways() -> bool:
+    """Return whether a function transform or forward-mode differentiation runs."""
+    return transforms_run() or forward_ad._current_level >= 0
+
+
 def backend_for(x: Tensor) -> Chosen:
     """Return the name of the backend that ``backend="auto"`` runs for ``x``, here and now.
 
@@ -73,12 +83,7 @@ def backend_for(x: Tensor) -> Chosen:
     >>> backend_for(torch.empty(2, 3, device="meta"))
     'traceable'
     """
-    if (
-        torch.compiler.is_compiling()
-        or x.device.type not in aten.DEVICES
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling() or x.device.type not in aten.DEVICES or differentiated_in_other_ways():
         return "traceable"
     if x.device.type in cpu.DEVICES and x.dtype in cpu.DTYPES:
         reason = cpu.missing()
@@ -269,8 +274,9 @@ class KernelRun:
         """Return the gradients of ``x``, ``weight`` and ``bias``, as far as they are needed."""
         if not torch.is_grad_enabled():
             rules = self.variance_rule, self.eps
-            # batched gradients are of a transform, which has no state
-            gradient = None if torch._C._functorch.is_legacy_batchedtensor(dy) else self.gradient
+            # what differentiates many gradients at once, or a gradient, has no state
+            batched = torch._C._functorch.is_legacy_batchedtensor(dy) or differentiated_in_other_ways()
+            gradient = None if batched else self.gradient
             if gradient is None:
                 found: tuple[Tensor | None, ...] = self.kernels.backward(
                     dy, x, weight, self.rows, *rules, needs[0]
@@ -285,7 +291,7 @@ class KernelRun:
                 return found
             read = gradient.read(self.rows[-1])
             dx, dw, db = self.kernels.backward(dy, x, weight, self.rows, *rules, needs[0], read)
-            gradient.commit((db, dw), x.numel() // x.shape[1])
+            gradient.commit((db, dw), x.numel() // x.shape[1], Record(*self.rows)[:4])
             return dx, dw, db
         # create_graph: the gradient must be differentiable itself, so it is exact, and so are later ones
         self.gradient = None
@@ -419,7 +425,7 @@ class _CompiledBlendedBatchNorm(torch.autograd.Function):
             dy, x, weight, rows, variance_rule, eps, ctx.needs_input_grad[0], read
         )
         if stores:
-            write(mean, scale, read, (db, dw), x.numel() // x.shape[1])
+            write(mean, scale, read, (db, dw), x.numel() // x.shape[1], list(rows)[:4])
         _, needs_weight, needs_bias, *others = ctx.needs_input_grad
         return dx, dw if needs_weight else None, db if needs_bias else None, *([None] * len(others))
 

@@ -1,6 +1,7 @@
 """The memory of the backward pass: what batch normalization subtracts from a gradient, averaged."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -12,6 +13,15 @@ Gradient: TypeAlias = Literal["exact", "remembered"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 GRADIENT_BUFFERS = ("gradient_mean", "gradient_scale")
 """Buffers of a layer that the backward pass reads and writes, shape (C,)."""
+
+
+class Era:
+    """What lies between two resets of a layer's state: it is over when the next comes."""
+
+    __slots__ = ("is_over",)
+
+    def __init__(self) -> None:
+        self.is_over = False
 
 
 class RememberedGradient:
@@ -30,31 +40,38 @@ class RememberedGradient:
 
     The first backward pass through the forward uses G and S, and writes them. Later ones, and those of
     repetitions of the forward, use the same G and S and write nothing. Values that are not finite are not
-    written.
+    written, nor is anything of a batch whose statistics are not finite.
 
     Args:
         mean: G, shape (C,), in the dtype of statistics.
         scale: S, as well.
         stores: whether the first backward pass writes.
+        era: when it is over, none writes.
     """
 
-    __slots__ = ("_mean", "_read", "_scale", "_written", "stores")
+    __slots__ = ("_era", "_mean", "_read", "_scale", "_stores", "_written")
 
-    def __init__(self, mean: Tensor, scale: Tensor, *, stores: bool) -> None:
+    def __init__(self, mean: Tensor, scale: Tensor, *, stores: bool, era: Era) -> None:
         self._mean = mean
         self._scale = scale
-        self.stores = stores
+        self._stores = stores
+        self._era = era
         self._read: Tensor | None = None
         self._written = False
 
-    def unread_copy(self) -> "RememberedGradient":
+    def for_a_forward_in(self, era: Era) -> "RememberedGradient":
         """Return the same for another forward."""
-        return RememberedGradient(self._mean, self._scale, stores=self.stores)
+        return RememberedGradient(self._mean, self._scale, stores=self._stores, era=era)
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
         """G and S."""
         return self._mean, self._scale
+
+    @property
+    def stores(self) -> bool:
+        """Whether the first backward pass writes."""
+        return self._stores and not self._era.is_over
 
     @property
     def is_unread(self) -> bool:
@@ -76,16 +93,17 @@ class RememberedGradient:
             self._read = stacked(self._mean, self._scale, batch_weight)
         return self._read
 
-    def commit(self, sums: tuple[Tensor, Tensor], n: int) -> None:
+    def commit(self, sums: tuple[Tensor, Tensor], n: int, statistics: Iterable[Tensor]) -> None:
         """Write what follows from a backward pass, if it is the first that comes here.
 
         Args:
             sums: of dy and of dy times the normalized input, shape (C,) each.
             n: values per channel.
+            statistics: of the batch, shape (C,) each.
         """
         if self.stores and not self._written and self._read is not None:
             self._written = True
-            write(self._mean, self._scale, self._read, sums, n)
+            write(self._mean, self._scale, self._read, sums, n, statistics)
 
 
 def stacked(mean: Tensor, scale: Tensor, batch_weight: Tensor) -> Tensor:
@@ -94,13 +112,24 @@ def stacked(mean: Tensor, scale: Tensor, batch_weight: Tensor) -> Tensor:
     return torch.stack((mean.to(weight.dtype), scale.to(weight.dtype), weight))
 
 
-def write(mean: Tensor, scale: Tensor, read: Tensor, sums: tuple[Tensor, Tensor], n: int) -> None:
-    """Blend the means of a batch's gradient with what was read, and write G and S if all is finite."""
-    past = read[:2]
-    found = torch.lerp(past, torch.stack(sums) / n, read[2])
-    found = torch.where((found.abs() < math.inf).all(), found, past)
-    mean.copy_(found[0])
-    scale.copy_(found[1])
+def write(
+    mean: Tensor,
+    scale: Tensor,
+    read: Tensor,
+    sums: tuple[Tensor, Tensor],
+    n: int,
+    statistics: Iterable[Tensor],
+) -> None:
+    """Blend the means of a batch's gradient with what was read, and write G and S if all is finite.
+
+    So must be the batch's statistics, with which the forward stores or not. What is finite in the precision
+    of the input need not be in that of the layer.
+    """
+    found = torch.lerp(read[:2], torch.stack(sums) / n, read[2]).to(mean.dtype)
+    all_of_it = torch.stack((*found, *(row.to(mean.dtype) for row in statistics)))
+    finite = (all_of_it.abs() < math.inf).all()
+    mean.copy_(torch.where(finite, found[0], mean))
+    scale.copy_(torch.where(finite, found[1], scale))
 
 
 def default_gradient(sync: object) -> Gradient:

@@ -11,13 +11,12 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mbnorm.distributed import PooledPast
-from mbnorm.functional import Record, Rows
-from mbnorm.gradient import RememberedGradient
+from mbnorm.functional import Record, Rows, transforms_run
+from mbnorm.gradient import Era, RememberedGradient
 from mbnorm.memories.memory import Past
 
 CALLS_KEPT = 32
@@ -41,16 +40,6 @@ def backward_runs() -> bool:
     """Return whether uncompiled code is called from inside a backward pass."""
     # torch has no public test; this is the one that its own module tracker and FSDP use
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def transforms_run() -> bool:
-    """Return whether this call comes from inside a function transform, as `torch.func.vmap`."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
-def differentiated_in_other_ways() -> bool:
-    """Return whether a function transform or forward-mode differentiation runs."""
-    return transforms_run() or forward_ad._current_level >= 0
 
 
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
@@ -141,7 +130,7 @@ class Call:
         gradient: what its backward passes read and write, if anything.
     """
 
-    __slots__ = ("_past", "_rows", "backwards", "gradient", "n", "node")
+    __slots__ = ("_is_of_its_graph", "_past", "_rows", "backwards", "gradient", "n", "node")
 
     def __init__(
         self,
@@ -157,6 +146,7 @@ class Call:
         self.backwards = 0
         """How many backward passes have come through this forward and its repetitions."""
         self.node: weakref.ref[Node] | None = None
+        self._is_of_its_graph = False
 
     @property
     def past(self) -> Past | PooledPast:
@@ -166,8 +156,8 @@ class Call:
             return Past(record.past_mean, record.past_var, record.one_weight)
         return self._past
 
-    def watch(self, node: Node) -> None:
-        """Count the backward passes through this call, whose last step is ``node``."""
+    def watch(self, node: Node, *, repeated: bool) -> None:
+        """Count the backward passes through this call, or a repetition of it, whose last step is ``node``."""
         if not isinstance(node, torch.autograd.function.BackwardCFunction):
             node.register_hook(self._count)
             return
@@ -176,50 +166,71 @@ class Call:
         # a strong reference would keep the graph; torch's own nodes take no weak one
         if self.node is None:
             self.node = weakref.ref(node)
+            self._is_of_its_graph = not repeated
 
     def _count(self, *_: object) -> None:
         self.backwards += 1
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no backward pass can come any more, as far as is known."""
+        if not self._is_of_its_graph:
+            return self.backwards > 0
+        node = self._living_node()
+        return node is None or (self.backwards > 0 and _is_freed(node))
+
     def awaits_this_backward(self) -> bool:
         """Return whether the backward pass that runs now comes through this call, as far as is known."""
-        node = self.node() if self.node is not None else None
-        return node is None or bool(torch._C._will_engine_execute_node(node))
+        node = self._living_node()
+        return not self._is_of_its_graph if node is None else bool(torch._C._will_engine_execute_node(node))
+
+    def _living_node(self) -> Node | None:
+        return None if self.node is None else self.node()
 
     def is_of(self, rows: Rows) -> bool:
         """Return whether a record has this call's batch, bit for bit."""
         return all(torch.allclose(self._rows[i], rows[i], rtol=0, atol=0, equal_nan=True) for i in (0, 1))
 
 
+def _is_freed(node: Node) -> bool:
+    """Return whether a backward pass has freed what a node had saved, as it does without retain_graph."""
+    try:
+        # not saved_tensors, which would compute a checkpoint again
+        node._raw_saved_tensors  # type: ignore[attr-defined]  # noqa: B018
+    except RuntimeError:
+        return True
+    return False
+
+
 class CallLog:
-    """The forwards of one layer whose backward has not run, newest last; bounded, and in no checkpoint."""
+    """The forwards of one layer that may be repeated, newest last; bounded, and in no checkpoint."""
 
     def __init__(self) -> None:
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.tapes: list[list[Call]] = []
         self.script: Iterator[Call] | None = None
+        self.era = Era()
         # threads that train one model at the same time share its layers
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["CallLog"], tuple[()]]:
         return CallLog, ()
 
-    def clear(self) -> None:
-        """Forget all forwards; their backward passes write nothing."""
-        for call in self.calls:
-            if call.gradient is not None:
-                call.gradient.stores = False
-        self.calls.clear()
+    def start_anew(self) -> None:
+        """Let the backward passes of all forwards so far write nothing; they can be repeated as before."""
+        self.era.is_over = True
+        self.era = Era()
 
     def drop_done(self) -> None:
-        """Forget forwards whose backward has run; before the next, which can then use their memory."""
+        """Forget forwards that no backward pass comes through any more, before the next takes memory."""
         if not self.calls or not torch.is_grad_enabled():
             return
         with self._lock:
             calls = self.calls
-            while calls and calls[0].backwards:
+            while calls and calls[0].is_done:
                 calls.popleft()
-            if calls and any(c.backwards for c in calls):
-                self.calls = deque((c for c in calls if not c.backwards), maxlen=CALLS_KEPT)
+            if calls and any(c.is_done for c in calls):
+                self.calls = deque((c for c in calls if not c.is_done), maxlen=CALLS_KEPT)
 
     def remember(self, call: Call, node: Node | None) -> None:
         """Add a forward."""
@@ -228,12 +239,12 @@ class CallLog:
             return
         with self._lock:
             self.calls.append(call)
-        self.note(call, node)
+        self.note(call, node, repeated=False)
 
-    def note(self, call: Call, node: Node | None) -> None:
+    def note(self, call: Call, node: Node | None, *, repeated: bool) -> None:
         """Add a forward, the first or a repeated one, to what is being recorded."""
         if node is not None:
-            call.watch(node)
+            call.watch(node, repeated=repeated)
         for tape in self.tapes:
             tape.append(call)
 

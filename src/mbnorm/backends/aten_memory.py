@@ -69,7 +69,7 @@ def remembering_backward(
     past = torch.stack((mean, scale, torch.full_like(mean, b)))
     taken = torch.lerp(mean, sums.mean_of_dy, b), torch.lerp(scale, sums.mean_of_products, b)
     dx = sums.dx(*taken) if need_dx else None
-    if store and _all_finite(*taken):
+    if store and _all_finite(*taken, *rows[:4]):
         torch._foreach_copy_([mean, scale], taken)
     return dx, sums.dw, sums.db, past
 

@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
 }
 
 // Do so with the past that `mean` and `scale` are, write it into the fourth result, and, if `store`, replace
-// the two by their blend with the batch's, if all of that is finite.
+// the two by their blend with the batch's, if all of that is finite, and so are the batch's statistics.
 std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor& dy, const Tensor& x,
                                                                    const Optional& weight,
                                                                    const Tensor& record, const Tensor& mean,
@@ -240,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor&
       for (int which = 0; which < 2; ++which)
         for (int64_t c = 0; c < C; ++c)
           blended[which * C + c] = share * sums[which][c] + history * read[which * C + c];
-      if (!all_finite(blended.get(), 2 * C)) return;
+      if (!all_finite(blended.get(), 2 * C) || !all_finite(state<A>(record, Record<A>::ROWS * C), 4 * C))
+        return;
       std::copy_n(blended.get(), C, data<A>(mean));
       std::copy_n(blended.get() + C, C, data<A>(scale));
     });

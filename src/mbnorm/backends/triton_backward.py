@@ -323,7 +323,10 @@ def remember(
     STORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write the past means into ``past``, and replace them by their blend with the batch, if it is finite."""
+    """Write the past means into ``past``, and replace them by their blend with the batch.
+
+    Only if that is finite, and so are the batch's statistics.
+    """
     STATE: tl.constexpr = record_ptr.dtype.element_ty
     weight = _weight_of_batch(record_ptr, mean_ptr, scale_ptr, channels)
     share = weight / tl.cast(n, STATE)
@@ -339,6 +342,9 @@ def remember(
         mean = (1 - weight) * mean + share * tl.load(db_ptr + offs_c, mask=mask, other=0.0)
         scale = (1 - weight) * scale + share * tl.load(dw_ptr + offs_c, mask=mask, other=0.0)
         finite = (tl.abs(mean) < float("inf")) & (tl.abs(scale) < float("inf"))
+        for row in tl.static_range(4):
+            number = tl.load(record_ptr + row * channels + offs_c, mask=mask, other=0.0)
+            finite &= tl.abs(number) < float("inf")
         wrong += tl.where(mask & (finite == 0), 1, 0)
     if STORE:
         finite = tl.sum(wrong, 0) == 0

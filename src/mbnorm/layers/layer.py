@@ -15,7 +15,17 @@ from mbnorm.averages import InferenceAverages, commit
 from mbnorm.backends import aten_memory, cpu, triton
 from mbnorm.blend import statistics_dtype
 from mbnorm.distributed import PooledPast, ProcessGroup, Sync
-from mbnorm.functional import BACKENDS, Backend, Chosen, Rows, choose, in_dtype, normalize
+from mbnorm.functional import (
+    BACKENDS,
+    Backend,
+    Chosen,
+    Rows,
+    choose,
+    differentiated_in_other_ways,
+    in_dtype,
+    normalize,
+    transforms_run,
+)
 from mbnorm.gradient import GRADIENT_BUFFERS, Gradient, RememberedGradient, check_gradient
 from mbnorm.layers import seal
 from mbnorm.layers.prepared import PreparedForward
@@ -28,11 +38,9 @@ from mbnorm.recompute import (
     Call,
     CallLog,
     Node,
-    differentiated_in_other_ways,
     in_backward,
     refuse_unknown_recompute,
     saved_by_compiled_code,
-    transforms_run,
     unseen_by_selective_checkpoints,
 )
 from mbnorm.values import has_values, is_trained
@@ -294,9 +302,13 @@ class HistoryBatchNorm(_BatchNorm):
     def forget_answers(self) -> None:
         """Forget what was concluded from a state that is another now."""
         self._drop_late()
-        self._resets += 1
-        self._calls.clear()
+        self.void_what_is_pending()
         self.forget_past()
+
+    def void_what_is_pending(self) -> None:
+        """Let no snapshot be rewound to, and no backward pass of the forwards so far write."""
+        self._resets += 1
+        self._calls.start_anew()
 
     def forget_past(self) -> None:
         """Ask the memory again whether it holds something."""
@@ -601,7 +613,7 @@ class HistoryBatchNorm(_BatchNorm):
         if self._gradient == "exact":
             return None
         mean, scale = (cast(Tensor, self._buffers[name]) for name in GRADIENT_BUFFERS)
-        return RememberedGradient(mean, scale, stores=self.stores)
+        return RememberedGradient(mean, scale, stores=self.stores, era=self._calls.era)
 
     def blend(
         self,
@@ -662,7 +674,7 @@ class HistoryBatchNorm(_BatchNorm):
         if log.script is None and not call.is_of(rows):
             refuse_unknown_recompute()
             return None
-        log.note(call, node)
+        log.note(call, node, repeated=True)
         return y
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class PreparedForward:
         calls.drop_done()
         layer.seal.behind = True
         # each forward has its own
-        gradient = self._gradient and self._gradient.unread_copy()
+        gradient = self._gradient and self._gradient.for_a_forward_in(calls.era)
         run = FusedRun(self._kernels, self._operator, self._arguments, *self._rules, gradient)
         y = run_differentiably(run, input, *self._parameters)
         calls.remember(Call(self._n, run.rows, gradient=gradient), y.grad_fn)

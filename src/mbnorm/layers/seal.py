@@ -73,6 +73,7 @@ def settle(layer: "HistoryBatchNorm") -> None:
         return
     if not (_is_whole(layer) and layer.seal.knows_as_a_copy(layer)):
         check(layer, rebuild=True)
+        layer.void_what_is_pending()
     layer.seal.note(layer)
 
 
