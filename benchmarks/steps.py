@@ -108,8 +108,9 @@ def measure(
         seconds_a_round: how long steps are repeated in a round.
     """
     if how == COMPILED:
-        # torch takes the nets before for versions of these, and compiles only so many versions
+        # torch takes all nets for versions of one, and compiles only so many versions
         torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 8 * len(norms)
     calls: dict[str, Callable[[], object]] = {}
     memory: dict[str, Row] = {}
     for norm in norms:
