@@ -722,6 +722,21 @@ def test_wrong_options_are_named(kind, options, words):
         layer_class(kind, 4)(3, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("Momentum", "history_weight"),
+        ("Matched", "matched_batch_size"),
+        ("Matched", "early_weight"),
+        ("Memorized", "memory_values"),
+        ("Memorized", "decay"),
+    ],
+)
+def test_options_that_are_no_numbers_are_named(kind, name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '128'"):
+        layer_class(kind, 4)(3, **{name: "128"})
+
+
 @on_every_method
 def test_a_partial_checkpoint_leaves_the_memory_alone(method):
     layer = build(method)

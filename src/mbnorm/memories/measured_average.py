@@ -11,6 +11,7 @@ from mbnorm.memories.memory import (
     State,
     Statistics,
     all_finite,
+    check_numbers,
     moments_update,
     plain,
     write,
@@ -49,6 +50,7 @@ class MeasuredAverage(Average):
     def __init__(
         self, matched_batch_size: int = 128, measured: bool = True, early_weight: float = 8.0
     ) -> None:
+        check_numbers(matched_batch_size=matched_batch_size, early_weight=early_weight)
         if not matched_batch_size >= 1:
             raise ValueError(f"matched_batch_size must be at least 1, got {matched_batch_size}")
         if not 0 <= early_weight < math.inf:

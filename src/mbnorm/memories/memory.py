@@ -175,6 +175,17 @@ def check_variance_rule(rule: str) -> None:
         raise ValueError(f"variance_rule must be one of {VARIANCE_RULES}, got {rule!r}")
 
 
+def check_numbers(**options: Any) -> None:
+    """Refuse options that are no numbers.
+
+    Raises:
+        TypeError: one is none.
+    """
+    for name, value in options.items():
+        if not isinstance(plain(value), (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def plain(value: Any) -> Any:
     """Return an option as a Python number if it is one of NumPy or torch, which is not saved or compiled."""
     return value.item() if hasattr(value, "item") else value

@@ -14,6 +14,7 @@ from mbnorm.memories.memory import (
     State,
     Statistics,
     all_finite,
+    check_numbers,
     check_variance_rule,
     write,
 )
@@ -98,6 +99,7 @@ class MovingAverage(Average):
     written = ("variance_rule",)
 
     def __init__(self, history_weight: float = 0.0, variance_rule: VarianceRule = "averaged") -> None:
+        check_numbers(history_weight=history_weight)
         if not 0 <= history_weight < 1:
             raise ValueError(f"history_weight must be in [0, 1), got {history_weight}")
         check_variance_rule(variance_rule)

@@ -14,6 +14,7 @@ from mbnorm.memories.memory import (
     State,
     Statistics,
     all_finite,
+    check_numbers,
     check_variance_rule,
     clones,
     moments_update,
@@ -57,6 +58,7 @@ class RecentBatches(Memory):
     ) -> None:
         if not isinstance(memory_size, SupportsIndex) or memory_size < 1:
             raise ValueError(f"memory_size must be a whole number of at least 1, got {memory_size!r}")
+        check_numbers(memory_values=memory_values or 0, decay=decay)
         if memory_values is not None and memory_values < 1:
             raise ValueError(f"memory_values must be at least 1, got {memory_values}")
         if not 0 < decay <= 1:
