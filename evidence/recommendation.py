@@ -203,6 +203,11 @@ class Comparison:
         """The same of batch norm as trained."""
         return self._behind(self.of_nothing)
 
+    @property
+    def matched_gain(self) -> list[float]:
+        """How far "matched" is above doing nothing, in points."""
+        return [a - b for a, b in zip(self.of_matched, self.of_nothing, strict=True)]
+
     def _behind(self, accuracies: list[float]) -> list[float]:
         return [a - b for a, b in zip(accuracies, self.of_best, strict=True)]
 
@@ -242,12 +247,13 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 difference_cell(estimate(found.behind), 1),
                 difference_cell(estimate(found.matched_behind), 1),
                 difference_cell(estimate(found.nothing_behind), 1),
+                difference_cell(estimate(found.matched_gain), 1),
             ]
         )
         sweep.append([str(setting), *(_cell(rows, setting, candidate) for candidate in SWEEP)])
     headings = ["setting", "recommended", "best of the sweep", "recommended, %", "best, %"]
     return [
-        ([*headings, "difference", "matched - best", "do nothing - best"], lines),
+        ([*headings, "difference", "matched - best", "do nothing - best", "matched - do nothing"], lines),
         (["sweep", *SWEEP], sweep),
     ]
 
