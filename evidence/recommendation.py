@@ -137,7 +137,7 @@ def _told(model: nn.Module, setting: Setting, seed: int) -> Diagnosis:
 
 def _in_short(found: Diagnosis) -> dict[str, Any]:
     """Return what is recommended, and how many of the layers are noisy."""
-    noisy = sum(layer.verdict == "noisy" for layer in found.layers)
+    noisy = sum(layer.recommendation == "matched" for layer in found.layers)
     return {"recommendation": found.recommendation, "layers": len(found.layers), "noisy": noisy}
 
 

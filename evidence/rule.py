@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.rows import Row
 from evidence.arena import MEASURED, Known, drawn, measured_rows, tables_of, verdict
 from evidence.claim import Claim, Table, Tell, difference_cell
-from evidence.lists import RATES, TUNED, Entrant
+from evidence.lists import EDGES, RATES, TUNED, Entrant
 from mbnorm.experiments.estimates import paired_difference
 from mbnorm.gradient import Gradient
 
@@ -94,13 +94,14 @@ def _by_rate(rows: Sequence[Row]) -> Table:
     """Return what each rate comes to on the held-out images, from the one seed that chooses."""
     known = Known(rows)
     lines = []
+    rates = sorted({*RATES, *EDGES.values()})
     for entrant in ENTRANTS:
         scores = [known.held_out(task, entrant) for task in TUNED]
-        cells = [" / ".join(_score(of, rate) for rate in RATES) if of else "-" for of in scores]
+        cells = [" / ".join(_score(of, rate) for rate in rates) if of else "-" for of in scores]
         if any(scores):
             lines.append([entrant.label, *cells])
-    rates = " / ".join(map(str, RATES))
-    return [f"held-out score at the rates {rates}, one seed", *(task.name for task in TUNED)], lines
+    heading = f"held-out score at the rates {' / '.join(f'{rate:g}' for rate in rates)}, one seed"
+    return [heading, *(task.name for task in TUNED)], lines
 
 
 CLAIM = Claim(

@@ -380,6 +380,7 @@ def test_a_conversion_for_a_batch_size_is_not_told_to_use_a_schedule(recwarn):
     ("arguments", "error", "words"),
     [
         ({"method": "group"}, ValueError, r"one of \('matched', 'momentum', 'memorized'\), got 'group'"),
+        ({"method": "memorized", "batch_size": "4"}, TypeError, "batch_size must be a number, got '4'"),
         ({"method": "memorized", "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"method": "memorized", "decay": 2.0}, ValueError, "decay must be in"),
         ({"method": "memorized", "matched_batch_size": 3}, TypeError, "no option 'matched_batch_size'"),

@@ -389,6 +389,19 @@ def test_no_pending_backward_writes_after_a_new_start_however_many_there_are(sta
     assert all(map(torch.equal, own(layer), before))
 
 
+@pytest.mark.contract("GR-4")
+def test_no_pending_backward_of_a_replica_writes_after_a_reset():
+    layer = trained(build("matched"))
+    replica = layer._replicate_for_data_parallel()
+    # as torch does on the first device
+    replica._parameters, replica._buffers = dict(layer._parameters), dict(layer._buffers)
+    x, dy = batch(5)
+    y = replica(x.requires_grad_())
+    layer.reset_running_stats()
+    y.backward(dy)
+    assert all((t == 0).all() for t in own(layer))
+
+
 @pytest.mark.contract("GR-5")
 @pytest.mark.parametrize("reentrant", [False, True])
 @on_every_kind

@@ -732,9 +732,10 @@ def test_wrong_options_are_named(kind, options, words):
         ("Memorized", "decay"),
     ],
 )
-def test_options_that_are_no_numbers_are_named(kind, name):
-    with pytest.raises(TypeError, match=f"{name} must be a number, got '128'"):
-        layer_class(kind, 4)(3, **{name: "128"})
+@pytest.mark.parametrize("value", ["128", "", torch.ones(2)], ids=["text", "empty", "two numbers"])
+def test_options_that_are_no_numbers_are_named(kind, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+        layer_class(kind, 4)(3, **{name: value})
 
 
 @on_every_method

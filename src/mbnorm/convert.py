@@ -26,7 +26,7 @@ from mbnorm.layers import (
     MomentumBatchNorm2d,
     MomentumBatchNorm3d,
 )
-from mbnorm.memories.memory import Memory
+from mbnorm.memories.memory import Memory, check_numbers
 from mbnorm.per_image import normalize_images, rejoin
 from mbnorm.values import is_trained, known_finite
 
@@ -101,8 +101,10 @@ def convert(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None:
+        check_numbers(batch_size=batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     table = dict(zip(_STOCK, _OURS[method], strict=True))
     options = _defaults(method, batch_size, options.get("sync")) | options
     conversion = _Conversion(table[nn.BatchNorm1d], options, batch_size if method == "momentum" else None)

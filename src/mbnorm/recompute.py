@@ -36,10 +36,15 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and backward_runs()
 
 
+def _graph_task() -> int:
+    """Return the number of the backward pass that runs, or -1."""
+    # torch has no public test; this is the one that its own module tracker and FSDP use
+    return torch._C._current_graph_task_id()
+
+
 def backward_runs() -> bool:
     """Return whether uncompiled code is called from inside a backward pass."""
-    # torch has no public test; this is the one that its own module tracker and FSDP use
-    return bool(torch._C._current_graph_task_id() != -1)
+    return _graph_task() != -1
 
 
 def in_torch_checkpoint(functions: tuple[str, ...]) -> bool:
@@ -56,6 +61,7 @@ def _recompute_runs() -> bool:
 
 if not hasattr(torch._C, "_current_graph_task_id"):
     backward_runs = _recompute_runs
+    _graph_task = lambda: -1  # noqa: E731
 
 
 def _in_autograd_function() -> bool:
@@ -130,7 +136,7 @@ class Call:
         gradient: what its backward passes read and write, if anything.
     """
 
-    __slots__ = ("_is_of_its_graph", "_past", "_rows", "backwards", "gradient", "n", "node")
+    __slots__ = ("_graph_task", "_past", "_rows", "_this_time", "backwards", "gradient", "n", "node")
 
     def __init__(
         self,
@@ -144,9 +150,11 @@ class Call:
         self._rows = rows
         self._past = past
         self.backwards = 0
-        """How many backward passes have come through this forward and its repetitions."""
+        """How often a backward pass has come through this forward or a repetition of it."""
+        self._graph_task = -1
+        self._this_time = 0
         self.node: weakref.ref[Node] | None = None
-        self._is_of_its_graph = False
+        """Of the forward's own graph, if it has one that can be told from others."""
 
     @property
     def past(self) -> Past | PooledPast:
@@ -163,29 +171,32 @@ class Call:
             return
         # an attribute of our own node costs less than a hook
         node.on_backward = self._count
-        # a strong reference would keep the graph; torch's own nodes take no weak one
-        if self.node is None:
+        if not repeated:
+            # a strong reference would keep the graph; torch's own nodes take no weak one
             self.node = weakref.ref(node)
-            self._is_of_its_graph = not repeated
 
     def _count(self, *_: object) -> None:
+        task = _graph_task()
+        self._this_time = 1 + (self._this_time if task == self._graph_task else 0)
+        self._graph_task = task
         self.backwards += 1
 
     @property
     def is_done(self) -> bool:
         """Whether no backward pass can come any more, as far as is known."""
-        if not self._is_of_its_graph:
+        if self.node is None:
             return self.backwards > 0
-        node = self._living_node()
+        node = self.node()
         return node is None or (self.backwards > 0 and _is_freed(node))
 
-    def awaits_this_backward(self) -> bool:
-        """Return whether the backward pass that runs now comes through this call, as far as is known."""
-        node = self._living_node()
-        return not self._is_of_its_graph if node is None else bool(torch._C._will_engine_execute_node(node))
-
-    def _living_node(self) -> Node | None:
-        return None if self.node is None else self.node()
+    def order(self) -> tuple[bool, bool, int]:
+        """Return what is smaller for a call that is likelier to be repeated now."""
+        if self.node is None:
+            return self.is_done, False, self.backwards
+        node = self.node()
+        awaits = node is not None and torch._C._will_engine_execute_node(node)
+        # a graph that was retained has had others
+        return self.is_done, not awaits, self._this_time if self._graph_task == _graph_task() else 0
 
     def is_of(self, rows: Rows) -> bool:
         """Return whether a record has this call's batch, bit for bit."""
@@ -256,7 +267,7 @@ class CallLog:
         """
         with self._lock:
             newest_first = [c for c in reversed(self.calls) if c.n == n]
-        return sorted(newest_first, key=lambda c: (not c.awaits_this_backward(), c.backwards))
+        return sorted(newest_first, key=Call.order)
 
 
 def refuse_unknown_recompute() -> None:

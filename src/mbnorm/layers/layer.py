@@ -457,7 +457,10 @@ class HistoryBatchNorm(_BatchNorm):
     def _replicate_for_data_parallel(self) -> "HistoryBatchNorm":
         """Return what torch's DataParallel runs in a thread: it shares no log with the others."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__.update(_calls=CallLog(), _prepared=None)
+        log = CallLog()
+        # on the first device its buffers are the layer's own
+        log.era = self._calls.era
+        replica.__dict__.update(_calls=log, _prepared=None)
         return cast(HistoryBatchNorm, replica)
 
     @property
@@ -661,7 +664,8 @@ class HistoryBatchNorm(_BatchNorm):
             return None
         else:
             candidates = log.likeliest(n)
-            if len(candidates) > 1:
+            # under "traceable" torch may stop a recompute before its last comparison, below
+            if len(candidates) > 1 or backend == "traceable":
                 # without a graph: what is saved for the backward must be saved as often as in the forward
                 with torch.no_grad():
                     _, probe = self.blend(input, candidates[0].past, backend)

@@ -7,6 +7,7 @@ a forward: in place, without a host synchronization, and without effect where ``
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -182,7 +183,7 @@ def check_numbers(**options: Any) -> None:
         TypeError: one is none.
     """
     for name, value in options.items():
-        if not isinstance(plain(value), (int, float)):
+        if not (isinstance(value, Real) or getattr(value, "shape", None) == ()):
             raise TypeError(f"{name} must be a number, got {value!r}")
 
 

@@ -58,9 +58,11 @@ class RecentBatches(Memory):
     ) -> None:
         if not isinstance(memory_size, SupportsIndex) or memory_size < 1:
             raise ValueError(f"memory_size must be a whole number of at least 1, got {memory_size!r}")
-        check_numbers(memory_values=memory_values or 0, decay=decay)
-        if memory_values is not None and memory_values < 1:
-            raise ValueError(f"memory_values must be at least 1, got {memory_values}")
+        check_numbers(decay=decay)
+        if memory_values is not None:
+            check_numbers(memory_values=memory_values)
+            if memory_values < 1:
+                raise ValueError(f"memory_values must be at least 1, got {memory_values}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
         if inference not in ("memory", "ema"):
