@@ -7,9 +7,11 @@ from evidence.arena import MEASURED, Known, drawn, measured_rows, tables_of, ver
 from evidence.claim import Claim, Table, Tell, difference_cell
 from evidence.lists import EDGES, RATES, TUNED, Entrant
 from mbnorm.experiments.estimates import paired_difference
+from mbnorm.experiments.methods import Method
 from mbnorm.gradient import Gradient
 
 REMEMBERED = (("gradient", "remembered"),)
+PAPERS: tuple[Method, ...] = ("momentum-constant", "memorized")
 
 
 def by_values(*, centered: bool) -> Entrant:
@@ -38,6 +40,10 @@ CHANGES = {
     "first layers not centered": (FIRST_LEFT, CHOSEN),
     "128 for 64, centered": (CHOSEN, matched("remembered", 64, centered=True)),
     "256 for 128, centered": (matched("remembered", 256, centered=True), CHOSEN),
+    **{
+        f"remembered for exact, {method}": (Entrant(method, None, REMEMBERED), Entrant(method))
+        for method in PAPERS
+    },
 }
 """What a change adds: with it, and without."""
 CANDIDATES = (
@@ -50,8 +56,7 @@ CANDIDATES = (
     FIRST_LEFT,
     matched("remembered", 64, centered=True),
     matched("remembered", 256, centered=True),
-    Entrant("momentum-constant", None, REMEMBERED),
-    Entrant("memorized", None, REMEMBERED),
+    *(Entrant(method, None, options) for method in PAPERS for options in ((), REMEMBERED)),
 )
 RIVALS = (
     Entrant("batch"),
