@@ -108,27 +108,27 @@ def measure(
         seconds_a_round: how long steps are repeated in a round.
     """
     if how == COMPILED:
-        # torch takes all nets for versions of one, and compiles only so many versions
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 8 * len(norms)
     calls: dict[str, Callable[[], object]] = {}
     memory: dict[str, Row] = {}
-    for norm in norms:
-        try:
-            trainer = Trainer(net, norm, device)
-            if how == COMPILED:
-                trainer.compile()
-            for _ in range(3):
-                trainer()
-            # what a compiled step saves is for torch to choose
-            saved = {} if how == COMPILED else {"saved_bytes": saved_bytes(trainer.model, trainer.loss)}
-            memory[norm] = {**saved, "peak_bytes": peak_bytes(trainer, device)}
-            calls[norm] = captured(trainer) if how == GRAPH else trainer
-        except Exception as error:
-            yield failure("step", f"{net}, {norm}, {how}", error)
-    measured = race(
-        calls, rounds=rounds or NETS[net].rounds, seconds_a_round=seconds_a_round, threads=threads
-    )
+    # torch takes all nets for versions of one, and compiles only so many versions
+    with torch._dynamo.config.patch(recompile_limit=8 * len(norms)):
+        for norm in norms:
+            try:
+                trainer = Trainer(net, norm, device)
+                if how == COMPILED:
+                    trainer.compile()
+                for _ in range(3):
+                    trainer()
+                # what a compiled step saves is for torch to choose
+                saved = {} if how == COMPILED else {"saved_bytes": saved_bytes(trainer.model, trainer.loss)}
+                memory[norm] = {**saved, "peak_bytes": peak_bytes(trainer, device)}
+                calls[norm] = captured(trainer) if how == GRAPH else trainer
+            except Exception as error:
+                yield failure("step", f"{net}, {norm}, {how}", error)
+        measured = race(
+            calls, rounds=rounds or NETS[net].rounds, seconds_a_round=seconds_a_round, threads=threads
+        )
     for norm, measurement in measured.items():
         yield {
             "kind": "step",

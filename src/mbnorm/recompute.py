@@ -4,7 +4,7 @@ import inspect
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import CodeType, FrameType
@@ -36,10 +36,9 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and backward_runs()
 
 
-def _graph_task() -> int:
-    """Return the number of the backward pass that runs, or -1."""
-    # torch has no public test; this is the one that its own module tracker and FSDP use
-    return torch._C._current_graph_task_id()
+# torch has no public test; this is the one that its own module tracker and FSDP use
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""Returns the number of the backward pass that runs, or -1."""
 
 
 def backward_runs() -> bool:
@@ -61,7 +60,6 @@ def _recompute_runs() -> bool:
 
 if not hasattr(torch._C, "_current_graph_task_id"):
     backward_runs = _recompute_runs
-    _graph_task = lambda: -1  # noqa: E731
 
 
 def _in_autograd_function() -> bool:
@@ -164,16 +162,13 @@ class Call:
             return Past(record.past_mean, record.past_var, record.one_weight)
         return self._past
 
-    def watch(self, node: Node, *, repeated: bool) -> None:
+    def watch(self, node: Node) -> None:
         """Count the backward passes through this call, or a repetition of it, whose last step is ``node``."""
-        if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            # an attribute of our own node costs less than a hook
+            node.on_backward = self._count
+        else:
             node.register_hook(self._count)
-            return
-        # an attribute of our own node costs less than a hook
-        node.on_backward = self._count
-        if not repeated:
-            # a strong reference would keep the graph; torch's own nodes take no weak one
-            self.node = weakref.ref(node)
 
     def _count(self, *_: object) -> None:
         task = _graph_task()
@@ -248,14 +243,17 @@ class CallLog:
         if transforms_run() or not (torch.is_grad_enabled() or self.tapes or _in_autograd_function()):
             # nothing will repeat it, and what a transform has wrapped is of no use after it
             return
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            # a strong reference would keep the graph; torch's own nodes take no weak one
+            call.node = weakref.ref(node)
         with self._lock:
             self.calls.append(call)
-        self.note(call, node, repeated=False)
+        self.note(call, node)
 
-    def note(self, call: Call, node: Node | None, *, repeated: bool) -> None:
+    def note(self, call: Call, node: Node | None) -> None:
         """Add a forward, the first or a repeated one, to what is being recorded."""
         if node is not None:
-            call.watch(node, repeated=repeated)
+            call.watch(node)
         for tape in self.tapes:
             tape.append(call)
 

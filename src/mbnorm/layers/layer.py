@@ -678,7 +678,7 @@ class HistoryBatchNorm(_BatchNorm):
         if log.script is None and not call.is_of(rows):
             refuse_unknown_recompute()
             return None
-        log.note(call, node, repeated=True)
+        log.note(call, node)
         return y
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mbnorm.blend import statistics_dtype
-from mbnorm.functional import FusedRun, Rows, run_differentiably
+from mbnorm.functional import FusedRun, Rows, differentiated_in_other_ways, run_differentiably
 from mbnorm.recompute import Call, backward_runs
 
 if TYPE_CHECKING:
@@ -105,8 +104,7 @@ class PreparedForward:
             and all(map(is_, map(_dtype_of, self._of_that_dtype), repeat(self._dtype)))
             and layer._calls.script is None
             and not backward_runs()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and not differentiated_in_other_ways()
             and not torch._C._is_tracing()
             and not torch._C._len_torch_dispatch_stack()
         )
