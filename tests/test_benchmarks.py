@@ -276,3 +276,29 @@ def test_the_warning_names_the_factor_that_was_measured(published_layers):
 def test_the_page_on_speed_has_the_published_shares(provider, kind, published_layers):
     mean, worst = share_of_batch_norm(published_layers, provider, *kind)
     assert f"{mean:.2f} ({worst:.2f})" in (RESULTS.parent.parent / "docs" / "performance.md").read_text()
+
+
+def span(found, norms, net=None):
+    """How long steps take over those with batch norm, as the page on speed writes it."""
+    steps = [row for row in found if net in (None, row["net"])]
+    base = {(row["net"], row["how"]): row["median_s"] for row in steps if row["norm"] == BASE}
+    over = [row["median_s"] / base[row["net"], row["how"]] for row in steps if row["norm"] in norms]
+    return " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(over), max(over))))
+
+
+def test_the_page_on_speed_has_the_published_steps():
+    found = rows.read(RESULTS / "steps.jsonl")
+    papers = [norm for norm in steps.OURS if norm != "matched"]
+    refreshed = [norm + steps.REFRESHED for norm in steps.OURS]
+    page = (RESULTS.parent.parent / "docs" / "performance.md").read_text()
+    for net, name in {"resnet18": "ResNet-18", "unet3d": "small 3D U-Net"}.items():
+        cells = [span(found, norms, net) for norms in (["matched"], [steps.UNCENTERED], papers, refreshed)]
+        assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+def test_the_page_on_speed_has_the_published_compiled_steps():
+    found = rows.read(RESULTS / "compiled-steps.jsonl")
+    papers = [norm for norm in steps.OURS if norm != "matched"]
+    page = (RESULTS.parent.parent / "docs" / "performance.md").read_text()
+    assert f"a step with Matched BN takes {span(found, ['matched'])} of that" in page
+    assert f"with the papers' methods {span(found, papers)}\n" in page
