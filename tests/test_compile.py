@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mbnorm import (
     DoubleForward,
     MatchedBatchNorm1d,
+    MatchedBatchNorm2d,
     MemorizedBatchNorm1d,
     MomentumBatchNorm1d,
     MomentumSchedule,
@@ -212,6 +213,23 @@ def test_the_backward_uses_what_the_forward_had_read(kind):
         assert_close(*found)
 
 
+@pytest.mark.contract("TC-4")
+@pytest.mark.parametrize("backend", ["cpu", "aten", "traceable"])
+def test_the_compiler_makes_the_kernels_whichever_backend_a_layer_has(backend):
+    if backend == "cpu" and cpu.missing() is not None:
+        pytest.skip("needs a C++ compiler")
+    layer = MatchedBatchNorm2d(3, backend=backend).double()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        x = make_input((2, 3, 4, 4), torch.float64, seed=step)
+        leaf, twin_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+        backward(layer, compiled(leaf), step)
+        backward(twin, twin(twin_leaf), step)
+        assert_close(leaf.grad, twin_leaf.grad)
+        assert_same(layer, twin)
+
+
 def graphs_of_a_step(layer, x):
     """Return the operators of the forward and the backward graph of a compiled step."""
     graphs = []
@@ -240,6 +258,15 @@ def test_a_compiled_backward_takes_the_two_sums_of_batch_norms_own(method):
         and any(a.meta["val"].numel() == x.numel() for a in n.all_input_nodes)
     ]
     assert [n.target for n in over_the_input] == 2 * [torch.ops.aten.sum.dim_IntList]
+
+
+@on_every_method
+def test_a_compiled_layer_saves_its_input_alone_also_with_a_relu_behind_it(method):
+    net = nn.Sequential(nets(method)[0].norm2d.float(), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    x = make_input((2, 3, 16, 16), torch.float32).requires_grad_()
+    returned = graphs_of_a_step(net, x)[0][-1].graph.output_node().args[0]
+    large = [n.meta["val"] for n in returned if n.meta["val"].numel() >= x.numel()]
+    assert [(t.shape, t.dtype) for t in large] == [(x.shape, x.dtype)]
 
 
 @on_every_method

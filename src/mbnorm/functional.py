@@ -208,22 +208,43 @@ def normalize(
     Without ``gradient`` the gradient is the exact one.
     """
     dtype = statistics_dtype(x.dtype)
-    if not isinstance(batch_weight, Tensor):
-        # a fill: a copy from the host would wait for the device
-        batch_weight = torch.full((), batch_weight, device=x.device, dtype=dtype)
     weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
-    past = _constant(past_mean, dtype), _constant(past_var, dtype), _constant(batch_weight, dtype)
+    past = _constants(x, past_mean, past_var, batch_weight)
+    if torch.compiler.is_compiling():
+        past = traceable.saved(*past)
     if x.numel() == 0:
         y = F.batch_norm(x, *past[:2], weight, bias, False, 0.0, eps)
         return y, (*torch.full((4, x.shape[1]), torch.nan, dtype=dtype, device=x.device), *past)
     if backend == "traceable" and gradient is None:
         return traceable.forward(x, weight, bias, *past, variance_rule, eps)
-    if gradient is not None and torch.compiler.is_compiling():
-        others = *gradient.buffers, gradient.stores, backend, variance_rule, eps
-        y, *rows = _CompiledBlendedBatchNorm.apply(x, weight, bias, *past, *others)  # type: ignore[no-untyped-call]
-        return y, (*rows, *past)
     run = KernelRun(KERNELS[backend], *past, variance_rule, eps, gradient)
     return run_differentiably(run, x, weight, bias), run.rows
+
+
+def compiled_record(
+    x: Tensor, past_mean: Tensor, past_var: Tensor, batch_weight: Tensor | float, variance_rule: VarianceRule
+) -> Record:
+    """Return the record of a forward that `normalize_compiled` has still to do."""
+    return Record(*traceable.statistics(x, *_constants(x, past_mean, past_var, batch_weight), variance_rule))
+
+
+def normalize_compiled(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    record: Record,
+    variance_rule: VarianceRule,
+    eps: float,
+    gradient: RememberedGradient,
+) -> Tensor:
+    """Return what `normalize` does, as torch.compile can trace it."""
+    dtype = statistics_dtype(x.dtype)
+    parameters = in_dtype(weight, dtype), in_dtype(bias, dtype)
+    mean, var, batch_weight = traceable.saved(record.mean, record.var, record.batch_weight)
+    record = record._replace(mean=mean, var=var, batch_weight=batch_weight)
+    how = *gradient.buffers, gradient.stores, variance_rule, eps
+    y: Tensor = _CompiledNormalization.apply(x, *parameters, *record, *how)  # type: ignore[no-untyped-call]
+    return y
 
 
 class Run(Protocol):
@@ -384,8 +405,8 @@ class _BlendedBatchNorm(torch.autograd.Function):
         return None, dx, dw if needs[1] else None, db if needs[2] else None
 
 
-class _CompiledBlendedBatchNorm(torch.autograd.Function):
-    """A forward with a remembered gradient as torch.compile can trace it: of tensors, with one backward."""
+class _CompiledNormalization(torch.autograd.Function):
+    """The second half of a forward with a remembered gradient, as torch.compile can trace it."""
 
     @staticmethod
     def forward(
@@ -393,39 +414,27 @@ class _CompiledBlendedBatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        past_mean: Tensor,
-        past_var: Tensor,
-        batch_weight: Tensor,
-        gradient_mean: Tensor,
-        gradient_scale: Tensor,
-        stores: bool,
-        backend: Chosen,
-        variance_rule: VarianceRule,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        past = past_mean, past_var, batch_weight
-        y, rows = KERNELS[backend].forward(x, weight, bias, *past, variance_rule, eps)
-        ctx.save_for_backward(x, weight, batch_weight, *([rows] if isinstance(rows, Tensor) else rows))
+        *others: Any,
+    ) -> Tensor:
+        *rows, gradient_mean, gradient_scale, stores, variance_rule, eps = others
+        ctx.save_for_backward(x, weight, *rows)
         # saved tensors must not change, and these do
         ctx.gradient = gradient_mean, gradient_scale
-        ctx.rules = stores, backend, variance_rule, eps
-        statistics = Record(*rows)[:4]
-        ctx.mark_non_differentiable(*statistics)
-        # torch 2.11 hands no gradient to an output that is an intermediate result as well
-        return y.clone(), *statistics
+        ctx.rules = stores, variance_rule, eps
+        record = Record(*rows)
+        return traceable.normalized(x, weight, bias, record.mean, record.var, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, batch_weight, *saved = ctx.saved_tensors
-        stores, backend, variance_rule, eps = ctx.rules
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *rows = ctx.saved_tensors
+        stores, variance_rule, eps = ctx.rules
         mean, scale = ctx.gradient
-        rows = saved[0] if len(saved) == 1 else tuple(saved)
-        read = stacked(mean, scale, batch_weight)
-        dx, dw, db = KERNELS[backend].backward(
-            dy, x, weight, rows, variance_rule, eps, ctx.needs_input_grad[0], read
+        read = stacked(mean, scale, rows[-1])
+        dx, dw, db = traceable.backward(
+            dy, x, weight, tuple(rows), variance_rule, eps, ctx.needs_input_grad[0], read
         )
         if stores:
-            write(mean, scale, read, (db, dw), x.numel() // x.shape[1], list(rows)[:4])
+            write(mean, scale, read, (db, dw), x.numel() // x.shape[1], rows[:4])
         _, needs_weight, needs_bias, *others = ctx.needs_input_grad
         return dx, dw if needs_weight else None, db if needs_bias else None, *([None] * len(others))
 
@@ -433,6 +442,17 @@ class _CompiledBlendedBatchNorm(torch.autograd.Function):
 def in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return a parameter in the dtype of statistics, itself if it has it."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _constants(
+    x: Tensor, past_mean: Tensor, past_var: Tensor, batch_weight: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return past statistics and the batch's weight as no graph knows them, in the dtype of statistics."""
+    dtype = statistics_dtype(x.dtype)
+    if not isinstance(batch_weight, Tensor):
+        # a fill: a copy from the host would wait for the device
+        batch_weight = torch.full((), batch_weight, device=x.device, dtype=dtype)
+    return _constant(past_mean, dtype), _constant(past_var, dtype), _constant(batch_weight, dtype)
 
 
 def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -95,18 +95,6 @@ def callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def saved_by_compiled_code(past: Past) -> Past:
-    """Return a past that torch.compile saves for the backward pass, and does not compute there again.
-
-    It computes cheap values again, also from buffers that the forward has overwritten by then, and the
-    gradients are wrong without a word (pytorch#197039). The result of a flip it saves, and it fuses flips
-    with what comes before and after, unlike concatenations.
-    """
-    weight = torch.as_tensor(past.batch_weight, dtype=past.mean.dtype, device=past.mean.device)
-    mean, var, one = (tensor.flip(0).flip(0) for tensor in (past.mean, past.var, weight.view(1)))
-    return Past(mean, var, one.view(()))
-
-
 @contextmanager
 def unseen_by_selective_checkpoints() -> Iterator[None]:
     """Hide the operators called inside from torch's selective activation checkpointing.

@@ -41,6 +41,31 @@ def forward(
     return y.to(x.dtype), (*statistics, past_mean, past_var, batch_weight)
 
 
+def statistics(
+    x: Tensor, past_mean: Tensor, past_var: Tensor, batch_weight: Tensor, variance_rule: VarianceRule
+) -> tuple[Tensor, ...]:
+    """Return the rows that `forward` returns: for a backward that is `backward`."""
+    with torch.no_grad():
+        dims = [d for d in range(x.dim()) if d != 1]
+        batch_var, batch_mean = torch.var_mean(x.to(past_mean.dtype), dims, correction=0)
+        blended = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
+        return batch_mean, batch_var, *blended, past_mean, past_var, batch_weight
+
+
+def normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """Return ``y`` for statistics that are known."""
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    y = (x.to(mean.dtype) - mean.view(per_channel)) * scale.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    return y.to(x.dtype)
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -74,6 +99,17 @@ def backward(
     scale = rstd if weight is None else weight * rstd
     dx = (gradient - level.view(per_channel) - z * slope.view(per_channel)) * scale.view(per_channel)
     return dx.to(x.dtype), dw, db
+
+
+def saved(mean: Tensor, var: Tensor, batch_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what torch.compile saves for the backward pass, and does not compute there again.
+
+    It computes cheap values again, also from buffers that the forward has overwritten by then, and the
+    gradients are wrong without a word (pytorch#197039). The result of a flip it saves, and it fuses flips
+    with what comes before and after, unlike concatenations.
+    """
+    one = batch_weight.view(1).flip(0).flip(0).view(())
+    return mean.flip(0).flip(0), var.flip(0).flip(0), one
 
 
 def differentiable_gradients(

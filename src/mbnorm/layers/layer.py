@@ -21,9 +21,11 @@ from mbnorm.functional import (
     Chosen,
     Rows,
     choose,
+    compiled_record,
     differentiated_in_other_ways,
     in_dtype,
     normalize,
+    normalize_compiled,
     transforms_run,
 )
 from mbnorm.gradient import GRADIENT_BUFFERS, Gradient, RememberedGradient, check_gradient
@@ -40,7 +42,6 @@ from mbnorm.recompute import (
     Node,
     in_backward,
     refuse_unknown_recompute,
-    saved_by_compiled_code,
     unseen_by_selective_checkpoints,
 )
 from mbnorm.values import has_values, is_trained
@@ -526,13 +527,19 @@ class HistoryBatchNorm(_BatchNorm):
             torch._dynamo.graph_break(msg=reason)
             y: Tensor = in_eager_mode(HistoryBatchNorm._forward_eager, self, input)
             return y
-        n = _values_per_channel(input)
-        past = saved_by_compiled_code(self.read(n, input.shape[0]))
+        n, m = _values_per_channel(input), input.shape[0]
+        past, rule = self.read(n, m), self.memory.variance_rule
         gradient = self.remembered_gradient()
-        y, rows = self.blend(input, past, choose(input, self.backend), gradient)
-        if n > 0 and self.stores:
-            self.store(rows, n, input.shape[0])
-        return y
+        if gradient is None or n == 0:
+            y, rows = self.blend(input, past, "traceable")
+            if n > 0 and self.stores:
+                self.store(rows, n, m)
+            return y
+        record = compiled_record(input, *past, rule)
+        # before the output: torch computes again in the backward what is near, and saves what is far
+        if self.stores:
+            self.store(record, n, m)
+        return normalize_compiled(input, self.weight, self.bias, record, rule, self.eps, gradient)
 
     def _forward_eager(self, input: Tensor) -> Tensor:
         if not (transforms_run() or in_backward() or getattr(self, "_is_replica", False)):

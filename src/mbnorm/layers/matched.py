@@ -89,7 +89,7 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         measured: False takes w = m and e = 0: :math:`\lambda = \max(0, (N-m)/(N+m))`.
         early_weight: in running_mean and running_var a batch has at least the weight of so many batches
             before it. So these cover the last part of a training of any length. 0 uses ``momentum`` only.
-        backend: as in `mbnorm.functional.blended_batch_norm`.
+        backend: as in `mbnorm.functional.blended_batch_norm`. torch.compile makes its own kernels instead.
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;

@@ -87,7 +87,7 @@ class MemorizedBatchNorm2d(_MemorizedBatchNorm, nn.BatchNorm2d):
         variance_rule: "pooled" with the bracket above, or "averaged" without.
         inference: what eval mode uses: "memory" as above (the paper's), or "ema", moving averages of
             the batches' moments.
-        backend: as in `mbnorm.functional.blended_batch_norm`.
+        backend: as in `mbnorm.functional.blended_batch_norm`. torch.compile makes its own kernels instead.
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;

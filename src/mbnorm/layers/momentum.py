@@ -83,7 +83,7 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
         history_weight: :math:`\lambda` in [0, 1), kept as a 0-dim tensor; a schedule changes it in place.
         variance_rule: "averaged" as above (the paper's), or "pooled", which adds the variance between the
             two means.
-        backend: as in `mbnorm.functional.blended_batch_norm`.
+        backend: as in `mbnorm.functional.blended_batch_norm`. torch.compile makes its own kernels instead.
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.
         sync: True normalizes with the statistics of the whole batch, as one process with all of it would;
