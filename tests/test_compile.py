@@ -230,6 +230,19 @@ def test_the_compiler_makes_the_kernels_whichever_backend_a_layer_has(backend):
         assert_same(layer, twin)
 
 
+@on_every_method
+def test_a_compiled_empty_batch_changes_nothing(method):
+    norm = nets(method)[0].norm2d
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    compiled(make_input((2, 3, 4, 4), torch.float64)).sum().backward()
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.empty(0, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    y = compiled(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert_close(norm.state_dict(), before)
+
+
 def graphs_of_a_step(layer, x):
     """Return the operators of the forward and the backward graph of a compiled step."""
     graphs = []
