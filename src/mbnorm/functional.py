@@ -422,7 +422,8 @@ class _CompiledNormalization(torch.autograd.Function):
         ctx.gradient = gradient_mean, gradient_scale
         ctx.rules = stores, variance_rule, eps
         record = Record(*rows)
-        return traceable.normalized(x, weight, bias, record.mean, record.var, eps)
+        # torch 2.11 hands no gradient to an output that is an intermediate result as well
+        return traceable.normalized(x, weight, bias, record.mean, record.var, eps).clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
