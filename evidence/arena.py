@@ -167,15 +167,20 @@ def measured_rows(
             yield row
 
 
-def tables_of(tasks: Sequence[Task], entrants: Sequence[Entrant], rows: Sequence[Row]) -> list[Table]:
-    """Return a table for each task, and one of the ranks over all."""
+def tables_of(
+    tasks: Sequence[Task],
+    entrants: Sequence[Entrant],
+    rows: Sequence[Row],
+    ranked: Sequence[Entrant] | None = None,
+) -> list[Table]:
+    """Return a table for each task, and one of the ranks over all, of some if they are named."""
     known = Known(rows)
     tables = [
         _table_of(task, entrants, known) for task in tasks if any(known.scores(task, one) for one in entrants)
     ]
     ranks = {
         name: (fmean(place for place in found if place), found)
-        for name, found in _ranks(tasks, entrants, known).items()
+        for name, found in _ranks(tasks, ranked or entrants, known).items()
         if any(found)
     }
     lines = [

@@ -117,7 +117,11 @@ CLAIM = Claim(
     ),
     measured=MEASURED,
     rows=_rows,
-    tables=lambda rows: [_changes(rows), *tables_of(TUNED, ENTRANTS, rows), _by_rate(rows)],
+    tables=lambda rows: [
+        _changes(rows),
+        *tables_of(TUNED, ENTRANTS, rows, (*RIVALS, CHOSEN)),
+        _by_rate(rows),
+    ],
     draw=lambda rows, panels: drawn(TUNED, ENTRANTS, rows, panels),
     panels=len(TUNED),
     verdict=lambda rows: verdict(TUNED, RIVALS, CHOSEN, rows),
