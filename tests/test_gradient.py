@@ -550,6 +550,41 @@ def test_compiled_code_that_calls_a_layer_twice_remembers_both():
         torch.testing.assert_close(dict(other.named_buffers()), dict(eager.named_buffers()))
 
 
+TRANSFORMS = {
+    "grad": lambda f, x, v: torch.func.grad(lambda x: (f(x) * v).sum())(x),
+    "grad of grad": lambda f, x, v: torch.func.grad(
+        lambda x: torch.func.grad(lambda x: f(x).tanh().square().sum())(x).mul(v).sum()
+    )(x),
+    "vjp": lambda f, x, v: torch.func.vjp(f, x)[1](v)[0],
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+    "vmap": lambda f, x, v: torch.func.vmap(f)(torch.stack((x, v))),
+    "vmap of grad": lambda f, x, v: torch.func.vmap(torch.func.grad(lambda x: f(x).tanh().sum()))(
+        torch.stack((x, v))
+    ),
+}
+
+
+@pytest.mark.contract("GR-3", "GR-7")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_compiled_transforms_have_the_exact_gradient(transform):
+    torch._dynamo.reset()
+    layer = trained(build("matched", dtype=torch.float64))
+
+    def call(x):
+        with no_update(layer):
+            return layer(x)
+
+    def transformed(x, v):
+        return TRANSFORMS[transform](call, x, v)
+
+    x, v = batch(7, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    found = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x, v)
+    torch.testing.assert_close(found, transformed(x, v), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.state_dict(), before)
+
+
 def test_an_unknown_gradient_is_refused():
     with pytest.raises(ValueError, match=r"gradient must be one of .*got 'mine'"):
         MatchedBatchNorm2d(3, gradient="mine")

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mbnorm.functional import differentiated_in_other_ways
 from mbnorm.recompute import SAVES_WHAT_WAS_READ, callers, in_torch_checkpoint
 
 Result = TypeVar("Result")
@@ -20,6 +21,12 @@ def in_eager_mode(function: Callable[..., Result], *args: Any) -> Result:
 def exports() -> bool:
     """Return whether what traces is torch.export; to traced code torch 2.10 and 2.11 always say yes."""
     return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def traces_derivatives() -> bool:
+    """Return whether what is traced is inside a function transform or forward-mode differentiation."""
+    return differentiated_in_other_ways()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

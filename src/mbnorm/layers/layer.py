@@ -517,7 +517,7 @@ class HistoryBatchNorm(_BatchNorm):
         return self._forward_eager(input)
 
     def _forward_compiled(self, input: Tensor) -> Tensor:
-        from mbnorm.tracing import in_eager_mode, unsafe_to_compile
+        from mbnorm.tracing import in_eager_mode, traces_derivatives, unsafe_to_compile
 
         # torch.compile cannot trace collectives on the way to a memory
         reason = unsafe_to_compile() if self._sharing is None else "process_group= needs eager mode"
@@ -529,7 +529,7 @@ class HistoryBatchNorm(_BatchNorm):
             return y
         n, m = _values_per_channel(input), input.shape[0]
         past, rule = self.read(n, m), self.memory.variance_rule
-        gradient = self.remembered_gradient()
+        gradient = None if traces_derivatives() else self.remembered_gradient()
         if gradient is None or n == 0:
             y, rows = self.blend(input, past, "traceable")
             if n > 0 and self.stores:
