@@ -19,6 +19,7 @@ from mbnorm import (
     DoubleForward,
     MatchedBatchNorm1d,
     MatchedBatchNorm2d,
+    MatchedBatchNorm3d,
     MemorizedBatchNorm1d,
     MomentumBatchNorm1d,
     MomentumSchedule,
@@ -228,6 +229,27 @@ def test_the_compiler_makes_the_kernels_whichever_backend_a_layer_has(backend):
         backward(twin, twin(twin_leaf), step)
         assert_close(leaf.grad, twin_leaf.grad)
         assert_same(layer, twin)
+
+
+@pytest.mark.contract("TC-4")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 3), (2, 3, 5), (2, 3, 4, 4), (2, 3, 2, 4, 4)])
+def test_every_rank_and_precision_compiles_to_what_eager_mode_does(shape, dtype):
+    kinds = {4: MatchedBatchNorm2d, 5: MatchedBatchNorm3d}
+    layer = kinds.get(len(shape), MatchedBatchNorm1d)(3)
+    layer = layer.double() if dtype == torch.float64 else layer
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    # one rounding of the output and of its gradient; the state is not rounded
+    once = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-5}
+    for step in range(3):
+        x = make_input(shape, dtype, seed=step)
+        leaf, twin_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, want = compiled(leaf), twin(twin_leaf)
+        backward(layer, y, step)
+        backward(twin, want, step)
+        torch.testing.assert_close((y, leaf.grad), (want, twin_leaf.grad), **once)
+        torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
 
 
 @on_every_method
