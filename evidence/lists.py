@@ -24,6 +24,8 @@ from mbnorm.experiments.methods import Method
 from mbnorm.experiments.sampling import Sampling
 from mbnorm.experiments.training import net_for
 from mbnorm.feeders import feeders
+from mbnorm.layers import HistoryBatchNorm
+from mbnorm.memories.measured_average import MeasuredAverage
 
 Start: TypeAlias = Literal["ImageNet", "segments"]
 
@@ -97,7 +99,9 @@ class Entrant:
         """Return what tables and plots call it."""
         words = []
         for name, value in self.options:
-            if value is not False:
+            if (name, value) == ("subtract_mean", False):
+                words.append("no_mean")
+            elif value is not False:
                 words.append(
                     name if value is True else value if isinstance(value, str) else f"{name}={value}"
                 )
@@ -112,9 +116,14 @@ class Entrant:
         method = self.method.partition("-")[0].partition("+")[0]
         assert method in get_args(Converted)
         options = dict(self.options)
-        first = feeders(model).raw if options.pop("first_layers", None) else set()
+        found = feeders(model)
+        first = found.raw if options.pop("first_layers", None) else set()
+        fed_by = cast(dict[nn.Module, list[HistoryBatchNorm]], found.norms_of)
         weights = {layer: layer.weight.detach().clone() for layer in first}
         options |= {"center_filters": True} if first else {}
+        if method == "matched":
+            # rows are named by their options, and this one is younger than most
+            options.setdefault("subtract_mean", True)
         values = options.pop("by_values", None)
         convert(model, cast(Converted, method), batch_size=run.setting.batch_size, **options)
         if values is not None:
@@ -122,6 +131,8 @@ class Entrant:
         for layer, weight in weights.items():
             release(layer)
             layer.weight.data.copy_(weight)
+            for norm in fed_by[layer]:
+                norm.memory = cast(MeasuredAverage, norm.memory).subtracting_mean()
         return model
 
 

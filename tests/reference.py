@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return mB, vB, n of an input of shape (N, C, ...)."""
+def batch_statistics(x: Tensor, variance_rule: str = "pooled") -> tuple[Tensor, Tensor, int]:
+    """Return mB, vB, n of an input of shape (N, C, ...); "uncentered" takes mB for 0."""
     values = x.transpose(0, 1).flatten(1)
     n = values.shape[1]
     mB = values.sum(1) / n
+    if variance_rule == "uncentered":
+        mB = torch.zeros_like(mB)
     vB = ((values - mB[:, None]) ** 2).sum(1) / n
     return mB, vB, n
 
@@ -26,7 +28,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
 def mix(
     mB: Tensor, vB: Tensor, M: Tensor, V: Tensor, a: float | Tensor, variance_rule: str
 ) -> tuple[Tensor, Tensor]:
-    """Return a mB + (1-a) M and the variance of the rule "averaged" or "pooled"."""
+    """Return a mB + (1-a) M and the variance of the rule "averaged", "pooled" or "uncentered"."""
     mean = a * mB + (1 - a) * M
     var = a * vB + (1 - a) * V
     if variance_rule == "pooled":
@@ -56,7 +58,7 @@ def blended_batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, mB, vB, mean, var of the one operator for all methods."""
-    mB, vB, _ = batch_statistics(x)
+    mB, vB, _ = batch_statistics(x, variance_rule)
     mean, var = mix(mB, vB, M, V, a, variance_rule)
     return normalize(x, mean, var, w, b, eps), mB, vB, mean, var
 
@@ -132,8 +134,12 @@ class _Norm:
         if self.momentum is not None and self.momentum != 1.0:
             return False
         tau = 0.0 if self.momentum == 1.0 else 1 - 1 / self.batches
-        self._average(mB, vB * n / (n - 1) if n > 1 else vB, tau, moments=False)
+        self._average(mB, self.unbiased(vB, n), tau, moments=False)
         return True
+
+    def unbiased(self, vB: Tensor, n: int) -> Tensor:
+        """Return the variance of which vB is the biased estimate, if more than one value is known."""
+        return vB * n / (n - 1) if n > 1 else vB
 
     def evaluate(self, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Return the output of eval mode."""
@@ -180,8 +186,8 @@ class MomentumNorm(_Norm):
         """Return lambda for a batch of m samples with n values per channel."""
         return self.history_weight
 
-    def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
-        """Take a batch into what is measured."""
+    def measure(self, new: Tensor, unit: Tensor, n: int, old: Tensor) -> None:
+        """Take a batch's statistic into what is measured, with its unit and what is remembered of it."""
 
     def _average_moments_or_not(self, mB: Tensor, vB: Tensor, m: int) -> None:
         assert self.momentum is not None
@@ -200,7 +206,10 @@ class MomentumNorm(_Norm):
         self.batches += 1
         if not self._raw_average(mB, vB, n):
             self._average_moments_or_not(mB, vB, x.shape[0])
-        self.measure(mB, var, n, M)
+        if self.variance_rule == "uncentered":
+            self.measure(vB, var**2, n, V)
+        else:
+            self.measure(mB, var, n, M)
         self.M, self.V = mean, var
         return y
 
@@ -226,11 +235,14 @@ class MatchedNorm(MomentumNorm):
         matched_batch_size: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
+        subtract_mean: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
-        super().__init__(channels, variance_rule="pooled", eps=eps, momentum=momentum)
+        rule = "pooled" if subtract_mean else "uncentered"
+        super().__init__(channels, variance_rule=rule, eps=eps, momentum=momentum)
         self.matched_batch_size = matched_batch_size
+        self.subtract_mean = subtract_mean
         self.measured = measured
         self.early_weight = early_weight
         self.last: tuple[Tensor, int] | None = None  # m', n'
@@ -241,9 +253,13 @@ class MatchedNorm(MomentumNorm):
 
     def seed(self, mean: Tensor, var: Tensor, batches: int = 0) -> None:
         """Start from known statistics."""
-        super().seed(mean, var)
+        super().seed(*((mean, var) if self.subtract_mean else (0 * mean, var + mean**2)))
         self.e = 0.0
         self.seen = max(400, batches)
+
+    def unbiased(self, vB: Tensor, n: int) -> Tensor:
+        """Return the variance; a mean square has no bias."""
+        return super().unbiased(vB, n) if self.subtract_mean else vB
 
     def weight_of_the_past(self, n: int, m: int) -> float:
         """Return lambda for a batch of m samples with n values per channel."""
@@ -255,21 +271,21 @@ class MatchedNorm(MomentumNorm):
         kalman = (1 / n_eff) / (1 / n_eff + max(self.e, 0.0))
         return min(kalman, max(0.0, (N - worth) / (N + worth)))
 
-    def measure(self, mB: Tensor, var: Tensor, n: int, M: Tensor) -> None:
-        """Take a batch into r and e."""
+    def measure(self, new: Tensor, unit: Tensor, n: int, old: Tensor) -> None:
+        """Take a batch into r and e: its mean, or its mean square where that is all it has."""
         if self.last is None and self.M is not None:
             # seeded: right, and known as well as after so many batches
             self.r, self.e, self.samples = float(n), 0.0, self.seen
         elif self.last is not None:
             before, n_before = self.last
-            d = float(((mB - before) ** 2 / var).mean())
-            D = float(((mB - M) ** 2 / var).mean())
+            d = float(((new - before) ** 2 / unit).mean())
+            D = float(((new - old) ** 2 / unit).mean())
             beta = max(0.02, 8 / (self.samples + 8))
             r = d / (1 / n + 1 / n_before)
             self.r = (1 - beta) * self.r + beta * r
             self.e = (1 - beta) * self.e + beta * (D - r / n)
             self.samples += 1
-        self.last = mB, n
+        self.last = new, n
         self.seen += 1
 
     def _average_moments_or_not(self, mB: Tensor, vB: Tensor, m: int) -> None:
@@ -386,11 +402,12 @@ def remembered_gradient(
     """Return dx, dw, db and the new G, S of a forward whose gradient remembers the two means of dy."""
     shape = (1, -1) + (1,) * (x.dim() - 2)
     xhat = normalize(x, mean, var, None, None, eps)
-    z = normalize(x, mB, var, None, None, eps) if variance_rule == "averaged" else xhat
+    z = xhat if variance_rule == "pooled" else normalize(x, mB, var, None, None, eps)
     mean_dy, _, n = batch_statistics(dy)
     mean_dy_xhat, _, _ = batch_statistics(dy * xhat)
     g = a * mean_dy + (1 - a) * G
     s = a * mean_dy_xhat + (1 - a) * S
     scale = 1 / torch.sqrt(var + eps) if w is None else w / torch.sqrt(var + eps)
-    dx = scale.view(shape) * (dy - g.view(shape) - z * s.view(shape))
+    subtracted = 0 * g if variance_rule == "uncentered" else g
+    dx = scale.view(shape) * (dy - subtracted.view(shape) - z * s.view(shape))
     return dx, mean_dy_xhat * n, mean_dy * n, g, s

@@ -8,6 +8,7 @@ import torch
 from helpers import layout_id
 
 from mbnorm.averages import InferenceAverages, commit
+from mbnorm.blend import number_of
 from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.memories.memory import CUMULATIVE, RAW, InferenceUpdate, Memory
 from mbnorm.memories.moving_average import MovingAverage
@@ -30,6 +31,7 @@ MEASURING = {
     "measured": MeasuredAverage(64),
     "measured, for few values": MeasuredAverage(8),
     "matched by size": MeasuredAverage(64, measured=False),
+    "uncentered": MeasuredAverage(64, subtract_mean=False),
     "matched by size, for few values": MeasuredAverage(8, measured=False),
 }
 KINDS = RINGS | MOVING | MEASURING
@@ -103,7 +105,7 @@ def assert_same(got, wanted):
 
 def fused(kernels, x, parameters, held, update, *, store=True):
     operator = getattr(kernels, f"forward_with_{held.memory.kernels}")
-    rules = held.memory.variance_rule == "pooled", EPS, store
+    rules = number_of(held.memory.variance_rule), EPS, store
     y, record = operator(x, *parameters, *held.arguments(update, x.numel() // x.shape[1], len(x)), *rules)
     return y, as_matrix(record)
 

@@ -15,6 +15,7 @@ METHODS = {
     "momentum": functools.partial(MomentumBatchNorm1d, history_weight=0.75),
     "matched": functools.partial(MatchedBatchNorm1d, matched_batch_size=64, measured=False, early_weight=0),
     "measured": functools.partial(MatchedBatchNorm1d, matched_batch_size=64, early_weight=0),
+    "uncentered": functools.partial(MatchedBatchNorm1d, matched_batch_size=64, subtract_mean=False),
     "memorized": functools.partial(MemorizedBatchNorm1d, memory_size=5),
     "memorized-ema": functools.partial(MemorizedBatchNorm1d, memory_size=5, inference="ema"),
 }

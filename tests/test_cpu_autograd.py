@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import mbnorm
 from mbnorm.backends import cpu, traceable
+from mbnorm.blend import VARIANCE_RULES, number_of
 from mbnorm.functional import FusedRun, run_differentiably
 from mbnorm.memories.memory import InferenceUpdate
 
@@ -22,7 +23,7 @@ def arguments_after_parameters(variance_rule="pooled", store=False):
     memory = with_rule(KINDS["average"], variance_rule)
     ours = held(memory, torch.float64)
     memory.seed(ours.state, *seeds(SHAPE[1], torch.float64))
-    return *ours.arguments(InferenceUpdate(0.1), VALUES, SHAPE[0]), variance_rule == "pooled", EPS, store
+    return *ours.arguments(InferenceUpdate(0.1), VALUES, SHAPE[0]), number_of(variance_rule), EPS, store
 
 
 def forward(x, weight, bias, variance_rule="pooled"):
@@ -44,7 +45,7 @@ def plain_formulas(tensors, record, variance_rule="pooled"):
     return traceable.forward(*tensors, past_mean, past_var, a[0], variance_rule, EPS)[0]
 
 
-@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, True, True), (False, False, True)]
 )

@@ -18,6 +18,7 @@ from helpers import (
 from torch.library import opcheck
 
 from mbnorm.backends import cpu
+from mbnorm.blend import VARIANCE_RULES
 from mbnorm.functional import blended_batch_norm
 
 EPS = 1e-3
@@ -46,7 +47,7 @@ SHAPES = [
     ((2, 11, 3, 4, 3), LAST_3D),
 ]
 on_every_shape = pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=layout_id)
-with_both_rules = pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+with_all_rules = pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -66,7 +67,7 @@ def unaligned(x):
     return storage.as_strided(x.shape, x.stride(), 1).copy_(x)
 
 
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_shape
@@ -163,7 +164,7 @@ def test_inputs_of_other_strides(dtype):
         assert got[0].stride() == got[8].stride() == torch.empty_like(x).stride()
 
 
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("affine", [True, False])
 def test_no_gradient_of_the_input(affine, variance_rule):
     x, dy = make_input((3, 12, 5, 4), torch.float32), make_input((3, 12, 5, 4), torch.float32, seed=2)

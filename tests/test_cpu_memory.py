@@ -21,6 +21,7 @@ from remembering import (
 from torch.library import opcheck
 
 from mbnorm.backends import cpu
+from mbnorm.blend import VARIANCE_RULES, number_of
 from mbnorm.distributed import local_statistics, sums_of
 from mbnorm.memories.memory import InferenceUpdate
 from mbnorm.memories.recent_batches import RecentBatches
@@ -34,11 +35,11 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missin
 def commit(held, sums, update):
     operator = getattr(cpu, f"commit_to_{held.memory.kernels}")
     n, m = int(sums[-2]), int(sums[-1])
-    operator(sums, *held.arguments(update, n, m), held.memory.variance_rule == "pooled")
+    operator(sums, *held.arguments(update, n, m), number_of(held.memory.variance_rule))
 
 
 @in_both_precisions
-@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("name", KINDS)
 def test_one_operator_commits_the_batch_of_all_ranks(name, update, variance_rule, dtype):

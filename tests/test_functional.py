@@ -18,12 +18,13 @@ from helpers import (
 
 from mbnorm import functional
 from mbnorm.backends import cpu
+from mbnorm.blend import VARIANCE_RULES
 from mbnorm.functional import backend_for, blended_batch_norm
 
 EPS = 1e-3
 on_every_layout = pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=layout_id)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
-with_both_rules = pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+with_all_rules = pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 
 
 def operate(x, weight, bias, past, a, variance_rule, backend):
@@ -33,7 +34,7 @@ def operate(x, weight, bias, past, a, variance_rule, backend):
 
 
 @on_every_backend
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_layout
@@ -57,7 +58,7 @@ def test_output_and_gradients_match_the_reference(shape, layout, dtype, a, varia
 
 
 @on_every_backend
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @on_every_layout
 def test_statistics_match_the_reference(shape, layout, dtype, variance_rule, backend):
@@ -84,7 +85,7 @@ def test_dtypes_and_layout_are_kept(shape, layout, dtype, backend):
 
 
 @on_every_backend
-@with_both_rules
+@with_all_rules
 @on_every_layout
 def test_cotangents_of_any_layout_give_the_same_gradient(shape, layout, variance_rule, backend):
     x = make_input(shape, torch.float64, layout).requires_grad_()
@@ -137,7 +138,7 @@ def test_without_weight_or_bias(missing, backend):
 
 
 @on_every_backend
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("a", [1.0, 0.3])
 @on_every_layout
 def test_gradcheck(shape, layout, a, variance_rule, backend):
@@ -150,7 +151,7 @@ def test_gradcheck(shape, layout, a, variance_rule, backend):
 
 
 @on_every_backend
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3), (2, 2, 2, 2), (2, 2, 2, 1, 2)], ids=layout_id)
 def test_gradgradcheck(shape, variance_rule, backend):
     x = make_input(shape, torch.float64).requires_grad_()
@@ -245,7 +246,7 @@ def saved_full_size_tensors(run, numel):
     return len(saved)
 
 
-@with_both_rules
+@with_all_rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_kernels_save_one_full_size_tensor(backend, dtype, variance_rule):

@@ -28,6 +28,7 @@ from remembering import (
 )
 
 from mbnorm.backends import aten_memory, cpu, triton
+from mbnorm.blend import VARIANCE_RULES
 from mbnorm.memories.memory import RAW, InferenceUpdate
 from mbnorm.memories.recent_batches import RecentBatches
 
@@ -66,7 +67,7 @@ def step_by_step(kernels):
 
 
 HELD = [(False, name) for name in KINDS] + [(True, name) for name in KINDS]
-RULES, FLOATS = ("averaged", "pooled"), (torch.float32, torch.float64)
+RULES, FLOATS = VARIANCE_RULES, (torch.float32, torch.float64)
 CASES = [
     *itertools.product(HELD, PLAIN_UPDATES, RULES, FLOATS),
     *itertools.product([one for one in HELD if one[1] in MEASURING], [EARLY_UPDATE], RULES, FLOATS),

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.timing import WARM_UP, captured
 from mbnorm import DoubleForward, convert
+from mbnorm.blend import VARIANCE_RULES
 from mbnorm.functional import backend_for, blended_batch_norm
 
 DEVICE = "cuda"
@@ -80,7 +81,7 @@ def test_triton_runs_where_no_backend_is_asked_for():
 
 
 @on_every_backend
-@pytest.mark.parametrize("variance", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance", VARIANCE_RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=layout_id)
 @pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=layout_id)
 def test_the_operator_matches_the_reference(shape, layout, dtype, variance, backend):

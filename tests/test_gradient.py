@@ -16,6 +16,7 @@ from mbnorm.functional import choose
 
 KINDS = {
     "matched": ("Matched", {"matched_batch_size": 1024}),
+    "uncentered": ("Matched", {"matched_batch_size": 16, "subtract_mean": False}),
     "momentum": ("Momentum", {"history_weight": 0.75}),
     "pooled": ("Momentum", {"history_weight": 0.75, "variance_rule": "pooled"}),
     "memorized": ("Memorized", {"memory_size": 3}),
@@ -71,8 +72,8 @@ def test_gradient_and_state_are_the_references(kind, rank, backend):
     for step in range(6):
         x, dy = batch(step, rank, torch.float64, m=2 + step % 3)
         mean, var, a = past_of(layer, x)
-        mB, vB, _ = reference.batch_statistics(x)
         rule = layer.memory.variance_rule
+        mB, vB, _ = reference.batch_statistics(x, rule)
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach()
         past = 1 - (1 - a) ** 4, g, s, rule, layer.eps
@@ -129,7 +130,7 @@ def test_every_layout_has_the_references_gradient(kind, shape, memory_format, ba
         x, dy = (make_input(shape, torch.float64, memory_format, seed) for seed in (step, 100 + step))
         mean, var, a = past_of(layer, x)
         rule = layer.memory.variance_rule
-        mB, vB, _ = reference.batch_statistics(x)
+        mB, vB, _ = reference.batch_statistics(x, rule)
         blended = reference.mix(mB, vB, mean, var, a, rule)
         weight = layer.weight.detach() if affine else None
         past = 1 - (1 - a) ** 4, g, s, rule, layer.eps

@@ -23,6 +23,8 @@ OPTIONS = {
         {"matched_batch_size": 64, "measured": False, "early_weight": 4.5, "momentum": 0.9},
         {"matched_batch_size": 64, "early_weight": 0.0},
         {"matched_batch_size": 8, "early_weight": 8.0, "momentum": 0.3},
+        {"subtract_mean": False},
+        {"matched_batch_size": 8, "subtract_mean": False, "early_weight": 0.0, "momentum": 0.3},
     ],
     "Memorized": [
         {"memory_size": 1},
@@ -49,6 +51,7 @@ def pairs():
         options += [
             ("Momentum", {"history_weight": 0.75, "momentum": momentum}),
             ("Matched", {"matched_batch_size": 64, "momentum": momentum}),
+            ("Matched", {"subtract_mean": False, "momentum": momentum}),
             ("Memorized", {"memory_size": 4, "momentum": momentum}),
             ("Memorized", {"memory_size": 4, "inference": "ema", "momentum": momentum}),
         ]

@@ -128,10 +128,12 @@ def test_what_a_trained_norm_knows_is_taken_to_be_right_at_first():
     assert weight(layer, 10_000, 50) == pytest.approx(63 / 65)
 
 
+@pytest.mark.parametrize("subtract_mean", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "traceable"])
-def test_a_seeded_memory_follows_the_reference(backend):
-    layer = MatchedBatchNorm1d(5, matched_batch_size=64, backend=backend, early_weight=0).double()
-    norm = reference.MatchedNorm(5, matched_batch_size=64)
+def test_a_seeded_memory_follows_the_reference(backend, subtract_mean):
+    options = {"matched_batch_size": 64, "subtract_mean": subtract_mean}
+    layer = MatchedBatchNorm1d(5, backend=backend, early_weight=0, **options).double()
+    norm = reference.MatchedNorm(5, **options)
     mean, var = normal(5), normal(5, seed=1).square() + 0.5
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
@@ -265,6 +267,77 @@ def test_a_layer_that_does_the_other_takes_the_memory_from_a_checkpoint(measures
     target = MatchedBatchNorm2d(CHANNELS, matched_batch_size=64, measured=measures, early_weight=0)
     target.load_state_dict(source.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(target.buffers(), source.buffers(), strict=True))
+
+
+def without_mean(**options):
+    return MatchedBatchNorm2d(CHANNELS, subtract_mean=False, **options)
+
+
+def test_without_a_mean_outputs_are_multiples_of_the_inputs_in_both_modes():
+    layer = fed(without_mean(), [normal(2, CHANNELS, 3, 3, seed=s).float() + 5 for s in range(40)])
+    x = normal(2, CHANNELS, 3, 3, seed=50).float() + 5
+    for mode in (True, False):
+        ratios = layer.train(mode)(x) / x
+        torch.testing.assert_close(ratios, ratios[:1, :, :1, :1].expand_as(x))
+    # the mean square of the values is 26
+    torch.testing.assert_close(ratios.mean().item(), 26**-0.5, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_without_a_mean_the_noise_of_mean_squares_is_measured(correlation):
+    field = GaussianField(CHANNELS, (4, 4), correlation=correlation)
+    squares = torch.stack([x.square().mean((0, 2, 3)) for x in field.batches(4, 2000, seed=1)])
+    layer = fed(layer_of(subtract_mean=False), field.batches(4, 300, seed=0))
+    noise = float((squares.var(0) / squares.mean(0).square()).mean())
+    assert 1 / worth(layer, 64) == pytest.approx(noise, rel=5 * math.sqrt(1.5 * MEASURED_WEIGHT / CHANNELS))
+
+
+def test_without_a_mean_the_past_weighs_little_where_scales_move_fast():
+    batches = [normal(2, CHANNELS, 3, 3, seed=s).float() for s in range(80)]
+    still = fed(without_mean(), batches)
+    moving = fed(without_mean(), [x * 1.2**step for step, x in enumerate(batches)])
+    assert weight(moving, 18, 2) < 0.7 < 0.9 < weight(still, 18, 2)
+
+
+def test_a_reverted_layer_without_a_mean_gives_the_same_output():
+    model = nn.Sequential(fed(without_mean(), [normal(2, CHANNELS, 3, 3).float() + 5] * 3)).eval()
+    x = normal(2, CHANNELS, 3, 3, seed=1).float()
+    before = model(x)
+    revert(model)
+    assert torch.equal(model(x), before)
+
+
+def test_statistics_that_have_a_mean_are_loaded_into_a_layer_that_subtracts_it_from_then_on():
+    stock = nn.BatchNorm2d(CHANNELS)
+    stock(normal(8, CHANNELS, 2, 2).float() + 3)
+    layer, same = without_mean(), MatchedBatchNorm2d(CHANNELS)
+    with pytest.warns(UserWarning, match="they subtract it from now on"):
+        layer.load_state_dict(stock.state_dict())
+    same.load_state_dict(stock.state_dict())
+    x = normal(2, CHANNELS, 3, 3, seed=1).float()
+    assert torch.equal(layer(x), same(x))
+    assert torch.equal(layer.eval()(x), same.eval()(x))
+    assert layer.subtract_mean
+    assert layer.matched_batch_size == 128
+
+
+def test_statistics_without_a_mean_are_loaded_as_they_are():
+    source = fed(without_mean(), [normal(2, CHANNELS, 3, 3).float()])
+    layer = without_mean()
+    layer.load_state_dict(source.state_dict())
+    assert not layer.subtract_mean
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), source.buffers(), strict=True))
+
+
+def test_the_option_of_a_checkpoint_without_a_mean_is_named():
+    source = fed(without_mean(), [normal(2, CHANNELS, 3, 3).float()])
+    with pytest.warns(UserWarning, match="subtract_mean=False and is loaded"):
+        MatchedBatchNorm2d(CHANNELS).load_state_dict(source.state_dict())
+
+
+def test_the_repr_says_that_no_mean_is_subtracted():
+    assert "subtract_mean=False" in repr(without_mean())
+    assert "subtract_mean" not in repr(MatchedBatchNorm2d(CHANNELS))
 
 
 def test_revert_leaves_nothing_behind():

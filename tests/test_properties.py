@@ -150,6 +150,7 @@ OPTIONS = {
             "matched_batch_size": st.integers(1, 200),
             "measured": st.booleans(),
             "early_weight": st.sampled_from([0.0, 1.0, 8.0]),
+            "subtract_mean": st.booleans(),
         }
     ),
     "Memorized": st.fixed_dictionaries(

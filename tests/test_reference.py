@@ -5,6 +5,8 @@ import reference
 import torch
 from helpers import make_input, make_parameters, near_statistics
 
+from mbnorm.blend import VARIANCE_RULES
+
 
 def column(*values):
     return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
@@ -23,7 +25,7 @@ def test_mix_by_hand(variance, expected):
     assert (mean.item(), var.item()) == (1.0, expected)
 
 
-@pytest.mark.parametrize("variance", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance", VARIANCE_RULES)
 @pytest.mark.parametrize("a", [1.0, 0.4])
 def test_gradient_is_the_method_pages_formula(a, variance):
     eps = 1e-3
@@ -42,7 +44,8 @@ def test_gradient_is_the_method_pages_formula(a, variance):
     rstd = (var + eps) ** -0.5
     xhat = (x.detach() - mean) * rstd
     z = xhat if variance == "pooled" else (x.detach() - mB) * rstd
-    wanted = w * rstd * (dy - a / n * total(dy) - a / n * z * total(dy * xhat))
+    level = 0.0 if variance == "uncentered" else a / n * total(dy)
+    wanted = w * rstd * (dy - level - a / n * z * total(dy * xhat))
     torch.testing.assert_close(dx, wanted, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(dw, total(dy * xhat).flatten(), rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(db, total(dy).flatten(), rtol=1e-13, atol=1e-14)

@@ -20,6 +20,7 @@ LAYERS = {
     "momentum-pooled": ("Momentum", {"history_weight": 0.7, "variance_rule": "pooled"}),
     "matched": ("Matched", {"matched_batch_size": 64, "measured": False, "early_weight": 8.0}),
     "measured": ("Matched", {"matched_batch_size": 64, "measured": True, "early_weight": 0.0}),
+    "uncentered": ("Matched", {"matched_batch_size": 64, "subtract_mean": False}),
     "memorized": ("Memorized", {"memory_size": 3}),
     "averaged": ("Memorized", {"memory_size": 3, "variance_rule": "averaged"}),
     "ema": ("Memorized", {"memory_size": 4, "memory_values": 40, "decay": 0.9}),
@@ -28,6 +29,10 @@ on_every_layer = pytest.mark.parametrize("name", LAYERS)
 REMEMBERING = {
     "momentum, remembered": ("Momentum", {"history_weight": 0.9, "gradient": "remembered"}),
     "matched, remembered": ("Matched", {"matched_batch_size": 512, "gradient": "remembered"}),
+    "uncentered, remembered": (
+        "Matched",
+        {"matched_batch_size": 64, "subtract_mean": False, "gradient": "remembered"},
+    ),
     "averaged, remembered": (
         "Memorized",
         {"memory_size": 9, "variance_rule": "averaged", "gradient": "remembered"},

@@ -20,6 +20,7 @@ from helpers import (
 
 from mbnorm.backends import aten
 from mbnorm.backends import triton as kernels
+from mbnorm.blend import VARIANCE_RULES
 from mbnorm.gradient import stacked, write
 
 if find_spec("triton") is None:
@@ -144,7 +145,7 @@ def test_everything_matches_the_reference(shape, layout, dtype, a, variance_rule
         assert torch.equal(found.cpu(), given.to(found.dtype))
 
 
-@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 @on_every_shape
 def test_a_remembered_gradient_is_the_references(shape, layout, variance_rule):
     x, dy = (make_input(shape, torch.float64, layout, seed=seed) for seed in (0, 5))
@@ -188,7 +189,7 @@ def test_a_backward_that_remembers_does_as_one_after_a_read_and_before_a_write(s
     torch.testing.assert_close(remembered, (mean, scale))
 
 
-@pytest.mark.parametrize("variance_rule", ["averaged", "pooled"])
+@pytest.mark.parametrize("variance_rule", VARIANCE_RULES)
 @on_each_kind
 def test_parameters_are_optional(shape, layout, variance_rule):
     x = make_input(shape, torch.float64, layout)

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from mbnorm.backends import triton as kernels
 from mbnorm.backends import triton_backward, triton_forward, triton_launch, triton_memory
+from mbnorm.blend import number_of
 from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.memories.memory import CUMULATIVE, RAW
 from mbnorm.memories.moving_average import MovingAverage
@@ -102,7 +103,7 @@ class Norm:
         ring = self.memory.kernels == "ring"
         operator = kernels.forward_with_ring if ring else kernels.forward_with_average
         read = self.memory.read_numbers(x.numel() // x.shape[1], len(x))
-        how = read, self.update or self.memory.update(0.1, len(x)), self.memory.variance_rule == "pooled"
+        how = read, self.update or self.memory.update(0.1, len(x)), number_of(self.memory.variance_rule)
         return operator(x, self.weight, self.bias, self.state, self.averages, *how, self.eps, store)
 
     def train(self, x, store=True, need_dx=True):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from mbnorm.blend import VarianceRule, blend, statistics_dtype
+from mbnorm.blend import VarianceRule, blend, ruled, statistics_dtype
 from mbnorm.functional import Rows, in_dtype, run_differentiably
 from mbnorm.gradient import RememberedGradient
 from mbnorm.memories.memory import Past, Statistics
@@ -87,7 +87,7 @@ class PooledPast(NamedTuple):
     ) -> tuple[Tensor, Rows]:
         """Do as `pooled_batch_norm`; the record has the statistics of this rank's part."""
         y, (_, _, mean, var) = pooled_batch_norm(x, weight, bias, self, variance_rule, eps, gradient)
-        return y, (*local_statistics(x.detach()), mean, var)
+        return y, (*ruled(*local_statistics(x.detach()), variance_rule), mean, var)
 
 
 class Exchange:
@@ -180,8 +180,9 @@ def pooled_batch_norm(
         x: (N, C, ...), may be empty.
         weight: scale, shape (C,), or None.
         bias: shift, shape (C,), or None.
-        past: the past statistics, those of the whole batch, and the ranks whose backward passes come here.
-        variance_rule: "averaged" or "pooled".
+        past: the past statistics, those of the whole batch (`mbnorm.blend.ruled`), and the ranks whose
+            backward passes come here.
+        variance_rule: "averaged", "pooled" or "uncentered", which takes the first sum for 0.
         eps: added to the variance.
         gradient: what the backward reads and writes; None is the exact gradient.
 
@@ -218,6 +219,7 @@ class _PooledRun:
         self.rows = pooled.mean, pooled.var, *blended
         # the formula's z = (x - center) rstd
         self._center = blended[0] if variance_rule == "pooled" else pooled.mean
+        self._subtracts_mean = variance_rule != "uncentered"
         self._batch_weight = batch_weight
         self._n = pooled.n
         self._eps = eps
@@ -257,6 +259,8 @@ class _PooledRun:
             self._gradient.commit((sums[0], sums[1]), self._n, self.rows)
         if not needs[0]:
             return None, dw, db
+        if not self._subtracts_mean:
+            level = torch.zeros_like(level)
         scale = rstd if weight is None else weight * rstd
         slope = -scale * rstd * along
         shift = -scale * level - slope * self._center

@@ -164,7 +164,8 @@ def blended_batch_norm(
         past_mean: past mean :math:`M`, shape (C,).
         past_var: past biased variance :math:`V`, shape (C,).
         batch_weight: weight :math:`a` of the batch in (0, 1], a number or a 0-dim tensor.
-        variance_rule: "averaged" (Yong et al., ECCV 2020) or "pooled" (law of total variance).
+        variance_rule: "averaged" (Yong et al., ECCV 2020), "pooled" (law of total variance), or "uncentered":
+            as "averaged", with :math:`m_B = 0` and :math:`v_B = \mathrm{E}[x^2]`.
         eps: added to the variance.
         backend: "auto", or one of "traceable", "aten", "cpu", "triton", which then never falls back.
 

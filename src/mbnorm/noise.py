@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import blend
 from mbnorm.layers import HistoryBatchNorm
+from mbnorm.layers.layer import statistics_for
 from mbnorm.values import is_trained
 
 DEAD = 0.01
@@ -127,15 +128,16 @@ class NoiseMeter:
         return None if self.frozen else self.population()
 
     def population(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and the biased variance of all values so far."""
+        """Return what normalizes all values so far: their mean and biased variance, or 0 and mean square."""
         mean, within = self.mean
-        return mean, within + self.spread[0] / self.count.clamp_min(1)
+        return statistics_for(self.layer, mean, within + self.spread[0] / self.count.clamp_min(1))
 
     def in_training(self, mean: Tensor, var: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         """Return what a batch of these statistics is normalized with in train mode, unless it is frozen."""
         layer = self.layer
         if isinstance(layer, HistoryBatchNorm) and layer.has_memory:
             memory = layer.memory
+            mean, var = statistics_for(layer, mean, var)
             return blend(mean, var, *memory.read(layer.state, n, m), memory.variance_rule)
         return mean, var
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mbnorm.layers.layer import statistics_for
 from mbnorm.noise import Noise, NoiseMeter
 from mbnorm.observe import Forward, Observer, observe
 from mbnorm.values import has_values
@@ -132,6 +133,7 @@ class Normalizer:
         own_var, own_mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
         if self.part == 1.0:
             return self.meter.in_training(own_mean, own_var, x.numel() // x.shape[1], x.shape[0])
+        own_mean, own_var = statistics_for(self.meter.layer, own_mean, own_var)
         return torch.lerp(mean, own_mean, self.part), torch.lerp(var, own_var, self.part)
 
 

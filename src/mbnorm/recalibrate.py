@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.blend import blend
+from mbnorm.layers.layer import statistics_for
 from mbnorm.observe import Forward, observe
 from mbnorm.values import known_finite
 
@@ -29,7 +30,8 @@ def recalibrate(
         \mathrm{var} = \tfrac1{N-1} \sum_b n_b \big(v_b + (m_b - \mathrm{mean})^2\big)
 
     Every batch b counts with its values per channel :math:`n_b`, in float64. The result is the mean and the
-    unbiased variance of all values that a layer was given, however they were cut into batches. Use it on
+    unbiased variance of all values that a layer was given, however they were cut into batches. A layer with
+    ``subtract_mean=False`` gets 0 and the mean square. Use it on
     averaged weights (SWA, EMA), before evaluating on other data, or where running statistics are stale.
 
     In the pass the model is in eval mode, without dropout and without gradients. Each layer normalizes with
@@ -69,8 +71,8 @@ def recalibrate(
         for population in populations.values():
             population.pool(process_group)
     _check(populations)
-    for layer, population in populations.items():
-        population.write(layer)
+    for population in populations.values():
+        population.write()
 
 
 class _Population:
@@ -79,6 +81,7 @@ class _Population:
     def __init__(self, name: str, layer: _BatchNorm) -> None:
         like = cast(Tensor, layer.running_mean)
         self.name = name
+        self._layer = layer
         self.reached = False
         self.count = 0
         self.mean = torch.zeros_like(like, dtype=torch.float64)
@@ -88,7 +91,7 @@ class _Population:
         """Add a layer's input, and let it be normalized with all so far."""
         var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
         self.add(x.numel() // x.shape[1], mean, var)
-        return (self.mean, self.var) if self.count else None
+        return statistics_for(self._layer, self.mean, self.var) if self.count else None
 
     def add(self, count: int, mean: Tensor, var: Tensor) -> None:
         """Add values by their number, mean and biased variance."""
@@ -108,11 +111,15 @@ class _Population:
             self.reached |= bool(part[-1])
             self.add(int(part[-2]), mean, var)
 
-    def write(self, layer: _BatchNorm) -> None:
+    def write(self) -> None:
         """Set the layer's running statistics, if it was reached."""
         if self.reached:
-            cast(Tensor, layer.running_mean).copy_(self.mean)
-            cast(Tensor, layer.running_var).copy_(self.var * (self.count / (self.count - 1)))
+            mean, var = statistics_for(self._layer, self.mean, self.var)
+            if mean is self.mean:
+                # unbiased, which a mean square is
+                var = var * (self.count / (self.count - 1))
+            cast(Tensor, self._layer.running_mean).copy_(mean)
+            cast(Tensor, self._layer.running_var).copy_(var)
 
 
 def _layers_to_set(model: nn.Module) -> list[tuple[str, _BatchNorm]]:

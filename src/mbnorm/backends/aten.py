@@ -7,7 +7,7 @@ blended statistics, so ATen's backward kernel gives all the reductions.
 import torch
 from torch import Tensor
 
-from mbnorm.blend import VarianceRule, blend, statistics_dtype
+from mbnorm.blend import VarianceRule, blend, ruled, statistics_dtype
 
 DEVICES = ("cpu", "cuda")
 
@@ -23,7 +23,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return ``y`` and the rows of a `mbnorm.functional.Record`."""
-    batch_mean, batch_var = statistics(x, past_mean.dtype)
+    batch_mean, batch_var = ruled(*statistics(x, past_mean.dtype), variance_rule)
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
     y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
     return y, (batch_mean, batch_var, mean, var, past_mean, past_var, batch_weight)
@@ -80,6 +80,7 @@ class Sums:
     ) -> None:
         batch_mean, _, mean, var, *_ = rows
         self._center = mean if variance_rule == "pooled" else batch_mean
+        self._subtracts_mean = variance_rule != "uncentered"
         self._dtype = x.dtype
         # upcast so that half gradients are rounded once, after the last addition
         dtype = statistics_dtype(x.dtype)
@@ -107,9 +108,10 @@ class Sums:
     def dx(self, g: Tensor, s: Tensor) -> Tensor:
         """Do the second pass: take two means, as `mbnorm.gradient.RememberedGradient` has them, out of dy."""
         scale = self._rstd if self._weight is None else self._weight * self._rstd
+        shift = -scale * g if self._subtracts_mean else None
         # the normalization is ATen's fastest way to a multiple of each channel
         dx, _, _ = torch.native_batch_norm(
-            self._x, -scale * s, -scale * g, self._center, self._var, False, 0.0, self._eps
+            self._x, -scale * s, shift, self._center, self._var, False, 0.0, self._eps
         )
         dx.addcmul_(self._dy, scale.view([1, -1] + [1] * (dx.dim() - 2)))
         return dx.to(self._dtype)

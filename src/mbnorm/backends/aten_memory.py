@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbnorm.backends import aten
-from mbnorm.blend import VarianceRule, weight_in_gradient
+from mbnorm.blend import VARIANCE_RULES, VarianceRule, weight_in_gradient
 from mbnorm.measures import EARLY, MEASURED_WEIGHT
 
 forward, backward = aten.forward, aten.backward
@@ -25,13 +25,13 @@ def forward_with_average(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Read a moving average, normalize, and ``store`` or not; return ``y`` and seven rows."""
-    past = _Average(memory, read)
-    return _forward(past, x, weight, bias, averages, update, pooled, eps, store)
+    past = _Average(memory, read, VARIANCE_RULES[rule])
+    return _forward(past, x, weight, bias, averages, update, VARIANCE_RULES[rule], eps, store)
 
 
 def forward_with_ring(
@@ -42,13 +42,13 @@ def forward_with_ring(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Do as `forward_with_average` with a ring."""
     past = _Ring(memory, read)
-    return _forward(past, x, weight, bias, averages, update, pooled, eps, store)
+    return _forward(past, x, weight, bias, averages, update, VARIANCE_RULES[rule], eps, store)
 
 
 def remembering_backward(
@@ -77,8 +77,9 @@ def remembering_backward(
 class _Average:
     """A moving average, measured where ``memory`` has five tensors."""
 
-    def __init__(self, memory: Sequence[Tensor], read: Sequence[float]) -> None:
+    def __init__(self, memory: Sequence[Tensor], read: Sequence[float], rule: VarianceRule) -> None:
         self.mean, self.var, self.filled = memory[:3]
+        self.subtracts_mean = rule != "uncentered"
         self.is_filled = self.filled.item() > 0
         self.history = memory[3].item() if len(memory) == 4 else None
         if self.history is not None:
@@ -87,7 +88,7 @@ class _Average:
         self.ratio, self.error, self.last_values, self.samples = self.measured.tolist()
         self.matched_batch_size, self.by_measures, self.m = read
 
-    def read(self, n: int, pooled: bool) -> tuple[Tensor, Tensor, float]:
+    def read(self, n: int, rule: VarianceRule) -> tuple[Tensor, Tensor, float]:
         """Return copies of the past statistics, and the weight of a batch of ``n`` values per channel."""
         mean, var = self.mean.clone(), self.var.clone()
         return mean, var, 1 - self._history_weight(n) if self.is_filled else 1.0
@@ -114,31 +115,33 @@ class _Average:
 
     def store(self, rows: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return what to write, and its values: a batch whose statistics are finite."""
-        batch_mean, _, mean, var, past_mean, *_ = rows
+        _, _, mean, var, *_ = rows
         written, values = [self.mean, self.var], [mean, var]
         if not self.is_filled:
             self.filled.fill_(1.0)
         if self.history is None:
-            found = self._measure(batch_mean, var, past_mean, n)
+            # of the mean, or of the mean square
+            which, unit = (0, var) if self.subtracts_mean else (1, var.square())
+            found = self._measure(rows[which], unit, rows[4 + which], n)
             if math.isfinite(found[0]) and math.isfinite(found[1]):
                 written.append(self.measured)
                 values.append(torch.tensor(found, dtype=mean.dtype))
             written.append(self.last)
-            values.append(batch_mean)
+            values.append(rows[which])
         return written, values
 
     def _measure(
-        self, batch_mean: Tensor, var: Tensor, past_mean: Tensor, n: int
+        self, new: Tensor, unit: Tensor, remembered: Tensor, n: int
     ) -> tuple[float, float, float, float]:
         if self.samples < 0:
             return (n, 0.0, n, -self.samples) if self.is_filled else (0.0, 1.0, n, 0.0)
-        live = int(torch.count_nonzero(var))
-        inverse = var.reciprocal()
-        if live < len(var):
-            inverse.masked_fill_(var <= 0, 0.0)
+        live = int(torch.count_nonzero(unit))
+        inverse = unit.reciprocal()
+        if live < len(unit):
+            inverse.masked_fill_(unit <= 0, 0.0)
         step, distance = (
-            float(torch.dot((batch_mean - past).square_(), inverse)) / max(live, 1)
-            for past in (self.last, past_mean)
+            float(torch.dot((new - past).square_(), inverse)) / max(live, 1)
+            for past in (self.last, remembered)
         )
         per_value = step / (1 / n + 1 / max(1.0, self.last_values))
         weight = max(MEASURED_WEIGHT, EARLY / (self.samples + EARLY))
@@ -157,7 +160,7 @@ class _Ring:
         self.mean, self.var, self.counts, self.ages = memory
         self.limit, self.decay = read
 
-    def read(self, n: int, pooled: bool) -> tuple[Tensor, Tensor, float]:
+    def read(self, n: int, rule: VarianceRule) -> tuple[Tensor, Tensor, float]:
         """Return the past statistics, and the weight of a batch of ``n`` values per channel."""
         ages = self.ages.tolist()
         weights = [
@@ -168,7 +171,7 @@ class _Ring:
         total = sum(weights)
         share = torch.tensor([w / (total or 1.0) for w in weights], dtype=self.mean.dtype)
         mean, var = share @ self.mean, share @ self.var
-        if pooled:
+        if rule == "pooled":
             var += share @ (self.mean - mean).square_()
         return mean, var, n / (n + total)
 
@@ -195,14 +198,13 @@ def _forward(
     bias: Tensor | None,
     averages: Sequence[Tensor],
     update: Sequence[float],
-    pooled: bool,
+    rule: VarianceRule,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     n = x.numel() // x.shape[1]
-    past_mean, past_var, a = past.read(n, pooled)
+    past_mean, past_var, a = past.read(n, rule)
     batch_weight = torch.full((), a, dtype=past_mean.dtype)
-    rule: VarianceRule = "pooled" if pooled else "averaged"
     # the same operations, since a recompute is recognized by equal bits
     y, rows = aten.forward(x, weight, bias, past_mean, past_var, batch_weight, rule, eps)
     if store:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mbnorm.blend import VarianceRule, statistics_dtype
+from mbnorm.blend import VarianceRule, number_of, statistics_dtype
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -121,7 +121,7 @@ def forward(
     Its rows, each with a number per channel, are the batch's mean and variance, the blended ones, the past
     ones, and the weight of the batch.
     """
-    y, record = _forward(x, weight, bias, past_mean, past_var, batch_weight, variance_rule == "pooled", eps)
+    y, record = _forward(x, weight, bias, past_mean, past_var, batch_weight, number_of(variance_rule), eps)
     return y, record
 
 
@@ -140,7 +140,7 @@ def backward(
     ``past``, shape (3, C), is what `mbnorm.gradient.RememberedGradient` reads: what it remembers of the two
     means, and the weight of this batch's. None is the exact gradient.
     """
-    dx, dw, db = _backward(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
+    dx, dw, db = _backward(dy, x, weight, record, past, number_of(variance_rule), eps, need_dx)
     return dx if need_dx else None, dw, db
 
 
@@ -159,7 +159,7 @@ def remembering_backward(
 
     ``remembered`` are the buffers of a `mbnorm.gradient.RememberedGradient`, in the dtype of the record.
     """
-    how = variance_rule == "pooled", eps, need_dx, store
+    how = number_of(variance_rule), eps, need_dx, store
     dx, dw, db, past = _remembering_backward(dy, x, weight, record, *remembered, *how)
     if store:
         increment_version(remembered)
@@ -174,7 +174,7 @@ def forward_with_average(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -189,11 +189,11 @@ def forward_with_average(
         averages: `mbnorm.averages.InferenceAverages`.
         read: nothing; or the batch size to be matched, whether by what is measured, and the samples of ``x``.
         update: `mbnorm.memories.memory.InferenceUpdate`.
-        pooled: whether the variance rule is "pooled".
+        rule: the number of the variance rule.
         eps: added to the variance.
         store: whether to write ``memory`` and ``averages``.
     """
-    y, record = _forward_with_average(x, weight, bias, memory, averages, read, update, pooled, eps, store)
+    y, record = _forward_with_average(x, weight, bias, memory, averages, read, update, rule, eps, store)
     if store:
         # the dispatcher raises no versions: graphs that saved what was here before have to notice
         increment_version((*_written(memory), *averages))
@@ -208,7 +208,7 @@ def forward_with_ring(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,7 @@ def forward_with_ring(
 
     ``memory`` is its mean, var, counts and ages; ``read`` the greatest age that is read, and the decay.
     """
-    y, record = _forward_with_ring(x, weight, bias, memory, averages, read, update, pooled, eps, store)
+    y, record = _forward_with_ring(x, weight, bias, memory, averages, read, update, rule, eps, store)
     if store:
         increment_version((*memory, *averages))
     return y, record
@@ -228,13 +228,13 @@ def commit_to_average(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
 ) -> None:
     """Store a batch in a moving average: the one whose ranks' messages add up to ``sums``.
 
     `mbnorm.distributed` has the messages.
     """
-    _commit_to_average(sums, memory, averages, read, update, pooled)
+    _commit_to_average(sums, memory, averages, read, update, rule)
     increment_version((*_written(memory), *averages))
 
 
@@ -244,10 +244,10 @@ def commit_to_ring(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
 ) -> None:
     """Do as `commit_to_average` with a ring."""
-    _commit_to_ring(sums, memory, averages, read, update, pooled)
+    _commit_to_ring(sums, memory, averages, read, update, rule)
     increment_version((*memory, *averages))
 
 

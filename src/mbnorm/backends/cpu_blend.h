@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cstdint>
+
 namespace mbnorm {
 
 constexpr double MEASURED_WEIGHT = 0.02, EARLY = 8;
@@ -13,12 +15,16 @@ inline double weight_in_gradient(double batch_weight) {
   return 1 - squared * squared;
 }
 
+// Of the variance, by the numbers that Python knows them by.
+enum class Rule : int64_t { Averaged, Pooled, Uncentered };
+
 // New statistics weigh `a`.
 struct Blend {
   double a, between;
 
   Blend(double new_weight, bool pooled)
       : a(new_weight), between(pooled ? new_weight * (1 - new_weight) : 0) {}
+  Blend(double new_weight, Rule rule) : Blend(new_weight, rule == Rule::Pooled) {}
 
   double mean(double new_mean, double old_mean) const { return a * new_mean + (1 - a) * old_mean; }
   double var(double new_mean, double new_var, double old_mean, double old_var) const {

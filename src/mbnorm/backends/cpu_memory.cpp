@@ -42,13 +42,14 @@ struct Average {
   Measured<A>* measured = nullptr;
   const A* given_weight = nullptr;  // of the history, where nothing is measured
   double matched_batch_size = 0, samples = 1;
-  bool by_measures = false;
+  bool by_measures = false, uncentered;
   int64_t channels;
 
   // `memory` is mean, var, filled and the history weight, and `read` empty; or `memory` mean, var, filled,
   // last and measured, and `read` which batch size is matched, whether by what is measured, and how many
   // samples the batch has.
-  Average(const Tensors& memory, const Numbers& read, int64_t channels) : channels(channels) {
+  Average(const Tensors& memory, const Numbers& read, int64_t channels, Rule rule)
+      : uncentered(rule == Rule::Uncentered), channels(channels) {
     const bool measures = memory.size() == 5;
     STD_TORCH_CHECK((measures || memory.size() == 4) && read.size() == (measures ? 3 : 0),
                     "expected an average of 4 tensors and no numbers, or of 5 and 3, got ", memory.size(),
@@ -88,7 +89,7 @@ struct Average {
   }
 
   // Write the past for a batch of n values per channel, and the weight of the batch.
-  void read(int64_t n, bool, const Record<A>& to) const {
+  void read(int64_t n, Rule, const Record<A>& to) const {
     copy(to.past_mean, mean, channels);
     copy(to.past_var, var, channels);
     std::fill_n(to.weight, channels, A(*filled > 0 ? 1 - history_weight(n) : 1));
@@ -101,7 +102,9 @@ struct Average {
     *filled = 1;
   }
 
+  // The mean is measured, or, where there is none, the mean square.
   void measure(const Record<A>& batch, int64_t n) const {
+    const A *next = uncentered ? batch.batch_var : batch.batch_mean, *held = uncentered ? var : mean;
     const Measured<A> then = *measured;
     Measured<A> now{0, 1, A(n), 0};
     if (then.samples < 0) {
@@ -110,11 +113,11 @@ struct Average {
       double step = 0, distance = 0;
       int64_t live = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        if (!(batch.var[c] > 0)) continue;
-        const double away = double(batch.batch_mean[c]) - last[c],
-                     off = double(batch.batch_mean[c]) - mean[c];
-        step += away * away / batch.var[c];
-        distance += off * off / batch.var[c];
+        const A unit = uncentered ? batch.var[c] * batch.var[c] : batch.var[c];
+        if (!(unit > 0)) continue;
+        const double away = double(next[c]) - last[c], off = double(next[c]) - held[c];
+        step += away * away / unit;
+        distance += off * off / unit;
         ++live;
       }
       const double channels_live = std::max<int64_t>(live, 1),
@@ -126,7 +129,7 @@ struct Average {
     }
     // statistics may be finite whose distances are not
     if (std::isfinite(now.ratio) && std::isfinite(now.error)) *measured = now;
-    copy(last, batch.batch_mean, channels);
+    copy(last, next, channels);
   }
 };
 
@@ -139,7 +142,7 @@ struct Ring {
   double limit, decay;
 
   // `memory` is mean, var, counts and ages; `read` the greatest age that is read, and the decay.
-  Ring(const Tensors& memory, const Numbers& read, int64_t channels) : channels(channels) {
+  Ring(const Tensors& memory, const Numbers& read, int64_t channels, Rule) : channels(channels) {
     STD_TORCH_CHECK(memory.size() == 4 && read.size() == 2,
                     "expected a ring of 4 tensors and 2 numbers, got ", memory.size(), " and ", read.size());
     size = memory[2].numel();
@@ -155,7 +158,7 @@ struct Ring {
   double batches_seen(int64_t batches) const { return batches; }
 
   // Write the past for a batch of n values per channel, and the weight of the batch.
-  void read(int64_t n, bool pooled, const Record<A>& to) const {
+  void read(int64_t n, Rule rule, const Record<A>& to) const {
     struct Entry {
       double share;
       const A *means, *vars;
@@ -180,7 +183,7 @@ struct Ring {
         double m[BLOCK] = {}, v[BLOCK] = {};
         // about the first entry's mean, so that one pass gives the variance between them without cancellation
         const A* origin = entries.empty() ? mean : entries[0].means;
-        const double between = pooled;
+        const double between = rule == Rule::Pooled;
         for (const auto& [share, means, vars] : entries)
           for (int64_t c = 0; c < length; ++c) {
             const double distance = double(means[b + c]) - origin[b + c], weighted = share * distance;
@@ -289,7 +292,7 @@ void commit(const Memory& memory, const Averages<A>& averages, const Record<A>& 
 template <template <class> class Memory>
 std::tuple<Tensor, Tensor> forward_with(const Tensor& x, const Optional& weight, const Optional& bias,
                                         const Tensors& memory, const Tensors& averages, const Numbers& read,
-                                        const Numbers& update, bool pooled, double eps, bool store) {
+                                        const Numbers& update, int64_t rule, double eps, bool store) {
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
   const int64_t C = at.channels, n = at.rows();
@@ -297,11 +300,11 @@ std::tuple<Tensor, Tensor> forward_with(const Tensor& x, const Optional& weight,
   const Tensor record = matrix(Record<float>::ROWS, C, averages[0]);
   dispatch(source, [&]<class A>(A, Type type) {
     const Values<A> w(weight, C), b(bias, C);
-    const Memory<A> past(memory, read, C);
+    const Memory<A> past(memory, read, C, Rule(rule));
     const Averages<A> running(averages, C);
     const Record<A> rows(data<A>(record), C);
-    past.read(n, pooled, rows);
-    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, pooled, eps, rows);
+    past.read(n, Rule(rule), rows);
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, Rule(rule), eps, rows);
     if (store) commit(past, running, rows, n, Update(update));
   });
   return {restored(y, source, x), record};
@@ -310,18 +313,18 @@ std::tuple<Tensor, Tensor> forward_with(const Tensor& x, const Optional& weight,
 // Store a batch that is given by the sums that blend_sums() takes.
 template <template <class> class Memory>
 void commit_to(const Tensor& sums, const Tensors& memory, const Tensors& averages, const Numbers& read,
-               const Numbers& update, bool pooled) {
+               const Numbers& update, int64_t rule) {
   STD_TORCH_CHECK(!averages.empty(), "expected averages, got none");
   dispatch(averages[0], [&]<class A>(A, Type) {
     const int64_t C = averages[0].numel();
     const double* given = state<double>(sums, 2 * C + 2);
     const int64_t n = std::llround(given[2 * C]);
-    const Memory<A> past(memory, read, C);
+    const Memory<A> past(memory, read, C, Rule(rule));
     const Averages<A> running(averages, C);
     std::unique_ptr<A[]> values(new A[Record<A>::ROWS * C]);
     const Record<A> rows(values.get(), C);
-    past.read(n, pooled, rows);
-    blend_sums(given, pooled, rows);
+    past.read(n, Rule(rule), rows);
+    blend_sums(given, Rule(rule), rows);
     commit(past, running, rows, n, Update(update));
   });
 }
@@ -331,7 +334,7 @@ void commit_to(const Tensor& sums, const Tensors& memory, const Tensors& average
 STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
   for (const std::string kind : {"average", "ring"}) {
     const std::string arguments =
-        "Tensor(a!)[] memory, Tensor(b!)[] averages, float[] read, float[] update, bool pooled";
+        "Tensor(a!)[] memory, Tensor(b!)[] averages, float[] read, float[] update, int rule";
     m.def(("forward_with_" + kind + "(Tensor x, Tensor? weight, Tensor? bias, " + arguments +
            ", float eps, bool store) -> (Tensor y, Tensor record)")
               .c_str());

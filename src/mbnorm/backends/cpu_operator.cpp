@@ -86,8 +86,12 @@ const Kernels<A>& kernels(Type type, const Layout& at) {
 }
 
 template <class A>
-inline void write_blended(int64_t c, double batch_mean, double batch_var, const Blend& blend,
+inline void write_blended(int64_t c, double batch_mean, double batch_var, bool uncentered, const Blend& blend,
                           const Record<A>& out) {
+  if (uncentered) {
+    batch_var += batch_mean * batch_mean;
+    batch_mean = 0;
+  }
   out.batch_mean[c] = batch_mean;
   out.batch_var[c] = batch_var;
   out.mean[c] = blend.mean(batch_mean, out.past_mean[c]);
@@ -101,19 +105,20 @@ int64_t bytes(Type type) { return type == Type::Double ? 8 : type == Type::Float
 // Not inlined into the operators: g++ does not vectorize its loops there.
 template <class A>
 [[gnu::noinline]] void forward(const Layout& at, Type type, const void* x, void* y, const A* weight,
-                               const A* bias, bool pooled, double eps, const Record<A>& record) {
+                               const A* bias, Rule rule, double eps, const Record<A>& record) {
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[2 * at.channels]);
   A *scale = coefficients.get(), *shift = scale + at.channels;
   const double n = at.rows();
-  const Blend blend(*record.weight, pooled);
+  const Blend blend(*record.weight, rule);
+  const bool uncentered = rule == Rule::Uncentered;
   two_passes<Moments>(
       at, bytes(type), [&](const Range& range, const Moments& sums) { run.moments(at, range, x, sums); },
       [&](int64_t c0, int64_t c1, const Moments& sums) {
         INDEPENDENT
         for (int64_t c = c0; c < c1; ++c) {
           const double offset = sums.sum[c] / n, rest = sums.square[c] / n - offset * offset;
-          write_blended(c, sums.shift[c] + offset, rest < 0 ? 0 : rest, blend, record);
+          write_blended(c, sums.shift[c] + offset, rest < 0 ? 0 : rest, uncentered, blend, record);
           scale[c] = (weight ? weight[c] : 1) / std::sqrt(record.var[c] + eps);
           shift[c] = bias ? bias[c] : 0;
         }
@@ -123,13 +128,14 @@ template <class A>
 
 template <class A>
 [[gnu::noinline]] void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx,
-                                const A* weight, const Record<A>& record, const A* past, bool pooled,
+                                const A* weight, const Record<A>& record, const A* past, Rule rule,
                                 double eps, A* dw, A* db) {
   const Kernels<A>& run = kernels<A>(type, at);
   std::unique_ptr<A[]> coefficients(new A[3 * at.channels]);
   A *scale = coefficients.get(), *slope = scale + at.channels, *offset = slope + at.channels;
   const double weight_of_batch = past ? past[2 * at.channels] : *record.weight;
   const double share = weight_of_batch / double(at.rows()), history = past ? 1 - weight_of_batch : 0;
+  const bool uncentered = rule == Rule::Uncentered;
   const std::unique_ptr<A[]> nothing(past ? nullptr : new A[2 * at.channels]());
   const A *past_mean = past ? past : nothing.get(), *past_scale = past_mean + at.channels;
   two_passes<Products>(
@@ -143,40 +149,40 @@ template <class A>
           db[c] = sums.sum[c];
           scale[c] = (weight ? weight[c] : 1) * rstd;
           slope[c] = -rstd * (share * rstd * sums.product[c] + history * past_scale[c]);
-          offset[c] = -share * sums.sum[c] - history * past_mean[c];
+          offset[c] = uncentered ? 0 : -share * sums.sum[c] - history * past_mean[c];
         }
       },
       [&](const Range& range) {
-        const A* center = pooled ? record.mean : record.batch_mean;
+        const A* center = rule == Rule::Pooled ? record.mean : record.batch_mean;
         if (dx) run.differentiate(at, range, dy, x, dx, center, scale, slope, offset);
       });
 }
 
 template <class A>
-void blend_sums(const double* sums, bool pooled, const Record<A>& record) {
+void blend_sums(const double* sums, Rule rule, const Record<A>& record) {
   const int64_t channels = record.channels;
   const double n = sums[2 * channels];
-  const Blend blend(*record.weight, pooled);
+  const Blend blend(*record.weight, rule);
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = sums[c] / n, var = sums[channels + c] / n - mean * mean;
     // a comparison that is false for NaN
-    write_blended(c, mean, var < 0 ? 0 : var, blend, record);
+    write_blended(c, mean, var < 0 ? 0 : var, rule == Rule::Uncentered, blend, record);
   }
 }
 
-template void forward(const Layout&, Type, const void*, void*, const float*, const float*, bool, double,
+template void forward(const Layout&, Type, const void*, void*, const float*, const float*, Rule, double,
                       const Record<float>&);
-template void forward(const Layout&, Type, const void*, void*, const double*, const double*, bool, double,
+template void forward(const Layout&, Type, const void*, void*, const double*, const double*, Rule, double,
                       const Record<double>&);
-template void blend_sums(const double*, bool, const Record<float>&);
-template void blend_sums(const double*, bool, const Record<double>&);
+template void blend_sums(const double*, Rule, const Record<float>&);
+template void blend_sums(const double*, Rule, const Record<double>&);
 
 namespace {
 
 // Copy a past given by tensors into a record, blend the batch with it, and normalize.
 std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Optional& weight, const Optional& bias,
                                       const Tensor& past_mean, const Tensor& past_var,
-                                      const Tensor& batch_weight, bool pooled, double eps) {
+                                      const Tensor& batch_weight, int64_t rule, double eps) {
   const Tensor source = walkable(x), y = like(source);
   const Layout at = layout_of(source);
   const int64_t C = at.channels;
@@ -187,14 +193,14 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Optional& weight, c
     std::copy_n(mean.p, C, rows.past_mean);
     std::copy_n(var.p, C, rows.past_var);
     std::fill_n(rows.weight, C, *a.p);
-    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, pooled, eps, rows);
+    forward<A>(at, type, source.data_ptr(), y.data_ptr(), w.p, b.p, Rule(rule), eps, rows);
   });
   return {restored(y, source, x), record};
 }
 
 // dx is empty if it is not needed.
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Optional& weight,
-                                               const Tensor& record, const Optional& past, bool pooled,
+                                               const Tensor& record, const Optional& past, int64_t rule,
                                                double eps, bool need_dx) {
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.numel() == x.numel(), "expected a gradient of the shape of x");
   const Tensor source = walkable(x), g = arranged(dy, source), dx = need_dx ? like(source) : vector(0, x);
@@ -205,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
     const Values<A> w(weight, C), saved(record, Record<A>::ROWS * C), remembered(past, 3 * C);
     const Record<A> rows(data<A>(*saved.held), C);
     backward<A>(at, type, g.data_ptr(), source.data_ptr(), need_dx ? dx.data_ptr() : nullptr, w.p, rows,
-                remembered.p, pooled, eps, data<A>(dw), data<A>(db));
+                remembered.p, Rule(rule), eps, data<A>(dw), data<A>(db));
   });
   return {need_dx ? restored(dx, source, x) : dx, dw, db};
 }
@@ -215,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
 std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor& dy, const Tensor& x,
                                                                    const Optional& weight,
                                                                    const Tensor& record, const Tensor& mean,
-                                                                   const Tensor& scale, bool pooled,
+                                                                   const Tensor& scale, int64_t rule,
                                                                    double eps, bool need_dx, bool store) {
   const int64_t C = x.size(1), n = x.numel() / C;
   const Tensor past = matrix(3, C, record);
@@ -229,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor&
     const A* weights = state<A>(record, Record<A>::ROWS * C) + 6 * C;
     std::fill_n(read + 2 * C, C, A(weight_in_gradient(*weights)));
   });
-  const auto found = backward_op(dy, x, weight, record, past, pooled, eps, need_dx);
+  const auto found = backward_op(dy, x, weight, record, past, rule, eps, need_dx);
   // not by structured bindings, which clang++ keeps out of lambdas
   const Tensor &dw = std::get<1>(found), &db = std::get<2>(found);
   if (store)
@@ -253,13 +259,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> remembering_backward_op(const Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(mbnorm_cpu, m) {
   m.def(
       "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, "
-      "Tensor batch_weight, bool pooled, float eps) -> (Tensor y, Tensor record)");
+      "Tensor batch_weight, int rule, float eps) -> (Tensor y, Tensor record)");
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
+      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, int rule, float eps, "
       "bool need_dx) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def(
       "remembering_backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor(a!) mean, "
-      "Tensor(b!) scale, bool pooled, float eps, bool need_dx, bool store) -> "
+      "Tensor(b!) scale, int rule, float eps, bool need_dx, bool store) -> "
       "(Tensor dx, Tensor dw, Tensor db, Tensor past)");
 }
 

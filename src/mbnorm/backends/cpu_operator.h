@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu_blend.h"
 #include "cpu_kernels.h"
 
 namespace mbnorm {
@@ -42,18 +43,18 @@ struct Record {
 
 // Normalize with the past that the record has, and write the statistics into it. Weight and bias may be null.
 template <class A>
-void forward(const Layout& at, Type type, const void* x, void* y, const A* weight, const A* bias, bool pooled,
+void forward(const Layout& at, Type type, const void* x, void* y, const A* weight, const A* bias, Rule rule,
              double eps, const Record<A>& record);
 
 // dx may be null, and so may `past`: for each channel the remembered mean of dy, after those that of dy times
 // the normalized input, and the weight of the batch's own beside them.
 template <class A>
 void backward(const Layout& at, Type type, const void* dy, const void* x, void* dx, const A* weight,
-              const Record<A>& record, const A* past, bool pooled, double eps, A* dw, A* db);
+              const Record<A>& record, const A* past, Rule rule, double eps, A* dw, A* db);
 
 // Write the statistics of a batch that is given by sums, and their blend with the past, into the record: per
 // channel n mean and n (var + mean^2), then n.
 template <class A>
-void blend_sums(const double* sums, bool pooled, const Record<A>& record);
+void blend_sums(const double* sums, Rule rule, const Record<A>& record);
 
 }  // namespace mbnorm

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbnorm.blend import VarianceRule, blend, statistics_dtype
+from mbnorm.blend import VarianceRule, blend, ruled, statistics_dtype
 
 
 def forward(
@@ -27,6 +27,7 @@ def forward(
     # the variance's derivative has this mean, and a compiled backward sums again for any other
     batch_mean = values.mean(dims, keepdim=True).view(-1)
     batch_mean = batch_mean + (precise_mean - batch_mean).detach()
+    batch_mean, batch_var = ruled(batch_mean, batch_var, variance_rule)
     mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
@@ -48,6 +49,7 @@ def statistics(
     with torch.no_grad():
         dims = [d for d in range(x.dim()) if d != 1]
         batch_var, batch_mean = torch.var_mean(x.to(past_mean.dtype), dims, correction=0)
+        batch_mean, batch_var = ruled(batch_mean, batch_var, variance_rule)
         blended = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, variance_rule)
         return batch_mean, batch_var, *blended, past_mean, past_var, batch_weight
 
@@ -94,6 +96,8 @@ def backward(
         level, slope = batch_weight * db / n, batch_weight * dw / n
     else:
         level, slope = torch.lerp(past[:2], torch.stack((db, dw)) / n, past[2])
+    if variance_rule == "uncentered":
+        level = torch.zeros_like(level)
     center = mean if variance_rule == "pooled" else batch_mean
     z = (values - center.view(per_channel)) * rstd.view(per_channel)
     scale = rstd if weight is None else weight * rstd

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mbnorm.blend import VarianceRule
+from mbnorm.blend import VarianceRule, number_of
 
 # torch calls ROCm's devices cuda, too
 DEVICES = ("cuda",)
@@ -66,7 +66,7 @@ def forward(
     weight of the batch.
     """
     run = _forward.forward if is_plain(x, weight, bias) else _operators.forward.default
-    y, record = run(x, weight, bias, past_mean, past_var, batch_weight, variance_rule == "pooled", eps)
+    y, record = run(x, weight, bias, past_mean, past_var, batch_weight, number_of(variance_rule), eps)
     return y, record
 
 
@@ -78,12 +78,12 @@ def forward_with_average(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
     """Read a moving average, normalize, and ``store`` or not; return ``y`` and the record."""
-    how = read, update, pooled, eps, store
+    how = read, update, rule, eps, store
     return _with_memory("forward_with_average", x, weight, bias, memory, averages, *how)
 
 
@@ -95,12 +95,12 @@ def forward_with_ring(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
     """Read a ring of recent batches, normalize, and ``store`` or not; return ``y`` and the record."""
-    how = read, update, pooled, eps, store
+    how = read, update, rule, eps, store
     return _with_memory("forward_with_ring", x, weight, bias, memory, averages, *how)
 
 
@@ -137,7 +137,7 @@ def backward(
     ``past`` is what `mbnorm.backends.cpu.backward` takes.
     """
     run = _backward.backward if is_plain(dy, x, weight) else _operators.backward.default
-    dx, dw, db = run(dy, x, weight, record, past, variance_rule == "pooled", eps, need_dx)
+    dx, dw, db = run(dy, x, weight, record, past, number_of(variance_rule), eps, need_dx)
     return dx if need_dx else None, dw, db
 
 
@@ -155,7 +155,7 @@ def remembering_backward(
     """Do as `backward` with ``remembered`` as the past means; return them, too, and ``store`` or not."""
     plain = is_plain(dy, x, weight)
     run = _backward.remembering_backward if plain else _operators.remembering_backward.default
-    how = variance_rule == "pooled", eps, need_dx, store
+    how = number_of(variance_rule), eps, need_dx, store
     dx, dw, db, past = run(dy, x, weight, record, *remembered, *how)
     if plain and store:
         torch.autograd.graph.increment_version(remembered)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbnorm.backends.triton_cut import parts_cut
 from mbnorm.backends.triton_launch import contiguous, empty_like, kind_of, launch, on_device_of, register
+from mbnorm.backends.triton_statistics import POOLED, UNCENTERED
 from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_range
 from mbnorm.blend import statistics_dtype
 
@@ -79,7 +80,7 @@ def _input_gradient(
     outer,
     inner,
     EPS: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -91,7 +92,8 @@ def _input_gradient(
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + offs_c, mask=channel_mask, other=0.0)
     # of the pooled variance the gradient is about the blended mean, of the averaged about the batch's
-    centre = tl.load(record_ptr + (2 * channels if POOLED else 0) + offs_c, mask=channel_mask, other=0.0)
+    row = 2 * channels if RULE == POOLED else 0
+    centre = tl.load(record_ptr + row + offs_c, mask=channel_mask, other=0.0)
     batch_weight = _weight_of_batch(record_ptr, past_ptr, past_scale_ptr, channels)
     share = batch_weight / (tl.cast(outer, STATE) * tl.cast(inner, STATE))
     level = share * db
@@ -101,6 +103,8 @@ def _input_gradient(
         scale_ptr = past_ptr + channels if past_scale_ptr is None else past_scale_ptr
         past_scale = tl.load(scale_ptr + offs_c, mask=channel_mask, other=0.0)
         slope += (1 - batch_weight) * rstd * past_scale
+    if RULE == UNCENTERED:
+        level = tl.zeros_like(level)
     for back in range(begin, end):
         step = begin + end - 1 - back
         offs, mask, _ = tile_offsets(step, offs_c, channels, outer, inner, ROWS, BLOCK_O, BLOCK_I)
@@ -127,7 +131,7 @@ def backward_whole(
     units,
     per_split,
     EPS: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -179,7 +183,7 @@ def backward_whole(
             outer,
             inner,
             EPS,
-            POOLED,
+            RULE,
             ROWS,
             BLOCK_O,
             BLOCK_I,
@@ -272,7 +276,7 @@ def input_gradient_part(
     units,
     per_split,
     EPS: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -303,7 +307,7 @@ def input_gradient_part(
         outer,
         inner,
         EPS,
-        POOLED,
+        RULE,
         ROWS,
         BLOCK_O,
         BLOCK_I,
@@ -367,12 +371,12 @@ def backward(
     weight: Tensor | None,
     record: Tensor,
     past: Tensor | None,
-    pooled: bool,
+    rule: int,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dx``, empty if it is not needed, ``dw`` and ``db``."""
-    return _backward(dy, x, weight, record, past, None, pooled, eps, need_dx)
+    return _backward(dy, x, weight, record, past, None, rule, eps, need_dx)
 
 
 def remembering_backward(
@@ -382,13 +386,13 @@ def remembering_backward(
     record: Tensor,
     mean: Tensor,
     scale: Tensor,
-    pooled: bool,
+    rule: int,
     eps: float,
     need_dx: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do as `backward` with past means ``mean`` and ``scale``; return them, too, and ``store`` or not."""
-    gradients = _backward(dy, x, weight, record, mean, scale, pooled, eps, need_dx)
+    gradients = _backward(dy, x, weight, record, mean, scale, rule, eps, need_dx)
     _, dw, db = gradients
     kind = kind_of(x)
     past = x.new_empty((PAST_ROWS, kind.channels), dtype=kind.state)
@@ -407,7 +411,7 @@ def _backward(
     record: Tensor,
     past: Tensor | None,
     past_scale: Tensor | None,
-    pooled: bool,
+    rule: int,
     eps: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -421,8 +425,8 @@ def _backward(
     grid, warps = (made.blocks, made.splits), made.warps
     weight, past, record = contiguous(weight), contiguous(past), record.contiguous()
     values = dy, x, dx, weight, record, past, past_scale, dw, db
-    key: Any = kind.number, weight is None, past is None, past_scale is None, need_dx, pooled, eps
-    rules = *kind.sizes, eps, pooled, *kind.layout
+    key: Any = kind.number, weight is None, past is None, past_scale is None, need_dx, rule, eps
+    rules = *kind.sizes, eps, rule, *kind.layout
     with on_device_of(x):
         if made.splits == 1:
             launch(backward_whole, grid, key, *values, *rules, warps=warps)
@@ -451,12 +455,12 @@ def _remembering_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ..
 
 register(
     "remembering_backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor(a!) mean, "
-    "Tensor(b!) scale, bool pooled, float eps, bool need_dx, bool store) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(b!) scale, int rule, float eps, bool need_dx, bool store) -> (Tensor, Tensor, Tensor, Tensor)",
     remembering_backward,
     _remembering_shapes,
 )
 register(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, bool pooled, float eps, "
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor record, Tensor? past, int rule, float eps, "
     "bool need_dx) -> (Tensor, Tensor, Tensor)",
     backward,
     _shapes,

@@ -18,7 +18,7 @@ from mbnorm.backends.triton_launch import (
     on_device_of,
     register,
 )
-from mbnorm.backends.triton_statistics import blend, matched_history_weight
+from mbnorm.backends.triton_statistics import POOLED, blend, matched_history_weight, ruled
 from mbnorm.backends.triton_tiles import channel_offsets, tile_offsets, tile_range
 
 
@@ -101,7 +101,7 @@ def _blend(
     offs_c,
     channels,
     MEASURED: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """Return the blended mean and variance, and write the record; see `Past`."""
     mask = offs_c < channels
@@ -121,7 +121,8 @@ def _blend(
         tl.store(record_ptr + 4 * channels + offs_c, past_mean, mask=mask)
         tl.store(record_ptr + 5 * channels + offs_c, past_var, mask=mask)
         tl.store(record_ptr + 6 * channels + offs_c, tl.zeros_like(past_mean) + batch_weight, mask=mask)
-    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, POOLED)
+    batch_mean, batch_var = ruled(batch_mean, batch_var, RULE)
+    mean, var = blend(batch_mean, batch_var, past_mean, past_var, batch_weight, RULE == POOLED)
     tl.store(record_ptr + offs_c, batch_mean, mask=mask)
     tl.store(record_ptr + channels + offs_c, batch_var, mask=mask)
     tl.store(record_ptr + 2 * channels + offs_c, mean, mask=mask)
@@ -185,7 +186,7 @@ def forward_whole(
     per_split,
     EPS: tl.constexpr,
     MEASURED: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -218,7 +219,7 @@ def forward_whole(
         offs_c,
         channels,
         MEASURED,
-        POOLED,
+        RULE,
     )
     _normalize(
         x_ptr,
@@ -289,7 +290,7 @@ def blend_parts(
     channels,
     splits,
     MEASURED: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -323,7 +324,7 @@ def blend_parts(
         offs_c,
         channels,
         MEASURED,
-        POOLED,
+        RULE,
     )
 
 
@@ -402,7 +403,7 @@ def forward(
     past_mean: Tensor,
     past_var: Tensor,
     batch_weight: Tensor,
-    pooled: bool,
+    rule: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` and the record."""
@@ -410,7 +411,7 @@ def forward(
     record = x.new_empty((ROWS, kind.channels), dtype=kind.state)
     past = Past(past_mean.contiguous(), past_var.contiguous(), batch_weight.to(x.device))
     with on_device_of(x):
-        return normalize(kind, x, weight, bias, past, False, record, pooled, eps), record
+        return normalize(kind, x, weight, bias, past, False, record, rule, eps), record
 
 
 def normalize(
@@ -421,7 +422,7 @@ def normalize(
     past: Past,
     measured: bool,
     record: Tensor,
-    pooled: bool,
+    rule: int,
     eps: float,
 ) -> Tensor:
     """Return ``y``, and write the record, on the current device.
@@ -434,16 +435,16 @@ def normalize(
     weight, bias = contiguous(weight), contiguous(bias)
     grid, warps = (made.blocks, made.splits), made.warps
     given = past.mean is None, past.filled is None, past.measured is None, measured
-    key: Any = kind.number, weight is None, bias is None, given, pooled, eps
+    key: Any = kind.number, weight is None, bias is None, given, rule, eps
     values = x, y, weight, bias
     if made.splits == 1:
-        rules = eps, measured, pooled, *kind.layout
+        rules = eps, measured, rule, *kind.layout
         launch(forward_whole, grid, key, *values, *past, record, *kind.sizes, *rules, warps=warps)
         return y
     parts = x.new_empty((5, made.splits, channels), dtype=kind.state)
     s, c, blocks = parts_cut(made.splits, channels)
     launch(moments_part, grid, key, x, parts, *kind.sizes, *kind.layout, warps=warps)
-    numbers = channels, made.splits, measured, pooled, s, c
+    numbers = channels, made.splits, measured, rule, s, c
     launch(blend_parts, (blocks, 1), (key, s, c), parts, *past, record, *numbers)
     launch(normalize_part, grid, key, *values, record, *kind.sizes, eps, *kind.layout, warps=warps)
     return y
@@ -451,7 +452,7 @@ def normalize(
 
 register(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor past_mean, Tensor past_var, Tensor batch_weight, "
-    "bool pooled, float eps) -> (Tensor, Tensor)",
+    "int rule, float eps) -> (Tensor, Tensor)",
     forward,
     forward_shapes,
 )

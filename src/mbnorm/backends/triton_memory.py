@@ -22,7 +22,15 @@ from mbnorm.backends.triton_launch import (
     on_device_of,
     register,
 )
-from mbnorm.backends.triton_statistics import batches_seen, blend, measure, number, squared_distances
+from mbnorm.backends.triton_statistics import (
+    POOLED,
+    UNCENTERED,
+    batches_seen,
+    blend,
+    measure,
+    number,
+    squared_distances,
+)
 from mbnorm.backends.triton_tiles import channel_offsets
 
 READ_TILE = 2048
@@ -57,7 +65,7 @@ def read_ring(
     record_ptr,
     channels,
     LOG2_DECAY: tl.constexpr,
-    POOLED: tl.constexpr,
+    RULE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -84,7 +92,7 @@ def read_ring(
         mean += share * tl.load(mean_ptr + offs, mask=mask, other=0.0)
         var += share * tl.load(var_ptr + offs, mask=mask, other=0.0)
     mean = tl.sum(mean, 0)
-    if POOLED:
+    if RULE == POOLED:
         for first in range(0, size, BLOCK_S):
             offs_s = first + tl.arange(0, BLOCK_S)
             entry_weight = _entry_weights(counts_ptr, ages_ptr, offs_s, n, size, limit, LOG2_DECAY)
@@ -161,6 +169,7 @@ def commit(
     POOLED: tl.constexpr,
     EARLY: tl.constexpr,
     REPLACES: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -180,6 +189,9 @@ def commit(
     if UNBIASED:
         values = tl.cast(n, STATE)
         correction = values / tl.maximum(values - 1.0, 1.0)
+    # what is measured of the batch, and what it is compared with
+    new_ptr = record_ptr + channels if SQUARES else record_ptr
+    held_ptr = var_ptr if SQUARES else mean_ptr
     wrong = tl.zeros((BLOCK_C,), tl.int32)
     step = tl.zeros((BLOCK_C,), STATE)
     distance = tl.zeros((BLOCK_C,), STATE)
@@ -205,7 +217,9 @@ def commit(
         finite &= (tl.abs(blended_mean) < float("inf")) & (tl.abs(blended_var) < float("inf"))
         wrong += tl.where(mask & (finite == 0), 1, 0)
         if measured_ptr is not None:
-            stepped, off, lives = squared_distances(record_ptr, last_ptr, mean_ptr, offs_c, channels)
+            stepped, off, lives = squared_distances(
+                new_ptr, last_ptr, held_ptr, record_ptr, offs_c, channels, SQUARES
+            )
             step += stepped
             distance += off
             live += lives
@@ -240,8 +254,8 @@ def commit(
         stored_mean = tl.load(stored_ptr + offs_c, mask=mask, other=0.0)
         stored_var = tl.load(stored_ptr + channels + offs_c, mask=mask, other=0.0)
         if measured_ptr is not None:
-            batch_mean = tl.load(record_ptr + offs_c, mask=mask, other=0.0)
-            tl.store(last_ptr + offs_c, batch_mean, mask=mask & finite)
+            new = tl.load(new_ptr + offs_c, mask=mask, other=0.0)
+            tl.store(last_ptr + offs_c, new, mask=mask & finite)
         offs = slot * channels + offs_c
         tl.store(mean_ptr + offs, stored_mean, mask=mask & finite)
         tl.store(var_ptr + offs, stored_var, mask=mask & finite)
@@ -278,7 +292,7 @@ def forward_with_average(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -295,9 +309,9 @@ def forward_with_average(
         matched_batch_size, measures, m = read
     past = Past(mean, var, None, filled, history_weight, measured, matched_batch_size, m, kind.n)
     with on_device_of(x):
-        y = normalize(kind, x, weight, bias, past, bool(measures), record, pooled, eps)
+        y = normalize(kind, x, weight, bias, past, bool(measures), record, rule, eps)
         if store:
-            _commit(kind, record, (mean, var, filled, last, measured, None, None), averages, update)
+            _commit(kind, record, (mean, var, filled, last, measured, None, None), averages, update, rule)
     return y, record
 
 
@@ -309,7 +323,7 @@ def forward_with_ring(
     averages: Sequence[Tensor],
     read: Sequence[float],
     update: Sequence[float],
-    pooled: bool,
+    rule: int,
     eps: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -325,7 +339,7 @@ def forward_with_ring(
         launch(
             read_ring,
             (-(-kind.channels // block), 1),
-            (kind.number, size, entries, block, decay, pooled),
+            (kind.number, size, entries, block, decay, rule),
             *memory,
             limit,
             kind.n,
@@ -333,13 +347,13 @@ def forward_with_ring(
             record,
             kind.channels,
             math.log2(decay),
-            pooled,
+            rule,
             entries,
             block,
         )
-        y = normalize(kind, x, weight, bias, IN_THE_RECORD, False, record, pooled, eps)
+        y = normalize(kind, x, weight, bias, IN_THE_RECORD, False, record, rule, eps)
         if store:
-            _commit(kind, record, (mean, var, None, None, None, counts, ages), averages, update)
+            _commit(kind, record, (mean, var, None, None, None, counts, ages), averages, update, rule)
     return y, record
 
 
@@ -364,6 +378,7 @@ def _commit(
     memory: Sequence[Tensor | None],
     averages: Sequence[Tensor],
     update: Sequence[float],
+    rule: int,
 ) -> None:
     """Store a forward.
 
@@ -381,6 +396,7 @@ def _commit(
         pooled > 0,
         early > 0 and measured is not None,
         update_weight == 1,
+        rule == UNCENTERED and measured is not None,
     )
     entries = min(power_of_two(size), MOST_ENTRIES)
     block = min(power_of_two(kind.channels), CHANNELS_OF_ONE)
@@ -409,7 +425,7 @@ for _name, _operator in (
 ):
     register(
         f"{_name}(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)[] memory, Tensor(b!)[] averages, "
-        "float[] read, float[] update, bool pooled, float eps, bool store) -> (Tensor, Tensor)",
+        "float[] read, float[] update, int rule, float eps, bool store) -> (Tensor, Tensor)",
         _operator,
         forward_shapes,
     )

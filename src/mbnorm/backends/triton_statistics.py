@@ -7,15 +7,27 @@ import triton
 import triton.language as tl
 
 from mbnorm import measures
+from mbnorm.blend import number_of
 
 _MEASURED_WEIGHT = tl.constexpr(measures.MEASURED_WEIGHT)
 _EARLY = tl.constexpr(measures.EARLY)
+POOLED = tl.constexpr(number_of("pooled"))
+UNCENTERED = tl.constexpr(number_of("uncentered"))
 
 
 @triton.jit
 def number(value, STATE: tl.constexpr):
     """Return a float argument in a dtype; by itself it is float32 where kernels are interpreted."""
     return (tl.cast(0.0, STATE) + value).to(STATE)
+
+
+@triton.jit
+def ruled(mean, var, RULE: tl.constexpr):
+    """Return what counts as the statistics of a batch; see `mbnorm.blend.ruled`."""
+    if RULE == UNCENTERED:
+        var += mean * mean
+        mean = tl.zeros_like(mean)
+    return mean, var
 
 
 @triton.jit
@@ -51,15 +63,20 @@ def matched_history_weight(measured_ptr, matched_batch_size, m, n, MEASURED: tl.
 
 
 @triton.jit
-def squared_distances(record_ptr, last_ptr, mean_ptr, offs_c, channels):
-    """Return squared distances from the batch before and from the average, in variances, and who has one."""
+def squared_distances(new_ptr, last_ptr, held_ptr, record_ptr, offs_c, channels, SQUARES: tl.constexpr):
+    """Return squared distances from the batch before and from the average, in their units, and who has one.
+
+    These are variances for means, and for mean squares the ``SQUARES`` of those.
+    """
     mask = offs_c < channels
-    mean = tl.load(record_ptr + offs_c, mask=mask, other=0.0)
-    var = tl.load(record_ptr + 3 * channels + offs_c, mask=mask, other=0.0)
-    live = var > 0
-    divisor = tl.where(live, var, 1.0)
-    step = mean - tl.load(last_ptr + offs_c, mask=mask, other=0.0)
-    off = mean - tl.load(mean_ptr + offs_c, mask=mask, other=0.0)
+    new = tl.load(new_ptr + offs_c, mask=mask, other=0.0)
+    unit = tl.load(record_ptr + 3 * channels + offs_c, mask=mask, other=0.0)
+    if SQUARES:
+        unit *= unit
+    live = unit > 0
+    divisor = tl.where(live, unit, 1.0)
+    step = new - tl.load(last_ptr + offs_c, mask=mask, other=0.0)
+    off = new - tl.load(held_ptr + offs_c, mask=mask, other=0.0)
     return (
         tl.where(live, step * step / divisor, 0.0),
         tl.where(live, off * off / divisor, 0.0),

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbnorm.averages import InferenceAverages, commit
 from mbnorm.backends import aten_memory, cpu, triton
-from mbnorm.blend import statistics_dtype
+from mbnorm.blend import ruled, statistics_dtype
 from mbnorm.distributed import PooledPast, ProcessGroup, Sync
 from mbnorm.functional import (
     BACKENDS,
@@ -733,14 +733,23 @@ class HistoryBatchNorm(_BatchNorm):
     def update_for(self, m: int, momentum: float | None) -> InferenceUpdate:
         """Return what a forward of ``m`` samples puts into the averages for inference."""
         # update_bn and PreciseBN set these to read the raw statistics of each batch
-        if momentum is None:
-            return CUMULATIVE
-        return RAW if momentum == 1 else self.memory.update(momentum, m)
+        if momentum is not None and momentum != 1:
+            return self.memory.update(momentum, m)
+        raw = CUMULATIVE if momentum is None else RAW
+        # a mean square has no bias
+        return raw if self.memory.subtract_mean else raw._replace(unbiased=False)
 
     def store(self, rows: Rows, n: int, m: int) -> None:
         """Store a forward of ``n`` values per channel and ``m`` samples."""
         batch, blended = (rows[0], rows[1]), (rows[2], rows[3])
         commit(self.memory, self.state, self.averages, batch, blended, n, self.update_for(m, self.momentum))
+
+
+def statistics_for(layer: _BatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a batch norm normalizes values with whose mean and variance are given."""
+    return (
+        ruled(mean, var, layer.memory.variance_rule) if isinstance(layer, HistoryBatchNorm) else (mean, var)
+    )
 
 
 def _values_per_channel(input: Tensor) -> int:

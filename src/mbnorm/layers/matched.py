@@ -18,6 +18,7 @@ class _MatchedBatchNorm(HistoryBatchNorm):
     matched_batch_size = option("matched_batch_size")
     measured = option("measured")
     early_weight = option("early_weight")
+    subtract_mean = option("subtract_mean")
     memory_measured: Tensor
 
     def __init__(
@@ -34,12 +35,13 @@ class _MatchedBatchNorm(HistoryBatchNorm):
         matched_batch_size: int = 128,
         measured: bool = True,
         early_weight: float = 8.0,
+        subtract_mean: bool = True,
         backend: Backend = "auto",
         process_group: ProcessGroup = None,
         sync: Sync = True,
         gradient: Gradient | None = None,
     ) -> None:
-        memory = MeasuredAverage(matched_batch_size, measured, early_weight)
+        memory = MeasuredAverage(matched_batch_size, measured, early_weight, subtract_mean)
         torchs = num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         if gradient is None:
             gradient = default_gradient(sync)
@@ -89,6 +91,9 @@ class MatchedBatchNorm2d(_MatchedBatchNorm, nn.BatchNorm2d):
         measured: False takes w = m and e = 0: :math:`\lambda = \max(0, (N-m)/(N+m))`.
         early_weight: in running_mean and running_var a batch has at least the weight of so many batches
             before it. So these cover the last part of a training of any length. 0 uses ``momentum`` only.
+        subtract_mean: False divides by the root mean square: :math:`m_B = 0`, :math:`v_B = \mathrm{E}[x^2]`,
+            and nothing of a mean is subtracted from the gradient either. Then r and e are those of the mean
+            square. For inputs whose mean is near 0, as behind centered filters.
         backend: as in `mbnorm.functional.blended_batch_norm`. torch.compile makes its own kernels instead.
         process_group: ranks to share the memory with, each with its part of the batch, which may be empty:
             a `torch.distributed.ProcessGroup`, or "world" for the default one. None is this process alone.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mbnorm.blend import statistics_dtype
+from mbnorm.blend import number_of, statistics_dtype
 from mbnorm.functional import FusedRun, Rows, differentiated_in_other_ways, run_differentiably
 from mbnorm.recompute import Call, backward_runs
 
@@ -62,7 +62,7 @@ class PreparedForward:
         self._operator = getattr(kernels, f"forward_with_{memory.kernels}")
         self._rules = memory.variance_rule, layer.eps
         update = [float(number) for number in layer.update_for(input.shape[0], layer.momentum)]
-        rules = memory.variance_rule == "pooled", layer.eps
+        rules = number_of(memory.variance_rule), layer.eps
         self._arguments = (
             list(layer.state),
             list(averages),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mbnorm.averages import InferenceAverages, commit
 from mbnorm.backends import cpu
-from mbnorm.blend import blend
+from mbnorm.blend import blend, number_of, ruled
 from mbnorm.distributed import (
     Exchange,
     PooledPast,
@@ -130,7 +130,7 @@ class Sharing:
         self, layer: "HistoryBatchNorm", input: Tensor, n: int, group: ProcessGroup
     ) -> Tensor:
         backend = choose(input, layer.backend)
-        local = local_statistics(input.detach())
+        local = ruled(*local_statistics(input.detach()), layer.memory.variance_rule)
         pooled = Exchange(local, n, input.shape[0], group).wait()
         if pooled.n == 1 and not layer.has_past():
             raise ValueError(
@@ -243,8 +243,7 @@ class Sharing:
         memory = layer.memory
         operator: Any = getattr(cpu, f"commit_to_{memory.kernels}")
         numbers = [float(number) for number in update]
-        pooled = memory.variance_rule == "pooled"
-        operator(sums, list(state), list(averages), read, numbers, pooled)
+        operator(sums, list(state), list(averages), read, numbers, number_of(memory.variance_rule))
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the layer has the late batch in its buffers

@@ -9,6 +9,7 @@ from torch import Tensor
 from mbnorm.blend import statistics_dtype
 from mbnorm.gradient import GRADIENT_BUFFERS
 from mbnorm.layers.seal import AGREES, SAMPLES, SEAL, sample_of
+from mbnorm.memories.measured_average import MeasuredAverage
 from mbnorm.memories.memory import Memory, plain
 from mbnorm.values import has_values, known_finite
 
@@ -27,6 +28,7 @@ def fit_state_dict(
     layer: "HistoryBatchNorm", state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
     """Change what ``layer`` is about to load to what it can load; `seal.check` comes afterwards."""
+    _subtract_mean_if_one(layer, state_dict.get(prefix + "running_mean"))
     _warn_of_other_options(layer, metadata.get("options", {}))
     if not layer.has_memory:
         return
@@ -53,6 +55,21 @@ def fit_state_dict(
 
 
 TORCHS = ("running_mean", "running_var")
+
+
+def _subtract_mean_if_one(layer: "HistoryBatchNorm", mean: Any) -> None:
+    """Let a layer that does not subtract the mean do so if it is given one: that of a net trained with it."""
+    memory = layer.memory
+    if not isinstance(memory, MeasuredAverage) or memory.subtract_mean:
+        return
+    if isinstance(mean, Tensor) and has_values(mean) and bool(mean.any()):
+        # the same words for each layer: Python's default filter shows them once
+        warnings.warn(
+            "the statistics that were loaded have a mean, and these layers were made with "
+            "subtract_mean=False: they subtract it from now on",
+            stacklevel=4,
+        )
+        layer.memory = memory.subtracting_mean()
 
 
 def _has_trained_on(layer: "HistoryBatchNorm", saved: dict[str, Any], own: list[str]) -> bool:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mbnorm.blend import VarianceRule, ruled
 from mbnorm.measures import EARLY, MEASURED_WEIGHT, MEASURES, SEEDED
 from mbnorm.memories.memory import (
     InferenceUpdate,
@@ -41,14 +42,20 @@ class MeasuredAverage(Average):
         matched_batch_size: N: the normalizing statistics shall be as accurate as those of N samples.
         measured: choose the history weight by r and e, too; False takes samples to be independent, and e = 0.
         early_weight: in the running statistics a batch has at least the weight of so many batches before it.
+        subtract_mean: False takes the mean for 0 and the mean square for the variance. Then r and e are of
+            the mean square, in its own square.
     """
 
     buffers = ("memory_mean", "memory_var", "memory_filled", "memory_last", "memory_measured")
-    options = ("matched_batch_size", "measured", "early_weight")
-    written = ("matched_batch_size", "measured")
+    options = ("matched_batch_size", "measured", "early_weight", "subtract_mean")
+    written = ("matched_batch_size", "measured", "subtract_mean")
 
     def __init__(
-        self, matched_batch_size: int = 128, measured: bool = True, early_weight: float = 8.0
+        self,
+        matched_batch_size: int = 128,
+        measured: bool = True,
+        early_weight: float = 8.0,
+        subtract_mean: bool = True,
     ) -> None:
         check_numbers(matched_batch_size=matched_batch_size, early_weight=early_weight)
         if not matched_batch_size >= 1:
@@ -58,6 +65,11 @@ class MeasuredAverage(Average):
         self.matched_batch_size: int = plain(matched_batch_size)
         self.measured = bool(measured)
         self.early_weight = float(early_weight)
+        self.variance_rule: VarianceRule = "pooled" if subtract_mean else "uncentered"
+
+    def subtracting_mean(self) -> "MeasuredAverage":
+        """Return a memory with the same options, for layers that subtract the mean."""
+        return MeasuredAverage(self.matched_batch_size, self.measured, self.early_weight)
 
     def new(self, like: Tensor) -> State:
         """Return an empty state for as many channels as ``like``, on its device and in its dtype."""
@@ -77,7 +89,7 @@ class MeasuredAverage(Average):
     def seed(self, state: State, mean: Tensor, var: Tensor, batches: Tensor | float = 0) -> None:
         """Start from known statistics, which count as exact until batches are measured."""
         self.clear(state)
-        super().seed(state, mean, var)
+        super().seed(state, *ruled(mean, var, self.variance_rule))
         known = torch.as_tensor(batches, dtype=mean.dtype, device=mean.device)
         state[4].narrow(0, 3, 1).copy_(-known.clamp_min(SEEDED))
 
@@ -106,13 +118,16 @@ class MeasuredAverage(Average):
     def commit(self, state: State, finite: Tensor, batch: Statistics, blended: Statistics, n: int) -> None:
         """Measure a forward, and replace the averages with its blended statistics."""
         own_mean, own_var, filled, last, measured = state
-        mean, var = batch[0].to(own_mean.dtype), blended[1].to(own_var.dtype)
+        var = blended[1].to(own_var.dtype)
+        # what is measured, where it was last, and in which units
+        which, unit = (0, var) if self.subtract_mean else (1, var.square())
+        own, new = state[which], batch[which].to(own_mean.dtype)
         ratio, error, last_n, samples = measured.unbind()
-        live = var > 0
+        live = unit > 0
         step, distance = (
-            torch.where(live, (mean - past).square() / torch.where(live, var, 1.0), 0.0).sum()
+            torch.where(live, (new - past).square() / torch.where(live, unit, 1.0), 0.0).sum()
             / live.sum().clamp_min(1)
-            for past in (last, own_mean)
+            for past in (last, own)
         )
         per_value = step / (1 / n + 1 / last_n.clamp_min(1.0))
         weight = (EARLY / (samples + EARLY)).clamp_min(MEASURED_WEIGHT)
@@ -135,7 +150,7 @@ class MeasuredAverage(Average):
         )
         # statistics may be finite whose distances are not
         write(measured, found, finite & all_finite(new_ratio, new_error))
-        write(last, mean, finite)
+        write(last, new, finite)
         super().commit(state, finite, batch, blended, n)
 
     def update(self, momentum: float, m: int) -> InferenceUpdate:
@@ -145,7 +160,9 @@ class MeasuredAverage(Average):
     def describe(self) -> str:
         """Return the options as a layer's `repr` shows them."""
         measured = "" if self.measured else ", measured=False"
-        return f"matched_batch_size={self.matched_batch_size}{measured}, early_weight={self.early_weight:g}"
+        around = "" if self.subtract_mean else ", subtract_mean=False"
+        early = f", early_weight={self.early_weight:g}"
+        return f"matched_batch_size={self.matched_batch_size}{measured}{early}{around}"
 
     def read_numbers(self, n: int, m: int) -> list[float]:
         """Return N, whether the history weight follows what was measured, and m."""

@@ -77,6 +77,11 @@ class Memory:
     """Which of the backends' fused operators read and commit it, if any do."""
     variance_rule: VarianceRule = "pooled"
 
+    @property
+    def subtract_mean(self) -> bool:
+        """Whether the mean of the values counts, and is subtracted."""
+        return self.variance_rule != "uncentered"
+
     def new(self, like: Tensor) -> State:
         """Return an empty state for as many channels as ``like``, on its device and in its dtype."""
         raise NotImplementedError
@@ -167,13 +172,13 @@ class Memory:
 
 
 def check_variance_rule(rule: str) -> None:
-    """Refuse what is no rule.
+    """Refuse what is no rule, or one that layers do not have as an option.
 
     Raises:
-        ValueError: ``rule`` is none.
+        ValueError: ``rule`` is none of those.
     """
-    if rule not in VARIANCE_RULES:
-        raise ValueError(f"variance_rule must be one of {VARIANCE_RULES}, got {rule!r}")
+    if rule not in VARIANCE_RULES[:2]:
+        raise ValueError(f"variance_rule must be one of {VARIANCE_RULES[:2]}, got {rule!r}")
 
 
 def check_numbers(**options: Any) -> None:
